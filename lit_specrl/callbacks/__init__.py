@@ -1,0 +1,19 @@
+"""Callbacks around rollouts."""
+
+from lit_specrl.callbacks.completion_writer import CompletionWriter
+from lit_specrl.callbacks.progress_bar import RolloutProgressBar
+from lit_specrl.callbacks.rollout_callback import RolloutCallback
+from lit_specrl.callbacks.rollout_recorder import RolloutRecorder
+from lit_specrl.callbacks.run_summary import RunSummary
+from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
+from lit_specrl.callbacks.tensorboard_report import TensorBoardReport
+
+__all__ = [
+    "CompletionWriter",
+    "RolloutCallback",
+    "RolloutProgressBar",
+    "RolloutRecorder",
+    "RunSummary",
+    "SpeculativeRollout",
+    "TensorBoardReport",
+]

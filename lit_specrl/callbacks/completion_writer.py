@@ -1,0 +1,42 @@
+"""Completions of `predict` as a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+
+class CompletionWriter(BasePredictionWriter):
+    """Writes what `predict` generates as JSONL, one record per completion.
+
+    Records appear batch by batch under a temporary name; the file itself appears when it is complete.
+
+    Args:
+        path: the file. With several ranks each writes its own, with ".rank1" and so on before the suffix.
+    """
+
+    def __init__(self, path: str = "completions.jsonl") -> None:
+        super().__init__(write_interval="batch")
+        self.path = Path(path)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._target = self.path
+        if trainer.world_size > 1:
+            self._target = self.path.with_suffix(f".rank{trainer.global_rank}{self.path.suffix}")
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = self._target.with_name(self._target.name + ".partial")
+        self._partial.write_text("")
+
+    def write_on_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: list[dict[str, Any]], *unused: Any
+    ) -> None:
+        with self._partial.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        os.replace(self._partial, self._target)

@@ -1,0 +1,50 @@
+"""Lightning's Callback with hooks around rollouts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_specrl.types import Experience, RolloutProgress, RolloutRequest, Rollouts
+
+if TYPE_CHECKING:
+    from lit_specrl.module import RLVRModule
+
+
+class RolloutCallback(L.Callback):
+    """A callback that proposes to, or observes, the rollouts of a step.
+
+    The hooks come in the order in which they stand here. Rollouts of training and of evaluation both pass through them;
+    `trainer.training` tells which.
+    """
+
+    def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
+        """Called before the engine sees the request; may change it."""
+
+    def on_rollout_progress(self, trainer: L.Trainer, pl_module: RLVRModule, progress: RolloutProgress) -> None:
+        """Called about twice a second while the engine generates."""
+
+    def on_rollout_end(self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts) -> None:
+        """Called when all rows are generated and decoded."""
+
+    def on_experience_end(
+        self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
+    ) -> None:
+        """Called in training when rewards, advantages and the log-probs of the step are known, before the update."""
+
+
+def require_rlvr_module(callback: L.Callback, pl_module: L.LightningModule) -> RLVRModule:
+    """The module, if it is one that this library's callbacks work with.
+
+    Raises:
+        MisconfigurationException: it is another LightningModule.
+    """
+    from lit_specrl.module import RLVRModule
+
+    if not isinstance(pl_module, RLVRModule):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} works with an RLVRModule such as GRPO, got {type(pl_module).__name__}"
+        )
+    return pl_module

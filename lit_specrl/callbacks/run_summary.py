@@ -1,0 +1,72 @@
+"""A run in one table."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+
+class RunSummary(L.Callback):
+    """Prints, at the end of training, what was learned and where the time went.
+
+    Held-out accuracy before training needs a validation before training (`num_sanity_val_steps=-1`).
+
+    Attributes:
+        seconds: wall time of all training steps by stage, in seconds; "other" is what no stage accounts for, callbacks included.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.rewards: dict[int, list[float]] = defaultdict(list)
+        self.accuracies: list[float] = []
+        self.num_steps = 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if "val_accuracy" in pl_module.evaluation:
+            self.accuracies.append(pl_module.evaluation["val_accuracy"])
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started_at = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        metrics = pl_module.step_metrics
+        stages = {
+            name.removeprefix("timing_s/"): value
+            for name, value in metrics.items()
+            if name.startswith("timing_s/") and name not in ("timing_s/step", "timing_s/other")
+        }
+        elapsed_s = time.perf_counter() - self._started_at
+        for stage, value in {**stages, "other": elapsed_s - sum(stages.values())}.items():
+            self.seconds[stage] += value
+        self.rewards[trainer.current_epoch].append(metrics["reward"])
+        self.num_steps += 1
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.num_steps:
+            Console().print(self._table())
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                print(f"Curves and completions: tensorboard --logdir {logger.save_dir}")
+
+    def _table(self) -> Table:
+        table = Table("", "", title=f"{self.num_steps} steps", show_header=False)
+        if len(self.accuracies) > 1:
+            first, last = self.accuracies[0], self.accuracies[-1]
+            table.add_row("held-out accuracy", f"{first:.3f} -> {last:.3f} ({last - first:+.3f})")
+        means = [sum(rewards) / len(rewards) for rewards in self.rewards.values()]
+        table.add_row("reward, first / last epoch", f"{means[0]:.3f} / {means[-1]:.3f}")
+        total_s = sum(self.seconds.values())
+        table.add_row("training, seconds", f"{total_s:.1f} ({total_s / self.num_steps:.2f} a step)")
+        for stage, value in sorted(self.seconds.items(), key=lambda item: -item[1]):
+            table.add_row(f"  {stage}", f"{value:.1f} ({value / total_s:.1%})")
+        return table

@@ -1,0 +1,109 @@
+"""What TensorBoard shows beyond single curves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_specrl.callbacks.rollout_callback import RolloutCallback
+from lit_specrl.types import Experience, Rollouts
+
+if TYPE_CHECKING:
+    from lit_specrl.module import RLVRModule
+
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "reward": {
+        "reward": ["Multiline", ["^reward$", "reward_std", "rewards/.*/mean"]],
+        "groups without signal": ["Multiline", ["frac_reward_zero_std"]],
+        "held-out accuracy": ["Multiline", ["val_accuracy", "val-core/.*"]],
+    },
+    "rollout": {
+        "response length": ["Multiline", ["completions/(mean|min|max)_length"]],
+        "cut at the limit": ["Multiline", ["completions/clipped_ratio"]],
+        "tokens per second": ["Multiline", ["perf/.*_tokens_per_s"]],
+        "engine against policy": ["Multiline", ["sampling/sampling_logp_difference/.*"]],
+    },
+    "time": {"seconds by stage": ["Multiline", ["timing_s/.*"]]},
+    "optimisation": {
+        "loss": ["Multiline", ["^loss$"]],
+        "gradient norm": ["Multiline", ["actor/grad_norm"]],
+        "entropy and KL": ["Multiline", ["^entropy$", "^kl$"]],
+        "clipped ratios": ["Multiline", ["clip_ratio/.*"]],
+        "padding": ["Multiline", ["perf/padding_fraction"]],
+    },
+}
+"""Tab of the custom scalars page -> chart -> names of the curves in it, as regular expressions."""
+
+
+class TensorBoardReport(RolloutCallback):
+    """Groups the curves, and shows completions, lengths and the settings of the run in TensorBoard.
+
+    Does nothing with other loggers.
+
+    Args:
+        num_completions: completions shown per report, with prompt, reference answer and rewards; 0 shows none.
+        every_n_steps: steps between reports of completions and lengths.
+    """
+
+    def __init__(self, num_completions: int = 4, every_n_steps: int = 1) -> None:
+        if num_completions < 0 or every_n_steps < 1:
+            raise ValueError(
+                f"expected num_completions >= 0 and every_n_steps >= 1, got {num_completions} and {every_n_steps}"
+            )
+        self.num_completions, self.every_n_steps = num_completions, every_n_steps
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for writer in _writers(trainer):
+            writer.add_custom_scalars(LAYOUT)
+        settings = getattr(pl_module, "settings", None)
+        if settings and trainer.logger is not None:
+            trainer.logger.log_hyperparams(settings)
+
+    def on_experience_end(
+        self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
+    ) -> None:
+        if pl_module.step % self.every_n_steps:
+            return
+        for writer in _writers(trainer):
+            lengths = torch.tensor([len(ids) for ids in rollouts.response_ids])
+            writer.add_histogram("completions/length", lengths, pl_module.step)
+            if self.num_completions:
+                writer.add_text("completions", completions_table(rollouts, self.num_completions), pl_module.step)
+
+
+def completions_table(rollouts: Rollouts, limit: int) -> str:
+    """Markdown table of completions: the first ones of different prompts before further ones of the same.
+
+    Args:
+        rollouts: N rows, scored.
+        limit: most rows shown.
+    """
+    size = rollouts.request.sampling.num_generations
+    order = sorted(range(rollouts.num_rows), key=lambda row: (row % size, row))[:limit]
+    lines = ["| " + " | ".join(["prompt", "answer", "completion", *rollouts.rewards, "end"]) + " |"]
+    lines.append("|" + "---|" * (4 + len(rollouts.rewards)))
+    for row in order:
+        owner = rollouts.request.prompt_index(row)
+        rewards = [values[row] for values in rollouts.rewards.values()]
+        cells = [
+            _cell(rollouts.prompts.prompts[owner]),
+            _cell(rollouts.prompts.answers[owner] or ""),
+            _cell(rollouts.texts[row]),
+            *("" if reward is None else f"{reward:.3g}" for reward in rewards),
+            rollouts.finish_reasons[row],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Text as it is, inside a Markdown table: special tokens and formulas must not turn into markup."""
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;").replace("`", "&#96;")
+    return f"<code>{escaped}</code>".replace("\n", "</code><br><code>")
+
+
+def _writers(trainer: L.Trainer) -> list[Any]:
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

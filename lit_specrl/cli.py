@@ -1,0 +1,63 @@
+"""`lit-specrl`: LightningCLI with this library's classes, and the commands beside training."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lit_specrl.environment import check_torchvision
+
+check_torchvision()  # before transformers, whose own message would be about another class
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+
+# Imported for their side effect: the CLI takes short names of classes that are imported.
+import lit_specrl.callbacks  # noqa: E402
+import lit_specrl.rewards  # noqa: E402
+import lit_specrl.rollout  # noqa: E402
+from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, TensorBoardReport  # noqa: E402
+from lit_specrl.data import PromptDataModule  # noqa: E402
+from lit_specrl.module import RLVRModule  # noqa: E402
+
+
+class LitSpecRLCLI(LightningCLI):
+    """The command line: any `RLVRModule`, any data module, and three callbacks that every run has."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RolloutProgressBar, "progress_bar")
+        parser.add_lightning_class_args(TensorBoardReport, "tensorboard")
+        parser.add_lightning_class_args(CompletionWriter, "completions")
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point of `lit-specrl`.
+
+    Args:
+        arguments: command line without the program's name; by default that of the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["export"]:
+        from lit_specrl.export import export_command
+
+        return export_command(arguments[1:])
+    return LitSpecRLCLI(
+        RLVRModule,
+        PromptDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},  # a resumed run writes into the folder of the first
+        seed_everything_default=True,
+        trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": 1},
+        parser_kwargs={
+            "prog": "lit-specrl",
+            "description": "Reinforcement learning with verifiable rewards. "
+            "`lit-specrl export --help` turns a checkpoint into a HuggingFace folder.",
+            "default_env": False,
+        },
+        args=arguments,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""From a question to the text the policy sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+QUESTION = "{question}"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    r"""How a question becomes a prompt: by the tokenizer's chat template, or by a plain text.
+
+    Args:
+        kind: `chat` for models with a chat template, `plain` for base models.
+        system_prompt: first turn of a chat.
+        examples: solved questions shown first, each with `question` and `answer`; user and assistant turns in a chat,
+            filled-in texts otherwise.
+        suffix: instruction appended to every question on a line of its own, such as
+            `Please reason step by step, and put your final answer within \boxed{}.`
+        text: the plain text; `{question}` stands for the question, other braces are left alone.
+        chat_template_kwargs: passed to `apply_chat_template`, such as `{"enable_thinking": False}`.
+
+    Raises:
+        ValueError: for settings that do not belong together.
+
+    Example:
+        >>> PromptTemplate(kind="plain", text="Q: {question}\nA:").render({"question": "2 + 3?"}, tokenizer=None)
+        'Q: 2 + 3?\nA:'
+    """
+
+    kind: Literal["chat", "plain"] = "chat"
+    system_prompt: str | None = None
+    examples: list[dict[str, str]] | None = None
+    suffix: str | None = None
+    text: str = "Question: {question}\nAnswer:"
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("chat", "plain"):
+            raise ValueError(f"kind must be 'chat' or 'plain', got {self.kind!r}")
+        if self.kind == "plain" and (self.system_prompt or self.chat_template_kwargs):
+            raise ValueError("system_prompt and chat_template_kwargs need kind='chat'; with 'plain' put it into text")
+        if QUESTION not in self.text:
+            raise ValueError(f"text must contain {QUESTION}, got {self.text!r}")
+        for example in self.examples or []:
+            if set(example) != {"question", "answer"}:
+                raise ValueError(f"each of examples must have 'question' and 'answer', got {sorted(example)}")
+
+    def render(self, row: dict[str, Any], tokenizer: Any) -> str:
+        """Return the prompt text of a row with `question` or `messages`.
+
+        Raises:
+            ValueError: for a tokenizer without a chat template (kind `chat`), or messages that the kind cannot show.
+        """
+        return self._render_chat(row, tokenizer) if self.kind == "chat" else self._render_plain(row)
+
+    def tokenize(self, texts: list[str], tokenizer: Any) -> list[list[int]]:
+        """Token ids of rendered prompts, ragged; a chat template writes its own special tokens."""
+        return tokenizer(texts, add_special_tokens=self.kind == "plain")["input_ids"]
+
+    def _render_chat(self, row: dict[str, Any], tokenizer: Any) -> str:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "this tokenizer has no chat template (base models often have none); use"
+                r" PromptTemplate(kind='plain', text='Question: {question}\nAnswer:') or set tokenizer.chat_template"
+            )
+        turns = self._turns(row)
+        if self.system_prompt and turns[0]["role"] == "system":
+            raise ValueError("the row's messages bring their own system turn; leave out system_prompt")
+        opening = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        if turns[0]["role"] == "system":
+            opening, turns = turns[:1], turns[1:]
+        messages = [*opening, *self._example_turns(), *turns]
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **(self.chat_template_kwargs or {})
+        )
+
+    def _render_plain(self, row: dict[str, Any]) -> str:
+        turns = self._turns(row)
+        if len(turns) > 1:
+            raise ValueError(f"kind='plain' shows one question, but the row has {len(turns)} messages; use kind='chat'")
+        shown = [f"{self._fill(example['question'])} {example['answer']}\n\n" for example in self.examples or []]
+        return "".join(shown) + self.text.replace(QUESTION, turns[0]["content"])
+
+    def _turns(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """The row's own turns; the last one asks, and carries the suffix."""
+        turns = row.get("messages") or [{"role": "user", "content": row["question"]}]
+        return [*turns[:-1], {**turns[-1], "content": self._with_suffix(turns[-1]["content"])}]
+
+    def _example_turns(self) -> Iterable[dict[str, str]]:
+        for example in self.examples or []:
+            yield {"role": "user", "content": self._with_suffix(example["question"])}
+            yield {"role": "assistant", "content": example["answer"]}
+
+    def _fill(self, question: str) -> str:
+        return self.text.replace(QUESTION, self._with_suffix(question))
+
+    def _with_suffix(self, question: str) -> str:
+        return f"{question}\n{self.suffix}" if self.suffix else question

@@ -1,0 +1,37 @@
+"""Losses per token, as pure functions of tensors; shapes in `lit_specrl.types`.
+
+One policy update reads::
+
+    per_token_loss, clipped = policy_loss(policy_logprobs, old_logprobs, advantages, loss_mask)
+    correction, mismatch = importance_sampling(old_logprobs, sampling_logprobs, loss_mask)
+    kl = kl_penalty(policy_logprobs, reference_logprobs, loss_mask)
+    weights = token_weights(loss_mask, "token", num_tokens=num_tokens_of_the_step)
+    loss = ((per_token_loss * correction + beta * kl) * weights).sum()
+"""
+
+from lit_specrl.losses.aggregation import Aggregation, token_weights
+from lit_specrl.losses.importance import ImportanceSampling, ImportanceSamplingMode, MismatchStatistics
+from lit_specrl.losses.kl import KLEstimator, kl_penalty
+from lit_specrl.losses.loss_types import LOSS_TYPES, LossType, resolve_loss_type
+from lit_specrl.losses.policy_loss import ClipStatistics, ImportanceSamplingLevel, PolicyLoss, Surrogate
+from lit_specrl.losses.value_loss import ValueClipStatistics, explained_variance, value_loss
+
+__all__ = [
+    "LOSS_TYPES",
+    "Aggregation",
+    "ClipStatistics",
+    "ImportanceSampling",
+    "ImportanceSamplingLevel",
+    "ImportanceSamplingMode",
+    "KLEstimator",
+    "LossType",
+    "MismatchStatistics",
+    "PolicyLoss",
+    "Surrogate",
+    "ValueClipStatistics",
+    "explained_variance",
+    "kl_penalty",
+    "resolve_loss_type",
+    "token_weights",
+    "value_loss",
+]

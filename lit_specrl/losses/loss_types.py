@@ -1,0 +1,48 @@
+"""The names of published losses, resolved into their parts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lit_specrl.losses.aggregation import Aggregation
+from lit_specrl.losses.policy_loss import ImportanceSamplingLevel, Surrogate
+
+
+class LossType(NamedTuple):
+    """What a name like "dapo" stands for: arguments of `PolicyLoss` and `token_weights`."""
+
+    surrogate: Surrogate
+    importance_sampling_level: ImportanceSamplingLevel
+    aggregation: Aggregation
+
+
+LOSS_TYPES: dict[str, LossType] = {
+    "grpo": LossType("clip", "token", "sequence"),
+    "dapo": LossType("clip", "token", "token"),
+    "bnpo": LossType("clip", "token", "token"),
+    "dr_grpo": LossType("clip", "token", "fixed"),
+    "cispo": LossType("cispo", "token", "token"),
+    "gspo": LossType("clip", "sequence", "sequence"),
+    "luspo": LossType("clip", "sequence", "sequence_sum"),
+}
+"""TRL's `loss_type` names, and two notes.
+
+"bnpo" in TRL averages over the tokens of each micro-batch, so that its loss depends on how the batch was split. Here
+it is an alias of "dapo", which it equals when there is one micro-batch. "gspo" is no `loss_type` in TRL but
+`loss_type="grpo"` with `importance_sampling_level="sequence"`. TRL's soft gates "sapo" and "vespo" are not offered.
+"""
+
+
+def resolve_loss_type(name: str) -> LossType:
+    """Look a loss up by TRL's name.
+
+    Raises:
+        ValueError: unknown name.
+
+    Example:
+        >>> resolve_loss_type("dr_grpo").aggregation
+        'fixed'
+    """
+    if name not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {name!r}")
+    return LOSS_TYPES[name]

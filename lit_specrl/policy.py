@@ -1,0 +1,216 @@
+"""The policy: a causal language model that reports the log-probs of given responses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lit_specrl.logprobs import token_logprobs
+
+log = logging.getLogger(__name__)
+
+
+class TokenStatistics(NamedTuple):
+    """What the policy says about given response tokens."""
+
+    logprobs: Tensor
+    """[N, R] float32, nats, 0 on padding."""
+    entropy: Tensor
+    """[N, R] float32, nats, 0 on padding; without gradient."""
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward pass returns token log-probs of responses.
+
+    Args:
+        model: a transformers causal language model.
+
+    Example::
+
+        policy = Policy.build("HuggingFaceTB/SmolLM2-135M-Instruct")
+        out = policy(prompt_ids, prompt_mask, prompt_index, response_ids, response_mask)
+        out.logprobs  # [N, R]
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self._reject_scaled_logits(model)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # old and new log-probs must come from the same function
+
+    @classmethod
+    def build(
+        cls,
+        name_or_path: str,
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+    ) -> Policy:
+        """Load a policy from the hub or a local folder.
+
+        Args:
+            name_or_path: hub name or folder in the transformers format.
+            dtype: dtype of the weights held by the optimizer; "float32" unless memory forbids it.
+            gradient_checkpointing: recompute activations in the backward pass.
+            attn_implementation: as in transformers ("sdpa", "flash_attention_2", "eager").
+
+        Raises:
+            ValueError: the model can neither be found locally nor fetched.
+        """
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attention_dropout": 0.0}
+        if attn_implementation:
+            options["attn_implementation"] = attn_implementation
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+        except OSError as error:
+            raise ValueError(unreachable_model_message(name_or_path)) from error
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+        return cls(model)
+
+    @staticmethod
+    def _reject_scaled_logits(model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        scaled = [
+            name
+            for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_soft_cap")
+            if getattr(config, name, None) not in (None, 0, 1, 1.0)
+        ]
+        if scaled:
+            raise ValueError(
+                f"{type(model).__name__} rescales its logits ({', '.join(scaled)}), which the chunked log-probs do not "
+                "apply; use a model of the Llama, Qwen, Mistral or SmolLM kind"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """Token ids that end a response, from the model's generation config."""
+        ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = ids if ids is not None else self.model.config.get_text_config().eos_token_id
+        return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+    @property
+    def can_share_prompts(self) -> bool:
+        """False where the prompt's keys and values cannot be kept for the responses (gradient checkpointing)."""
+        return not self.model.is_gradient_checkpointing
+
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        prompt_index: Tensor,
+        response_ids: Tensor,
+        response_mask: Tensor,
+        temperature: float = 1.0,
+        share_prompts: bool = False,
+    ) -> TokenStatistics:
+        """Log-probs and entropies of responses.
+
+        Args:
+            prompt_ids: [B, P] long, left-padded.
+            prompt_mask: [B, P] bool, True on prompt tokens.
+            prompt_index: [N] long, the prompt of each row.
+            response_ids: [N, R] long, right-padded.
+            response_mask: [N, R] bool, True on response tokens.
+            temperature: the log-probs are those of `softmax(logits / temperature)`.
+            share_prompts: compute each prompt once and let its responses attend to its keys and values, instead of
+                once per response. Values and gradients are those of the plain pass.
+        """
+        states = self._shared_states if share_prompts else self._plain_states
+        hidden = states(prompt_ids, prompt_mask, prompt_index, response_ids, response_mask)  # [N, R, H]
+        head = self.model.get_output_embeddings().weight
+        flat_logprobs, flat_entropy = token_logprobs(
+            hidden[response_mask], head, response_ids[response_mask], temperature
+        )
+        empty = torch.zeros(response_ids.shape, dtype=torch.float32, device=response_ids.device)
+        return TokenStatistics(
+            logprobs=empty.masked_scatter(response_mask, flat_logprobs),
+            entropy=empty.masked_scatter(response_mask, flat_entropy),
+        )
+
+    def _plain_states(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_index: Tensor, response_ids: Tensor, response_mask: Tensor
+    ) -> Tensor:
+        """Hidden states that predict each response token, [N, R, H]."""
+        ids = torch.cat([prompt_ids[prompt_index], response_ids], dim=1)  # [N, P + R]
+        mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)
+        hidden = self.model.base_model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1].long(),
+            position_ids=_positions(mask)[:, :-1],
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[:, prompt_ids.shape[1] - 1 :]
+
+    def _shared_states(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_index: Tensor, response_ids: Tensor, response_mask: Tensor
+    ) -> Tensor:
+        """As `_plain_states`, with the keys and values of each prompt kept in the graph and shared by its rows."""
+        prompt_pass = self.model.base_model(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask.long(),
+            position_ids=_positions(prompt_mask),
+            use_cache=True,
+        )
+        first = prompt_pass.last_hidden_state[prompt_index, -1:]  # [N, 1, H]
+        if response_ids.shape[1] == 1:
+            return first
+        cache = prompt_pass.past_key_values
+        cache.batch_select_indices(prompt_index)
+        mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)[:, :-1]  # [N, P + R - 1]
+        rest = self.model.base_model(
+            input_ids=response_ids[:, :-1],
+            attention_mask=mask.long(),
+            position_ids=_positions(mask)[:, prompt_ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return torch.cat([first, rest], dim=1)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights under their transformers names, one whole tensor at a time (shards are gathered as they are asked for)."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the model in the transformers format."""
+        self.model.save_pretrained(folder, **options)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Position of each token among the real tokens of its row, [N, L]."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def unreachable_model_message(name_or_path: str) -> str:
+    return (
+        f"model {name_or_path!r} is neither a folder in the transformers format (with config.json) nor a model that "
+        "the hub delivers now; check the spelling, pass a local folder, or fetch it where there is a network with "
+        f"`hf download {name_or_path}`"
+    )
+
+
+def check_model_exists(name_or_path: str) -> None:
+    """Fail early, before weights are read, when a model cannot be had.
+
+    Raises:
+        ValueError: neither a local folder with a config nor a model that the hub delivers.
+    """
+    try:
+        AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(unreachable_model_message(name_or_path)) from error

@@ -1,0 +1,22 @@
+"""Rewards: text in, numbers out."""
+
+from lit_specrl.rewards.base import Reward
+from lit_specrl.rewards.exact import ExactReward
+from lit_specrl.rewards.format import FormatReward
+from lit_specrl.rewards.function import RewardFunction
+from lit_specrl.rewards.math_reward import MathReward
+from lit_specrl.rewards.numeric import NumericReward
+from lit_specrl.rewards.overlong import OverlongReward
+from lit_specrl.rewards.reward_set import RewardScores, RewardSet
+
+__all__ = [
+    "ExactReward",
+    "FormatReward",
+    "MathReward",
+    "NumericReward",
+    "OverlongReward",
+    "Reward",
+    "RewardFunction",
+    "RewardScores",
+    "RewardSet",
+]

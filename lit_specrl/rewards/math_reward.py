@@ -1,0 +1,151 @@
+"""Reward for an answer that is mathematically equal to the reference."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+from lit_specrl.rewards.answers import check_answer_format, extract_answer
+from lit_specrl.rewards.base import Reward, column
+from lit_specrl.rewards.checker_pool import CheckerPool, Verdict
+
+MAX_ANSWER_LENGTH = 1000
+"""Characters; a longer answer is wrong unless it is the reference to the letter."""
+TIMEOUT_WARNING_FRACTION = 0.05
+
+
+class MathReward(Reward):
+    r"""1 where the answer equals the reference as mathematics, 0 elsewhere.
+
+    Equal texts and whole numbers are decided on the spot, everything else by math-verify in processes of their own.
+    An answer that is still undecided at the deadline scores 0 and is counted (`timeouts`), as is one that brings its process
+    down twice (`crashes`). Rows without a reference are not scored, nor are those whose reference is no mathematics and is not
+    repeated to the letter (`undecided`). math-verify is generous: it overlooks units, degree signs, the base in 52_8, and the
+    difference between `x = 5` and `5`.
+
+    Args:
+        answer_format: where a completion gives its answer, see `extract_answer`.
+        timeout_s: time for one answer, in seconds.
+        num_workers: processes that check answers, per training process.
+        weight: factor of this reward in the total.
+        name: name in the logs, "math" by default.
+
+    Raises:
+        ImportError: math-verify is not installed.
+
+    Example::
+
+        reward = MathReward()
+        reward(["Half?"] * 3, [r"\boxed{\frac12}", "The answer is 0.5.", "#### 2"], answer=["1/2"] * 3)  # [1.0, 1.0, 0.0]
+        reward.close()
+    """
+
+    def __init__(
+        self,
+        answer_format: str = "auto",
+        timeout_s: float = 5.0,
+        num_workers: int = 2,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        check_answer_format(answer_format)
+        if find_spec("math_verify") is None:
+            raise ImportError("MathReward needs math-verify; install it by: pip install 'math-verify[antlr4_13_2]'")
+        self.answer_format = answer_format
+        self.pool = CheckerPool(num_workers, timeout_s)
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        pairs = [
+            None if reference is None else self._pair(text, reference)
+            for text, reference in zip(completions, column(columns, "answer"), strict=True)
+        ]
+        verdicts = {pair: compare_texts(*pair) for pair in pairs if pair is not None}
+        open_pairs = [pair for pair, verdict in verdicts.items() if verdict is None]
+        verdicts.update(zip(open_pairs, self.pool.check(open_pairs), strict=True))
+        row_verdicts = [None if pair is None else verdicts[pair] for pair in pairs]
+        self._count(row_verdicts)
+        return [None if verdict in (None, "undecided") else float(verdict == "right") for verdict in row_verdicts]
+
+    def close(self) -> None:
+        """End the checker processes."""
+        self.pool.close()
+
+    def _pair(self, text: str, reference: str) -> tuple[str, str]:
+        return tidy(extract_answer(reference, "auto") or ""), tidy(extract_answer(text, self.answer_format) or "")
+
+    def _count(self, row_verdicts: list[Verdict | None]) -> None:
+        counted: dict[str, Verdict] = {"timeouts": "timeout", "crashes": "crash", "undecided": "undecided"}
+        self.counters = {counter: row_verdicts.count(verdict) for counter, verdict in counted.items()}
+        if self.counters["timeouts"] > TIMEOUT_WARNING_FRACTION * len(row_verdicts):
+            warnings.warn(
+                f"{self.counters['timeouts']} of {len(row_verdicts)} answers were not decided within "
+                f"timeout_s={self.pool.timeout_s} and scored 0; raise num_workers, or lower timeout_s to lose less time",
+                stacklevel=3,
+            )
+
+
+_WHOLE_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})++|\d++)")
+_WORDS = re.compile(r"\\(?:text|mbox|mathrm|textbf)\{\(?([^{}]*?)\)?\}")
+
+
+def compare_texts(reference: str, answer: str) -> Verdict | None:
+    """Decide what needs no mathematics: equal texts, words, whole numbers, answers too long to check; else `None`.
+
+    Args:
+        reference: tidy reference answer.
+        answer: tidy answer.
+    """
+    if not reference:
+        return "undecided"
+    if reference == answer:
+        return "right"
+    if not answer or len(answer) > MAX_ANSWER_LENGTH or len(reference) > MAX_ANSWER_LENGTH:
+        return "wrong"
+    words = _WORDS.fullmatch(reference)
+    if words:
+        return "right" if _as_words(answer) == words[1].strip().casefold() else "wrong"
+    if _as_words(answer) == _as_words(reference):
+        return "right"
+    if _WHOLE_NUMBER.fullmatch(reference) and _WHOLE_NUMBER.fullmatch(answer):
+        return "right" if int(reference.replace(",", "")) == int(answer.replace(",", "")) else "wrong"
+    return None
+
+
+def _as_words(answer: str) -> str:
+    words = _WORDS.fullmatch(answer)
+    return (words[1] if words else answer.strip("()")).strip().casefold()
+
+
+_FORMULA = re.compile(r"\$([^$]+)\$|\$\$([^$]+)\$\$|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]", re.DOTALL)
+_PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}")
+_TIDYING = [
+    (re.compile(r"\s++"), " "),
+    (re.compile(r"\\(?:left|right)(?![a-zA-Z])\s?"), ""),
+    (re.compile(r"\\[!,;:]\s?"), ""),
+    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"^\\?\$(?=[-+\d.])"), ""),  # an amount: $18, \$18
+    # "42 apples per day": a number with words after it is that number; functions such as "2 sqrt" are none.
+    (re.compile(r"^([-+]?\d[\d,]*+(?:\.\d++)?) (?!sqrt|sinh|cosh|tanh|arc)[A-Za-z]{4,}[A-Za-z ]*+$"), r"\1"),
+]
+_SPACE_AT_SYMBOL = re.compile(r"(?<!\w) | (?!\w)")
+
+
+def tidy(answer: str) -> str:
+    r"""Remove what makes no difference: outer `$...$`, `\left`, `\!`, a final full stop, spaces that separate nothing.
+
+    Example::
+
+        tidy(r"$\left( 3, \dfrac{\pi}{2} \right)$.")  # "(3,\\frac{\\pi}{2})"
+    """
+    answer = answer.strip().removesuffix(".").strip()
+    formula = _FORMULA.fullmatch(answer)
+    if formula:
+        answer = formula[formula.lastindex or 0].strip()
+    for pattern, replacement in _TIDYING:
+        answer = pattern.sub(replacement, answer)
+    if not _PROSE.search(answer):  # in prose the checker looks for numbers between spaces
+        answer = _SPACE_AT_SYMBOL.sub("", answer)
+    return answer.strip()

@@ -1,0 +1,228 @@
+"""All rewards of a run evaluated on a batch."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import threading
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from lit_specrl.rewards.base import Reward, Scores
+from lit_specrl.rewards.function import RewardFunction
+
+
+@dataclass
+class RewardScores:
+    """What the rewards say about a batch.
+
+    Example: two rewards of weight 1 and 0.5 on three rows; the second does not apply to row 1, none to row 2::
+
+        RewardScores(names=["math", "format"], values=[[1.0, 0.0, None], [1.0, None, None]], total=[1.5, 0.0, 0.0],
+                     num_unscored=1)
+    """
+
+    names: list[str]
+    """One per reward, in the order given to `RewardSet`."""
+    values: list[list[float | None]]
+    """Per reward, per row: unweighted scores; `None` where the reward does not apply."""
+    total: list[float]
+    """[N] weighted sum over the rewards that apply; 0 where none does."""
+    num_unscored: int = 0
+    """Rows to which no reward applies."""
+    num_nonfinite: int = 0
+    """Scores that came as NaN or infinity, over all rewards; they are `None` in `values`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Counters of the rewards, such as `rewards/math/timeouts`."""
+
+
+class RewardSet:
+    r"""Evaluates several rewards on the same rows and adds them up.
+
+    Plain rewards run one after the other on the calling thread, then all async ones run at the same time on an event loop
+    that lives as long as the set, so that their network sessions stay usable from call to call. A NaN or an infinity counts
+    as "does not apply", with a warning.
+
+    Args:
+        rewards: `Reward`s, functions of TRL's signature or import paths of such functions; names must differ.
+
+    Raises:
+        ValueError: no rewards, or two of one name.
+        TypeError: something that is no reward.
+
+    Example::
+
+        rewards = RewardSet([MathReward(), FormatReward(r".*\\boxed\{.*\}.*", weight=0.1)])
+        rewards(["6*7="], [r"\boxed{42}"], answer=["42"]).total  # [1.1]
+    """
+
+    def __init__(self, rewards: Sequence[Reward | Callable[..., Any] | str]) -> None:
+        if not rewards:
+            raise ValueError("rewards must hold at least one reward, got none")
+        self.rewards = [reward if isinstance(reward, Reward) else RewardFunction(reward) for reward in rewards]
+        names = [reward.name for reward in self.rewards]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"{names.count(name)} rewards are named {name!r}; give them different names by name=..."
+                )
+        self._event_loop = _EventLoop()
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> RewardScores:
+        """Score every row with every reward.
+
+        Args:
+            prompts: [N] rendered prompts.
+            completions: [N] decoded responses.
+            columns: lists of N values.
+
+        Raises:
+            ValueError: columns or scores of the wrong length, scores that are no numbers.
+            RuntimeError: a reward raised; names the reward, the cause is attached.
+        """
+        for name, values in {"prompts": prompts, **columns}.items():
+            if len(values) != len(completions):
+                raise ValueError(f"column {name!r} has {len(values)} rows, completions has {len(completions)}")
+        scores = self._evaluate(prompts, completions, columns)
+        return self._add_up([_checked(*pair, len(completions)) for pair in zip(self.rewards, scores, strict=True)])
+
+    def close(self) -> None:
+        """Close every reward and stop the event loop; the next call starts them again."""
+        for reward in self.rewards:
+            reward.close()
+        self._event_loop.close()
+
+    def _evaluate(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> list[Any]:
+        scores: list[Any] = []
+        try:
+            for reward in self.rewards:
+                with _naming(reward):
+                    scores.append(reward(prompts, completions, **columns))
+        except RuntimeError:
+            for score in scores:
+                if inspect.iscoroutine(score):
+                    score.close()  # never awaited: Python would warn about it
+            raise
+        is_async = [inspect.isawaitable(score) for score in scores]
+        awaited = iter(self._event_loop.gather([score for score, wait in zip(scores, is_async, strict=True) if wait]))
+        return [
+            _result(reward, next(awaited)) if wait else score
+            for reward, score, wait in zip(self.rewards, scores, is_async, strict=True)
+        ]
+
+    def _add_up(self, checked: list[_Checked]) -> RewardScores:
+        values = [column.values for column in checked]
+        weights = [reward.weight for reward in self.rewards]
+        metrics: dict[str, float] = {}
+        for reward, column in zip(self.rewards, checked, strict=True):
+            counters = {**reward.counters, "nonfinite": column.num_nonfinite}
+            metrics |= {f"rewards/{reward.name}/{counter}": float(count) for counter, count in counters.items()}
+        rows = list(zip(*values, strict=True))
+        return RewardScores(
+            names=[reward.name for reward in self.rewards],
+            values=values,
+            total=[_weighted_sum(weights, row) for row in rows],
+            num_unscored=sum(all(score is None for score in row) for row in rows),
+            num_nonfinite=sum(column.num_nonfinite for column in checked),
+            metrics=metrics,
+        )
+
+
+def _weighted_sum(weights: Sequence[float], row: Sequence[float | None]) -> float:
+    return sum((weight * score for weight, score in zip(weights, row, strict=True) if score is not None), start=0.0)
+
+
+@dataclass
+class _Checked:
+    """Scores of one reward, known to be finite numbers or `None`."""
+
+    values: list[float | None]
+    num_nonfinite: int
+
+
+def _checked(reward: Reward, scores: Scores, num_rows: int) -> _Checked:
+    """Check what a reward returned."""
+    if isinstance(scores, str) or not hasattr(scores, "__len__"):
+        raise ValueError(
+            f"reward {reward.name!r} must return a list of {num_rows} numbers, got {type(scores).__name__}; "
+            f"return one number (or None) per completion"
+        )
+    if len(scores) != num_rows:
+        raise ValueError(
+            f"reward {reward.name!r} must return one number (or None) per completion: expected {num_rows}, "
+            f"got {len(scores)}; return None for rows it does not apply to"
+        )
+    for row, score in enumerate(scores):
+        if score is not None and not isinstance(score, Real):
+            raise ValueError(
+                f"reward {reward.name!r} must return numbers or None, got {score!r} of type {type(score).__name__} "
+                f"for row {row}; convert it with float()"
+            )
+    numbers = [None if score is None else float(score) for score in scores]
+    values = [score if score is not None and math.isfinite(score) else None for score in numbers]
+    num_nonfinite = values.count(None) - numbers.count(None)
+    if num_nonfinite:
+        warnings.warn(
+            f"reward {reward.name!r} returned NaN or infinity for {num_nonfinite} of {num_rows} rows; they count as None. "
+            f"Return None where the reward does not apply, or a finite number.",
+            stacklevel=4,
+        )
+    return _Checked(values, num_nonfinite)
+
+
+@contextmanager
+def _naming(reward: Reward) -> Iterator[None]:
+    """Turn an exception into a RuntimeError that names the reward."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"reward {reward.name!r} failed: {type(error).__name__}: {error}") from error
+
+
+def _result(reward: Reward, outcome: Any) -> Any:
+    """Return what an async reward came to, or raise what it raised."""
+    with _naming(reward):
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcome
+
+
+class _EventLoop:
+    """An event loop on a thread of its own, started when it is first needed.
+
+    `asyncio.run` would not do: it fails inside a running loop (a notebook), and each call would close the loop that the
+    network sessions of the rewards belong to.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def __reduce__(self) -> tuple[type[_EventLoop], tuple[()]]:
+        return _EventLoop, ()
+
+    def gather(self, awaitables: list[Awaitable[Any]]) -> list[Any]:
+        """Await all at the same time; an exception comes back as a value."""
+        if not awaitables:
+            return []
+        if self._loop is None or self._thread is None or not self._thread.is_alive():  # not alive: a forked child
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="async rewards", daemon=True)
+            self._thread.start()
+
+        async def gather_all() -> list[Any]:
+            return await asyncio.gather(*awaitables, return_exceptions=True)
+
+        return asyncio.run_coroutine_threadsafe(gather_all(), self._loop).result()
+
+    def close(self) -> None:
+        if self._loop is not None and self._thread is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+        self._loop = self._thread = None

@@ -1,0 +1,172 @@
+"""The only file that knows vLLM beyond its documented interface.
+
+Everything here was tried with the versions in `TESTED`; `check_version` refuses others before vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+from packaging.specifiers import SpecifierSet
+from torch import Tensor
+
+TESTED = SpecifierSet("==0.32.*")
+
+# Read by vLLM when it is imported or started. The engine runs in this process, so that weights are handed over by reference.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise the trainer is left with one thread fewer, pinned to vLLM's cores
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def installed_version() -> tuple[str, str] | None:
+    """(distribution, version) of the installed vLLM, or `None`."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return distribution, metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version() -> str:
+    """Name and version of the installed vLLM, such as "vllm-cpu 0.32.0".
+
+    Raises:
+        ImportError: vLLM is missing, or a version that this adapter has not been tried with.
+    """
+    installed = installed_version()
+    if installed is None:
+        raise ImportError(
+            "VLLMEngine needs vLLM; install it with `pip install lit_specrl[vllm]` (GPU) or "
+            "`pip install lit_specrl[cpu]`, or use engine: TransformersEngine"
+        )
+    distribution, version = installed
+    if version not in TESTED:
+        raise ImportError(
+            f"VLLMEngine works with {distribution}{TESTED}, found {version}; install it with "
+            f"`pip install '{distribution}{TESTED}'` or use engine: TransformersEngine"
+        )
+    return f"{distribution} {version}"
+
+
+def build_llm(model: str, cpu_kv_cache_gib: float, **options: Any) -> Any:
+    """Construct a `vllm.LLM` in this process, with empty weights.
+
+    Args:
+        model: hub name or folder; only its configuration is read.
+        cpu_kv_cache_gib: size of the key-value cache on a machine without GPU, in GiB.
+        options: arguments of `vllm.LLM`.
+    """
+    check_version()
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cpu_kv_cache_gib)))
+    from vllm import LLM
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # one engine per rank, in the ranks' process group
+    return LLM(
+        model=model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # sampling is decided by the request alone
+        logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+        enable_prefix_caching=True,
+        **options,
+    )
+
+
+def load_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Replace the weights of the running engine and flush its KV prefix cache."""
+    # model.load_weights would fail on CPU, where weights are repacked after loading and have lost their loaders
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+    llm.apply_model(_repack_tied_head)
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM could not flush its KV prefix cache: requests of the previous weights are still running")
+
+
+def _repack_tied_head(model: Any) -> None:
+    """Rebuild the head's packed copy of a tied embedding.
+
+    On a CPU vLLM 0.32 multiplies with a copy of the head's weight that it packs when the head is loaded. A tied head is
+    never loaded, so after a reload it would go on with the previous weights: fluent text, from another policy.
+    """
+    head = getattr(model, "lm_head", None)
+    if head is not None and getattr(model.config, "tie_word_embeddings", False):
+        head.quant_method.process_weights_after_loading(head)
+
+
+class FinishedRow(NamedTuple):
+    row: int
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class EngineStep(NamedTuple):
+    """One step of the engine: every running row one token further."""
+
+    num_tokens: int
+    """Tokens generated in this step."""
+    finished: list[FinishedRow]
+    elapsed_s: float
+
+
+def run(llm: Any, prompts: list[list[int]], sampling: list[Any]) -> Iterator[EngineStep]:
+    """Generate for all rows at once and yield after every step of the engine.
+
+    Args:
+        llm: from `build_llm`.
+        prompts: [N] token ids of each row.
+        sampling: [N] `vllm.SamplingParams` of each row.
+    """
+    engine = llm.llm_engine
+    prefix = f"{time.monotonic_ns()}-"
+    for row, (token_ids, params) in enumerate(zip(prompts, sampling, strict=True)):
+        engine.add_request(f"{prefix}{row}", {"prompt_token_ids": token_ids}, params)
+    unfinished = {f"{prefix}{row}" for row in range(len(prompts))}
+    seen = [0] * len(prompts)
+    try:
+        while unfinished:
+            started_at = time.perf_counter()
+            outputs = engine.step()
+            elapsed_s = time.perf_counter() - started_at
+            num_tokens, finished = 0, []
+            for output in outputs:
+                row, completion = int(output.request_id.removeprefix(prefix)), output.outputs[0]
+                num_tokens += len(completion.token_ids) - seen[row]
+                seen[row] = len(completion.token_ids)
+                if output.finished:
+                    unfinished.discard(output.request_id)
+                    finished.append(_finished_row(row, completion))
+            yield EngineStep(num_tokens, finished, elapsed_s)
+    finally:
+        if unfinished:  # interrupted: leave an engine that can be used again
+            engine.abort_request(list(unfinished))
+
+
+def _finished_row(row: int, completion: Any) -> FinishedRow:
+    token_ids = list(completion.token_ids)
+    logprobs = [entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)]
+    return FinishedRow(row, token_ids, logprobs, completion.finish_reason)
+
+
+def shutdown(llm: Any) -> None:
+    """Stop the engine and give its memory and process group back."""
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    llm.llm_engine.engine_core.shutdown()
+    destroy_model_parallel()
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
+        destroy_distributed_environment()  # a larger group belongs to the trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

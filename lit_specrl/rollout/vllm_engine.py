@@ -1,0 +1,139 @@
+"""Generation by vLLM in the trainer's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_specrl.policy import Policy
+from lit_specrl.rollout import vllm_adapter
+from lit_specrl.rollout.engine import ProgressListener, ProgressMeter, RolloutEngine
+from lit_specrl.types import RolloutRequest, Rollouts
+
+_CPU_BATCHED_TOKENS = 4096  # prompt tokens of one engine step on a CPU
+
+
+class VLLMEngine(RolloutEngine):
+    """A colocated vLLM: same process, same device, weights handed over in memory.
+
+    Args:
+        dtype: dtype of the engine's weights and cache. "bfloat16" is twice as fast as "float32"; only "float32" gives
+            the tokens of a float32 policy.
+        gpu_memory_utilization: fraction of the GPU that the engine may hold; not used on a CPU.
+        cpu_kv_cache_gib: size of the key-value cache on a CPU, in GiB.
+        max_num_seqs: most responses decoded at once.
+        max_model_len: longest prompt plus response, in tokens; `None` takes what data and sampling settings need.
+        enforce_eager: run without compilation and CUDA graphs. `None` is True on a CPU and False on a GPU.
+        sleep_level: what `sleep` gives back on a GPU. 1 = the key-value cache, with the weights moved to the host;
+            0 = nothing. Level 2 (drop the weights) is refused: it loses a drafter's weights without any error.
+        options: further arguments of `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        dtype: str = "bfloat16",
+        gpu_memory_utilization: float = 0.5,
+        cpu_kv_cache_gib: float = 2,
+        max_num_seqs: int = 256,
+        max_model_len: int | None = None,
+        enforce_eager: bool | None = None,
+        sleep_level: int = 1,
+        options: dict[str, Any] | None = None,
+    ):
+        if sleep_level not in (0, 1):
+            raise ValueError(f"sleep_level must be 0 or 1, got {sleep_level}; level 2 would drop weights that nobody restores")
+        self.dtype, self.max_num_seqs, self.max_model_len = dtype, max_num_seqs, max_model_len
+        self.gpu_memory_utilization, self.cpu_kv_cache_gib = gpu_memory_utilization, cpu_kv_cache_gib
+        self.enforce_eager, self.sleep_level = enforce_eager, sleep_level
+        self.options = dict(options or {})
+        self.llm: Any = None
+        self._asleep = False
+
+    def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
+        self._on_gpu = policy.device.type == "cuda"
+        self.stop_token_ids = sorted(stop_token_ids)
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len or max_length,
+            "max_num_seqs": self.max_num_seqs,
+            "enforce_eager": not self._on_gpu if self.enforce_eager is None else self.enforce_eager,
+        }
+        if not self._on_gpu:
+            # vLLM 0.32 rewinds a row's generator after a partial prefill, which CPU generators cannot do: no partial prefills
+            options |= {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, options["max_model_len"]),
+            }
+        else:
+            options |= {"gpu_memory_utilization": self.gpu_memory_utilization, "enable_sleep_mode": self.sleep_level > 0}
+        with torch.autocast(policy.device.type, enabled=False):
+            self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, **options, **self.options)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.wake_up()
+        vllm_adapter.load_weights(self.llm, weights)
+        self.policy_version = version
+
+    @torch.no_grad()
+    def generate(self, request: RolloutRequest, on_progress: ProgressListener | None = None) -> Rollouts:
+        self._check_version(request)
+        self.wake_up()
+        meter = ProgressMeter(request.num_rows, on_progress)
+        prompts = [request.prompts.prompt_ids[request.prompt_index(row)] for row in range(request.num_rows)]
+        rows: dict[int, vllm_adapter.FinishedRow] = {}
+        # the trainer's autocast would silently change the dtype of the engine's own arithmetic
+        with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False):
+            for step in vllm_adapter.run(self.llm, prompts, self._sampling_params(request)):
+                rows |= {finished.row: finished for finished in step.finished}
+                meter.advance(step.num_tokens, len(step.finished))
+        ordered = [rows[row] for row in range(request.num_rows)]
+        return Rollouts(
+            request=request,
+            response_ids=[row.token_ids for row in ordered],
+            sampling_logprobs=[row.logprobs for row in ordered],
+            finish_reasons=["stop" if row.finish_reason == "stop" else "length" for row in ordered],
+            policy_version=request.policy_version,
+            elapsed_s=meter.elapsed_s,
+        )
+
+    def _sampling_params(self, request: RolloutRequest) -> list[Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        return [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k or 0,
+                max_tokens=sampling.max_completion_length,
+                stop_token_ids=self.stop_token_ids,
+                seed=seed,
+                logprobs=0,  # of the sampled token
+                detokenize=False,
+                output_kind=RequestOutputKind.CUMULATIVE,
+            )
+            for seed in request.seeds
+        ]
+
+    def sleep(self) -> None:
+        if self.llm is not None and self._on_gpu and self.sleep_level and not self._asleep:
+            self.llm.sleep(level=self.sleep_level)
+            self._asleep = True
+
+    def wake_up(self) -> None:
+        if self._asleep:
+            self.llm.wake_up()
+            self._asleep = False
+
+    def shutdown(self) -> None:
+        if self.llm is not None:
+            vllm_adapter.shutdown(self.llm)
+        self.llm = self.policy_version = None
+        self._asleep = False
+
+    def describe(self) -> str:
+        return f"{vllm_adapter.check_version()}, {self.dtype}, in process"

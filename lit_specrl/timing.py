@@ -1,0 +1,42 @@
+"""Wall time by stage of a step."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StageTimer:
+    """Adds up the seconds spent in named stages, until they are taken out.
+
+    Stages must not be nested: what they add up to is then at most the time that has passed.
+
+    Example:
+        >>> timer = StageTimer()
+        >>> with timer("gen"):
+        ...     pass
+        >>> list(timer.pop())
+        ['gen']
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # otherwise the next stage pays for the kernels of this one
+            self.seconds[stage] += time.perf_counter() - started_at
+
+    def pop(self) -> dict[str, float]:
+        """Seconds by stage since the last call."""
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        return seconds

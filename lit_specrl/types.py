@@ -1,0 +1,246 @@
+"""The carriers that the stages of one step hand to each other.
+
+Shape legend, used in every docstring of the package:
+
+    B  prompts of this rank in one step        P  prompt tokens (padded length)
+    G  rollouts per prompt (the group)         R  response tokens (padded length)
+    N  rows, N = B * G; row n answers prompt n // G      V  vocabulary
+
+Ragged data stays in lists; tensors appear where arithmetic on them starts (`Experience`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are sampled.
+
+    Args:
+        num_generations: rollouts per prompt, G.
+        max_completion_length: longest response, in tokens.
+        temperature: softmax temperature; 0 is greedy decoding.
+        top_p: nucleus mass in (0, 1]; 1 keeps the whole vocabulary.
+        top_k: number of most likely tokens to sample from; `None` keeps all.
+    """
+
+    num_generations: int = 8
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_generations < 1:
+            raise ValueError(f"num_generations must be at least 1, got {self.num_generations}")
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1 token, got {self.max_completion_length}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}; use 0 for greedy decoding")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}; use 1.0 to keep the whole vocabulary")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}; leave it out to keep the whole vocabulary")
+
+    @property
+    def is_truncated(self) -> bool:
+        """True when sampling departs from the softmax of the policy (nucleus or top-k)."""
+        return self.top_p < 1 or self.top_k is not None
+
+
+@dataclass
+class PromptBatch:
+    """The prompts of one step on one rank.
+
+    Example: two questions, the first with a numeric answer, the second without a reference::
+
+        PromptBatch(uids=["a1", "b7"], prompt_ids=[[5, 6, 7], [5, 9]], prompts=["2+3=", "Hi"],
+                    answers=["5", None], sources=["arithmetic", "chat"])
+    """
+
+    uids: list[str]
+    """[B] stable row identities: a hash of prompt and answer, made unique among duplicates."""
+    prompt_ids: list[list[int]]
+    """[B] token ids, ragged, without padding."""
+    prompts: list[str]
+    """[B] the rendered prompt text that was tokenised."""
+    answers: list[str | None]
+    """[B] reference answers; `None` where the source has none."""
+    sources: list[str]
+    """[B] name of the data source of each row; results are reported per source."""
+    columns: list[dict[str, Any]] = field(default_factory=list)
+    """[B] or empty: the remaining columns of each data row, handed to reward functions."""
+    sampling: SamplingConfig | None = None
+    """How to sample for these prompts; `None` means the module's training settings."""
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    def to(self, device: Any) -> PromptBatch:
+        """Return self: prompts stay on the host (Lightning calls this when it moves a batch)."""
+        return self
+
+
+@dataclass
+class RolloutRequest:
+    """What an engine is asked to generate: every prompt G times."""
+
+    prompts: PromptBatch
+    sampling: SamplingConfig
+    seeds: list[int]
+    """[N] one seed per row, drawn from the run's generator; equal seeds give equal responses."""
+    policy_version: int
+    """Number of optimizer steps behind the weights that shall generate."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.prompts) * self.sampling.num_generations
+
+    def prompt_index(self, row: int) -> int:
+        """Index into the prompts of the prompt that `row` answers."""
+        return row // self.sampling.num_generations
+
+
+@dataclass(frozen=True)
+class RolloutProgress:
+    """How far a running generation has come; engines report it about twice a second."""
+
+    rows_done: int
+    num_rows: int
+    num_tokens: int
+    """Response tokens generated so far."""
+    elapsed_s: float
+
+
+@dataclass
+class Rollouts:
+    """Generated responses, one row each.
+
+    Example: one prompt, two rows, the second cut at the length limit of 3 tokens::
+
+        Rollouts(request, response_ids=[[8, 2], [8, 8, 8]], sampling_logprobs=[[-0.1, -0.7], [-0.1, -0.2, -0.2]],
+                 finish_reasons=["stop", "length"], policy_version=0, elapsed_s=0.4)
+    """
+
+    request: RolloutRequest
+    response_ids: list[list[int]]
+    """[N] ragged token ids, the end-of-text token included when it was generated."""
+    sampling_logprobs: list[list[float]]
+    """[N] ragged, nats: log-prob of each token under the distribution it was sampled from (temperature applied)."""
+    finish_reasons: list[FinishReason]
+    """[N] "stop" = end-of-text was generated, "length" = cut at `max_completion_length`."""
+    policy_version: int
+    """Version of the weights that generated."""
+    elapsed_s: float
+    """Wall time of generation, in seconds."""
+    texts: list[str] = field(default_factory=list)
+    """[N] decoded responses without special tokens; filled by the module."""
+    rewards: dict[str, list[float | None]] = field(default_factory=dict)
+    """Unweighted rewards by function, [N] each, `None` where one does not apply; filled by the module."""
+
+    @property
+    def prompts(self) -> PromptBatch:
+        return self.request.prompts
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.response_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens of all rows."""
+        return sum(len(ids) for ids in self.response_ids)
+
+    @property
+    def truncated(self) -> list[bool]:
+        """[N] True where the response was cut at the length limit."""
+        return [reason == "length" for reason in self.finish_reasons]
+
+
+@dataclass
+class Experience:
+    """Rollouts with everything the loss needs, padded.
+
+    Prompts are left-padded and responses right-padded, so that a response starts at the same column in every row.
+    """
+
+    prompt_ids: Tensor
+    """[B, P] long, left-padded."""
+    prompt_mask: Tensor
+    """[B, P] bool, True on prompt tokens."""
+    prompt_index: Tensor
+    """[N] long, the prompt that each row answers."""
+    response_ids: Tensor
+    """[N, R] long, right-padded."""
+    response_mask: Tensor
+    """[N, R] bool, True on response tokens (end-of-text included)."""
+    loss_mask: Tensor
+    """[N, R] bool, True on tokens that take part in the loss; a subset of `response_mask`."""
+    advantages: Tensor
+    """[N, R] float32."""
+    sampling_logprobs: Tensor
+    """[N, R] float32, nats, 0 on padding."""
+    rewards: Tensor
+    """[N] float32, weighted sum over the reward functions."""
+    policy_version: int
+    old_logprobs: Tensor | None = None
+    """[N, R] float32, nats; `None` when the only update is on-policy and the training forward supplies them."""
+    reference_logprobs: Tensor | None = None
+    """[N, R] float32, nats; `None` without a KL term."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.response_ids.shape[0]
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """[N] prompt tokens of each row."""
+        return self.prompt_mask.sum(-1)[self.prompt_index]
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """[N] response tokens of each row."""
+        return self.response_mask.sum(-1)
+
+    def select(self, rows: list[int]) -> Experience:
+        """The given rows with their prompts, padded no further than these rows need."""
+        prompts, prompt_index = self.prompt_index[rows].unique(return_inverse=True)
+        prompt_mask = self.prompt_mask[prompts]
+        first_column = prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
+        num_columns = int(self.response_mask[rows].sum(-1).max())
+        cut = {
+            name: value[rows, :num_columns]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and value.shape == self.response_mask.shape
+        }
+        return replace(
+            self,
+            **cut,
+            prompt_ids=self.prompt_ids[prompts, first_column:],
+            prompt_mask=prompt_mask[:, first_column:],
+            prompt_index=prompt_index,
+            rewards=self.rewards[rows],
+        )
+
+    def minibatches(self, count: int) -> list[Experience]:
+        """`count` parts of equally many whole groups, in order."""
+        if count == 1:
+            return [self]
+        num_prompts = len(self.prompt_ids)
+        if num_prompts % count:
+            raise ValueError(f"{num_prompts} prompts cannot be divided into {count} minibatches")
+        part = self.prompt_index // (num_prompts // count)  # [N]
+        return [self.select((part == index).nonzero().squeeze(-1).tolist()) for index in range(count)]
+
+    def to(self, device: torch.device | str) -> Experience:
+        """Copy with every tensor on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)

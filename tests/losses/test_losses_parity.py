@@ -1,0 +1,250 @@
+"""Losses, gradients, advantages and metrics are those of TRL 1.16.0 and verl 0.9.1 (`record_oracles.py`) to 1e-5."""
+
+import pytest
+import torch
+
+from lit_specrl.advantages import (
+    frac_reward_zero_std,
+    generalized_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+)
+from lit_specrl.losses import (
+    ImportanceSampling,
+    PolicyLoss,
+    explained_variance,
+    kl_penalty,
+    resolve_loss_type,
+    token_weights,
+    value_loss,
+)
+from lit_specrl.masking import masked_mean, masked_whiten
+
+MAX_COMPLETION_LENGTH = 7
+
+
+def assert_equal(actual, expected, **kwargs):
+    """Oracles hold seven digits."""
+    torch.testing.assert_close(
+        torch.as_tensor(actual).float(), torch.as_tensor(expected).float(), rtol=1e-5, atol=1e-5, **kwargs
+    )
+
+
+def policy_loss_of(loss_type, **kwargs):
+    parts = resolve_loss_type(loss_type)
+    return PolicyLoss(
+        surrogate=parts.surrogate, importance_sampling_level=parts.importance_sampling_level, **kwargs
+    ), parts.aggregation
+
+
+TRL_LOSSES = {
+    "grpo": ("grpo", {}),
+    "grpo on policy": ("grpo", {}),
+    "grpo with kl": ("grpo", {}),
+    "grpo with importance and kl": ("grpo", {}),
+    "grpo two-sided": ("grpo", {"epsilon_high": 0.28, "delta": 1.5}),
+    "dapo": ("dapo", {"epsilon_high": 0.28}),
+    "bnpo": ("bnpo", {}),
+    "dr_grpo": ("dr_grpo", {}),
+    "cispo": ("cispo", {"epsilon_high": 1.3}),
+    "gspo": ("gspo", {"epsilon": 0.1}),
+    "luspo": ("luspo", {"epsilon": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", TRL_LOSSES)
+def test_policy_losses_are_those_of_trl(case, oracles, inputs, loss_mask):
+    loss_type, settings = TRL_LOSSES[case]
+    expected = oracles["trl"]["losses"][case]
+    policy_loss, aggregation = policy_loss_of(loss_type, **settings)
+    policy_logprobs = inputs["policy_logprobs"].clone().requires_grad_()
+    old_logprobs = None if "on policy" in case else inputs["old_logprobs"]
+    advantages = inputs["row_advantages"][:, None].expand(8, 6)
+
+    per_token_loss, clipped = policy_loss(policy_logprobs, old_logprobs, advantages, loss_mask)
+    if "importance" in case:
+        per_token_loss = per_token_loss * oracle_token_weights(inputs, loss_mask)
+    if "kl" in case:
+        kl = kl_penalty(policy_logprobs, inputs["reference_logprobs"], loss_mask)
+        assert_equal(masked_mean(kl, loss_mask), expected["kl"])
+        per_token_loss = per_token_loss + 0.1 * kl
+    weights = token_weights(loss_mask, aggregation, max_completion_length=MAX_COMPLETION_LENGTH)
+    loss = (per_token_loss * weights).sum()
+    loss.backward()
+
+    assert_equal(loss, expected["loss"])
+    assert_equal(policy_logprobs.grad, expected["gradient"])
+    if loss_type == "cispo":
+        assert_equal(clipped.high_mean, expected["cispo_clip_ratio"])
+    else:
+        assert_equal(clipped.low_mean, expected["clip_ratio/low_mean"])
+        assert_equal(clipped.high_mean, expected["clip_ratio/high_mean"])
+        assert_equal(clipped.region_mean, expected["clip_ratio/region_mean"])
+
+
+def oracle_token_weights(inputs, loss_mask):
+    sampling_logprobs = inputs["sampling_logprobs"].clone()
+    sampling_logprobs[1, 0] = torch.nan  # TRL was given a log-prob that the engine did not know
+    return ImportanceSampling("token_truncate", clip_max=1.2)(inputs["old_logprobs"], sampling_logprobs, loss_mask)[0]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
+def test_losses_are_those_of_trl_accumulated_over_two_micro_batches(loss_type, oracles, inputs, loss_mask):
+    expected = oracles["trl"]["losses in two micro-batches"][loss_type]
+    policy_loss, aggregation = policy_loss_of(loss_type, epsilon_high=1.3 if loss_type == "cispo" else None)
+    policy_logprobs = inputs["policy_logprobs"].clone().requires_grad_()
+    total = torch.zeros(())
+    for rows in torch.arange(8).chunk(2):
+        per_token_loss, _ = policy_loss(
+            policy_logprobs[rows],
+            inputs["old_logprobs"][rows],
+            inputs["row_advantages"][rows, None].expand(4, 6),
+            loss_mask[rows],
+        )
+        weights = token_weights(
+            loss_mask[rows],
+            aggregation,
+            num_tokens=loss_mask.sum(),
+            num_sequences=8,
+            max_completion_length=MAX_COMPLETION_LENGTH,
+        )
+        loss = (per_token_loss * weights).sum()
+        loss.backward()
+        total += loss.detach()
+
+    assert_equal(total, expected["loss"])
+    assert_equal(policy_logprobs.grad, expected["gradient"])
+
+
+VERL_LOSSES = {
+    "ppo": (PolicyLoss(clip_ratio_c=10.0), "token"),
+    "dual clip": (PolicyLoss(clip_ratio_c=1.5), "token"),
+    "dual clip inside the range": (PolicyLoss(clip_ratio_c=1.1), "token"),
+    "dapo": (PolicyLoss(epsilon_high=0.28, clip_ratio_c=10.0), "token"),
+    "sequence": (PolicyLoss(clip_ratio_c=10.0), "sequence"),
+    "sequence_sum": (PolicyLoss(clip_ratio_c=10.0), "sequence_sum"),
+    "fixed": (PolicyLoss(clip_ratio_c=10.0), "fixed"),
+    "with importance": (PolicyLoss(clip_ratio_c=10.0), "token"),
+    "gspo": (PolicyLoss(epsilon=0.1, importance_sampling_level="sequence"), "sequence"),
+    "gspo by token": (PolicyLoss(epsilon=0.1, importance_sampling_level="sequence"), "token"),
+    "cispo": (PolicyLoss(epsilon_high=1.3, surrogate="cispo"), "token"),
+}
+
+
+@pytest.mark.parametrize("case", VERL_LOSSES)
+def test_policy_losses_are_those_of_verl(case, oracles, inputs, loss_mask):
+    policy_loss, aggregation = VERL_LOSSES[case]
+    expected = oracles["verl"]["losses"][case]
+    policy_logprobs = inputs["policy_logprobs"].clone().requires_grad_()
+    advantages = inputs["row_advantages"][:, None].expand(8, 6) if case == "gspo" else inputs["token_advantages"]
+
+    per_token_loss, clipped = policy_loss(policy_logprobs, inputs["old_logprobs"], advantages, loss_mask)
+    if case == "with importance":
+        per_token_loss = per_token_loss * oracles["verl"]["importance"]["token 1.2"]
+    weights = token_weights(loss_mask, aggregation, num_sequences=loss_mask.any(-1).sum(), max_completion_length=6)
+    loss = (per_token_loss * weights).sum()
+    loss.backward()
+
+    assert_equal(loss, expected["loss"])
+    assert_equal(policy_logprobs.grad, expected["gradient"])
+    assert_equal(clipped.bound_mean, expected["actor/pg_clipfrac_lower"])
+    if policy_loss.surrogate == "clip" and policy_loss.importance_sampling_level == "token":
+        assert_equal(clipped.region_mean, expected["actor/pg_clipfrac"])
+
+
+@pytest.mark.parametrize("rewards", ["rewards", "ragged_rewards"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_group_advantages_are_those_of_trl(scale_rewards, rewards, oracles, inputs):
+    advantages = group_advantages(inputs[rewards], 4, scale_rewards)
+    assert_equal(advantages, oracles["trl"]["advantages"][f"{scale_rewards} {rewards}"])
+    if scale_rewards != "batch":
+        expected = oracles["trl"]["frac_reward_zero_std"][f"{scale_rewards} {rewards}"]
+        assert_equal(frac_reward_zero_std(inputs[rewards], 4), expected)
+
+
+@pytest.mark.parametrize("rewards", ["rewards", "ragged_rewards"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_leave_one_out_advantages_are_those_of_trl(normalize, rewards, oracles, inputs):
+    advantages = leave_one_out_advantages(inputs[rewards], 4, normalize=normalize)
+    assert_equal(advantages, oracles["trl"]["leave_one_out"][f"{normalize} {rewards}"])
+
+
+def test_advantages_are_those_of_verl(oracles, inputs):
+    expected = oracles["verl"]
+    assert_equal(group_advantages(inputs["rewards"], 4, epsilon=1e-6), expected["group_advantages"]["True"])
+    assert_equal(group_advantages(inputs["rewards"], 4, "none"), expected["group_advantages"]["False"])
+    assert_equal(leave_one_out_advantages(inputs["rewards"], 4), expected["leave_one_out"])
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 1.0), (0.9, 0.8)])
+def test_generalized_advantages_are_those_of_verl(gamma, gae_lambda, oracles, inputs, loss_mask):
+    expected = oracles["verl"]["gae"][f"{gamma} {gae_lambda}"]
+    advantages, returns = generalized_advantages(
+        inputs["token_rewards"], inputs["values"], loss_mask, gamma, gae_lambda
+    )
+    assert_equal(masked_whiten(advantages, loss_mask)[loss_mask], expected["whitened advantages"][loss_mask])
+    assert_equal(returns[loss_mask], expected["returns"][loss_mask])
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_is_that_of_verl(shift_mean, oracles, inputs, loss_mask):
+    expected = oracles["verl"]["whiten"][str(shift_mean)]
+    assert_equal(masked_whiten(inputs["values"], loss_mask, shift_mean)[loss_mask], expected[loss_mask])
+
+
+@pytest.mark.parametrize("clips", [(None, 3.0), (0.9, 1.2)])
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_importance_weights_and_their_metrics_are_those_of_trl(mode, clips, oracles, inputs, loss_mask):
+    expected = oracles["trl"]["importance"][f"{mode} {clips[0]} {clips[1]}"]
+    sampling_logprobs = inputs["sampling_logprobs"].clone()
+    sampling_logprobs[1, 0] = torch.nan
+    correction = ImportanceSampling(mode, clip_min=clips[0], clip_max=clips[1])
+
+    weights, mismatch = correction(inputs["old_logprobs"], sampling_logprobs, loss_mask)
+
+    assert_equal(weights[loss_mask], expected["weights"][loss_mask])
+    assert_equal(mismatch.ratio_min, expected["importance_sampling_ratio/min"])
+    assert_equal(mismatch.ratio_mean, expected["importance_sampling_ratio/mean"])
+    assert_equal(mismatch.ratio_max, expected["importance_sampling_ratio/max"])
+    assert_equal(mismatch.difference_mean, expected["sampling_logp_difference/mean"])
+    assert_equal(mismatch.difference_max, expected["sampling_logp_difference/max"])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "mode", "clip_min"), [("1.2", "truncate", None), ("0.9_1.2", "mask", 0.9)], ids=["truncate", "mask"]
+)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_are_those_of_verl(level, threshold, mode, clip_min, oracles, inputs, loss_mask):
+    correction = ImportanceSampling(f"{level}_{mode}", clip_min=clip_min, clip_max=1.2)
+    weights, _ = correction(inputs["old_logprobs"], inputs["sampling_logprobs"], loss_mask)
+    assert_equal(weights, oracles["verl"]["importance"][f"{level} {threshold}"])
+
+
+@pytest.mark.parametrize(
+    "estimator", ["kl", "abs", "mse", "low_var_kl", "k1", "k2", "k3", "k1+", "abs+", "k2+", "k3+", "low_var_kl+"]
+)
+def test_kl_estimators_are_those_of_verl(estimator, oracles, inputs, loss_mask):
+    expected = oracles["verl"]["kl"][estimator]
+    policy_logprobs = inputs["policy_logprobs"].clone().requires_grad_()
+    kl = kl_penalty(policy_logprobs, inputs["reference_logprobs"], loss_mask, estimator)
+    kl.sum().backward()
+    assert_equal(kl[loss_mask], expected["value"][loss_mask])
+    assert_equal(policy_logprobs.grad[loss_mask], expected["gradient"][loss_mask])
+
+
+@pytest.mark.parametrize("cliprange_value", [0.5, 0.1])
+def test_value_loss_is_that_of_verl(cliprange_value, oracles, inputs, loss_mask):
+    expected = oracles["verl"]["value_loss"][str(cliprange_value)]
+    values = inputs["values"].clone().requires_grad_()
+    per_token_loss, clipped = value_loss(values, inputs["old_values"], inputs["returns"], loss_mask, cliprange_value)
+    loss = (per_token_loss * token_weights(loss_mask, "token")).sum()
+    loss.backward()
+    assert_equal(loss, expected["loss"])
+    assert_equal(values.grad, expected["gradient"])
+    assert_equal(clipped.clipped_mean, expected["clipped"])
+
+
+def test_explained_variance_is_that_of_verl(oracles, inputs, loss_mask):
+    assert_equal(
+        explained_variance(inputs["values"], inputs["returns"], loss_mask), oracles["verl"]["explained_variance"]
+    )

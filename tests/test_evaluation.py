@@ -1,0 +1,111 @@
+from itertools import combinations
+
+import pytest
+
+from lit_specrl.evaluation import AccuracyMeter, maj_at_k, mean_at_k, normalise_answer, pass_at_k
+
+
+def test_mean_at_k():
+    assert mean_at_k([1.0, 0.0, 0.5, 0.0]) == 0.375
+
+
+@pytest.mark.parametrize("num_correct", range(6))
+@pytest.mark.parametrize("k", range(1, 6))
+def test_pass_at_k_is_the_share_of_draws_with_a_correct_response(num_correct, k):
+    responses = [1] * num_correct + [0] * (5 - num_correct)
+    draws = list(combinations(responses, k))
+    assert pass_at_k(5, num_correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, 1, 5), "k must lie between 1 and num_samples=4, got 5; sample more responses"),
+        ((4, 1, 0), "k must lie between 1 and num_samples=4, got 0"),
+        ((4, 5, 1), "num_correct must lie between 0 and num_samples=4, got 5"),
+    ],
+)
+def test_pass_at_k_refuses_impossible_counts(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pass_at_k(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("correct", "answers", "expected"),
+    [
+        ([1.0, 0.0, 1.0], ["7", "8", "7"], 1.0),
+        ([0.0, 0.0, 1.0], ["8", "8", "7"], 0.0),
+        ([1.0, 0.0], ["7", "8"], 0.5),
+        ([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], ["7", "7", "8", "8", "9", "9", "6"], 1 / 3),
+        ([1.0, 1.0, 0.0], ["7", " 7.0", "8"], 1.0),
+        ([1.0, 0.0, 0.0, 0.0], ["7", None, None, None], 1.0),
+        ([0.0, 0.0], [None, None], 0.0),
+        ([1.0, 0.0, 0.0], ["7", "7", "8"], 0.5),
+    ],
+    ids=["agreed", "outvoted", "tie", "three-way tie", "spellings", "abstentions", "nobody votes", "unequal verdicts"],
+)
+def test_maj_at_k(correct, answers, expected):
+    assert maj_at_k(correct, answers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("7", "7"), ("+7.00", "7"), (" 1,234 ", "1234"), ("0.50", "0.5"), ("-3.", "-3"), ("12,34", "12,34"), ("$x + 1$.", "x+1"),
+     ("100", "100"), ("x = 1.0", "x=1.0"), ("(A)", "(A)")],
+)  # fmt: skip
+def test_normalise_answer(answer, expected):
+    assert normalise_answer(answer) == expected
+
+
+def test_meter_reports_each_source_and_the_mean_over_all_prompts():
+    meter = AccuracyMeter(["easy", "hard", "unused"], num_generations=4, pass_ks=[2])
+    meter.update("easy", [1.0, 1.0, 0.0, 0.0], ["7", "7", "8", "9"])
+    meter.update("easy", [0.0, 0.0, 0.0, 0.0], ["1", "2", None, "3"])
+    meter.update("hard", [0.0, 1.0, 0.0, 0.0], ["5", "6", "5", "5"])
+    assert meter.compute() == {
+        "val-core/easy/acc/mean@4": pytest.approx(0.25),
+        "val-core/easy/acc/maj@4": pytest.approx(0.5),
+        "val-core/easy/acc/pass@2": pytest.approx(5 / 12),
+        "val-core/easy/acc/pass@4": pytest.approx(0.5),
+        "val-core/hard/acc/mean@4": pytest.approx(0.25),
+        "val-core/hard/acc/maj@4": pytest.approx(0.0),
+        "val-core/hard/acc/pass@2": pytest.approx(0.5),
+        "val-core/hard/acc/pass@4": pytest.approx(1.0),
+        "val_accuracy": pytest.approx(0.25),
+    }
+
+
+def test_ranks_with_unequal_numbers_of_prompts_combine_as_one():
+    """A mean of the ranks' means would give 0.5."""
+    here, there = AccuracyMeter(["a"], 1), AccuracyMeter(["a"], 1)
+    here.update("a", [1.0], ["x"])
+    there.update("a", [0.0], ["x"])
+    there.update("a", [0.0], ["x"])
+    here.distributed_available_fn = lambda: True
+    here.dist_sync_fn = lambda state, group: [state, there.counts if state is here.counts else there.sums]
+    assert here.compute()["val_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_reset_forgets():
+    meter = AccuracyMeter(["a"], 1)
+    meter.update("a", [1.0], ["x"])
+    meter.reset()
+    meter.update("a", [0.0], ["x"])
+    assert meter.compute()["val_accuracy"] == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_a_meter_without_prompts_reports_nothing():
+    assert AccuracyMeter(["a"], 1).compute() == {}
+
+
+def test_wrong_updates_are_refused():
+    meter = AccuracyMeter(["a"], num_generations=2)
+    with pytest.raises(ValueError, match=r"unknown source 'b'; expected one of \['a'\]"):
+        meter.update("b", [1.0, 0.0], [None, None])
+    with pytest.raises(
+        ValueError, match=r"expected num_generations=2 responses for each prompt, got 1 values and 2 answers"
+    ):
+        meter.update("a", [1.0], [None, None])
+    with pytest.raises(ValueError, match=r"pass_ks must lie between 1 and num_generations=2, got \[4\]"):
+        AccuracyMeter(["a"], 2, pass_ks=[4])
