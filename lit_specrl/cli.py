@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+import warnings
 
 from lit_specrl.environment import check_torchvision
 
@@ -29,17 +29,13 @@ class LitSpecRLCLI(LightningCLI):
         parser.add_lightning_class_args(CompletionWriter, "completions")
 
 
-def main(arguments: list[str] | None = None) -> Any:
-    """Entry point of `lit-specrl`.
+def run(arguments: list[str] | None = None) -> LitSpecRLCLI:
+    """Do what the command line says.
 
     Args:
         arguments: command line without the program's name; by default that of the process.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["export"]:
-        from lit_specrl.export import export_command
-
-        return export_command(arguments[1:])
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.13
     return LitSpecRLCLI(
         RLVRModule,
         PromptDataModule,
@@ -47,16 +43,24 @@ def main(arguments: list[str] | None = None) -> Any:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},  # a resumed run writes into the folder of the first
-        seed_everything_default=True,
         trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": 1},
         parser_kwargs={
             "prog": "lit-specrl",
             "description": "Reinforcement learning with verifiable rewards. "
             "`lit-specrl export --help` turns a checkpoint into a HuggingFace folder.",
-            "default_env": False,
         },
         args=arguments,
     )
+
+
+def main() -> None:
+    """Entry point of `lit-specrl`."""
+    if sys.argv[1:2] == ["export"]:
+        from lit_specrl.export import export_command
+
+        export_command(sys.argv[2:])
+    else:
+        run()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MB in float32
+_CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MB in float32, and as much again for what is made of them
 
 
 def token_logprobs(
@@ -24,7 +25,7 @@ def token_logprobs(
         weight: [V, H] rows of the output head.
         targets: [T] long, token ids.
         temperature: softmax temperature, positive.
-        chunk_tokens: tokens per chunk; by default as many as make 256 MB of float32 logits.
+        chunk_tokens: tokens per chunk; by default as many as make 128 MB of float32 logits.
 
     Returns:
         Log-probs [T] in nats (differentiable in `hidden` and `weight`) and entropies [T] in nats (without gradient), float32.
@@ -35,39 +36,22 @@ def token_logprobs(
     return _ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.T).float()  # [t, V]
-    return logits if temperature == 1 else logits.div_(temperature)
-
-
-def _slices(length: int, chunk: int) -> list[slice]:
-    return [slice(start, start + chunk) for start in range(0, length, chunk)]
-
-
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        dtype = _compute_dtype(hidden)
+        device = hidden.device.type
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
-        head = weight.to(dtype)
-        logprobs = hidden.new_empty(len(targets), dtype=torch.float32)  # [T]
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)  # [T]
         entropy = torch.empty_like(logprobs)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _slices(len(targets), chunk):
-                logits = _logits(hidden[rows].to(dtype), head, temperature)  # [t, V]
-                log_normaliser = logits.logsumexp(-1)  # [t]
-                logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - log_normaliser
-                probs = (logits - log_normaliser[:, None]).exp_()
-                # 0 * -inf would be nan; a masked-out logit contributes nothing to the entropy
-                entropy[rows] = log_normaliser - (probs * logits.clamp_min_(torch.finfo(torch.float32).min)).sum(-1)
+        with torch.autocast(device, enabled=False):
+            for rows, logits, spare in _logit_chunks(ctx, hidden, weight.to(ctx.dtype)):
+                torch.log_softmax(logits, -1, out=spare)
+                logprobs[rows] = spare.gather(-1, targets[rows, None]).squeeze(-1)
+                entropy[rows] = torch.exp(spare, out=logits).mul_(spare).sum(-1).neg_()
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -78,15 +62,29 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _slices(len(targets), ctx.chunk):
-                states = hidden[rows].to(ctx.dtype)  # [t, H]
+            for rows, logits, spare in _logit_chunks(ctx, hidden, head):
                 # d logprob / d logits = (one_hot(target) - softmax) / temperature
                 scale = grad_logprobs[rows, None] / ctx.temperature  # [t, 1]
-                grad = _logits(states, head, ctx.temperature).softmax(-1).mul_(-scale)  # [t, V]
-                grad.scatter_add_(-1, targets[rows, None], scale)
-                grad = grad.to(ctx.dtype)
+                grad = torch.softmax(logits, -1, out=spare).mul_(-scale)  # [t, V]
+                grad = grad.scatter_add_(-1, targets[rows, None], scale).to(ctx.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (grad @ head).to(hidden.dtype)
+                    grad_hidden[rows] = grad @ head
                 if grad_weight is not None:
-                    grad_weight += grad.T @ states
+                    grad_weight += grad.T @ hidden[rows].to(ctx.dtype)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _logit_chunks(ctx: Any, hidden: Tensor, head: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows, their logits over temperature and a buffer of the same shape [t, V], both float32 and used again by the next chunk.
+
+    Fresh memory for every chunk would cost more time on a CPU than the arithmetic.
+    """
+    size = min(ctx.chunk, len(hidden))
+    product = hidden.new_empty(size, head.shape[0], dtype=ctx.dtype)
+    buffers = hidden.new_empty(2, size, head.shape[0], dtype=torch.float32)
+    for start in range(0, len(hidden), ctx.chunk):
+        rows = slice(start, start + ctx.chunk)
+        states = hidden[rows].to(ctx.dtype)  # [t, H]
+        logits, spare = buffers[:, : len(states)]
+        logits.copy_(torch.mm(states, head.T, out=product[: len(states)]))
+        yield rows, logits if ctx.temperature == 1 else logits.div_(ctx.temperature), spare

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoTokenizer
 
 from lit_specrl.advantages import ScaleRewards, frac_reward_zero_std, group_advantages
+from lit_specrl.allocator import keep_freed_memory
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.evaluation import AccuracyMeter
 from lit_specrl.experience import active_rows, padded_experience
@@ -167,6 +168,21 @@ class RLVRModule(L.LightningModule):
             "gradient_checkpointing": gradient_checkpointing,
         }
         self.seed = seed
+        self.settings = {
+            "model": model,
+            "rewards": ", ".join(f"{reward.weight:g} {reward.name}" for reward in self.rewards.rewards),
+            **vars(self.sampling),
+            "loss_type": loss_type,
+            "epsilon": epsilon,
+            "epsilon_high": epsilon if epsilon_high is None else epsilon_high,
+            "scale_rewards": scale_rewards,
+            "beta": beta,
+            "num_iterations": num_iterations,
+            "num_minibatches": num_minibatches,
+            "max_grad_norm": max_grad_norm,
+            "dtype": dtype,
+            "seed": seed,
+        }  # for the logger's table of runs
 
         self.policy: Policy | None = None
         self.engine: RolloutEngine | None = None
@@ -222,6 +238,8 @@ class RLVRModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         self.policy = Policy.build(self.model_name, **self.policy_options)
         if self.beta:
             reference = Policy.build(self.model_name, **{**self.policy_options, "gradient_checkpointing": False})
@@ -465,7 +483,7 @@ class RLVRModule(L.LightningModule):
     def _log_evaluation(self) -> None:
         metrics = {name: value for meter in self._meters.values() for name, value in meter.compute().items()}
         if not self.trainer.sanity_checking:
-            self.log_dict(metrics)
+            self.log_dict(metrics, sync_dist=True)  # equal on all ranks already
         elif self.logger is not None and self.trainer.num_sanity_val_batches == self.trainer.num_val_batches:
             # a whole validation before training (num_sanity_val_steps=-1), which Lightning itself would throw away
             self.logger.log_metrics(metrics, step=0)

@@ -75,8 +75,7 @@ class Policy(nn.Module):
             raise ValueError(unreachable_model_message(name_or_path)) from error
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.train()
-        return cls(model)
+        return cls(model.train())
 
     @staticmethod
     def _reject_scaled_logits(model: PreTrainedModel) -> None:
