@@ -4,7 +4,7 @@ Names are imported on first use, so that `import lit_specrl` needs neither vLLM 
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -37,31 +37,6 @@ _EXPORTS = {
     "SamplingConfig": "types",
 }
 __all__ = list(_EXPORTS)
-
-if TYPE_CHECKING:
-    from lit_specrl.callbacks import (
-        CompletionWriter,
-        RolloutCallback,
-        RolloutProgressBar,
-        RolloutRecorder,
-        RunSummary,
-        SpeculativeRollout,
-        TensorBoardReport,
-    )
-    from lit_specrl.data import PromptDataModule
-    from lit_specrl.module import GRPO, RLVRModule
-    from lit_specrl.policy import Policy
-    from lit_specrl.rewards import (
-        ExactReward,
-        FormatReward,
-        MathReward,
-        NumericReward,
-        OverlongReward,
-        Reward,
-        RewardFunction,
-    )
-    from lit_specrl.rollout import RolloutEngine, TransformersEngine, VLLMEngine
-    from lit_specrl.types import Experience, PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 
 def __getattr__(name: str) -> Any:

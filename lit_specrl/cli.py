@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 # Imported for their side effect: the CLI takes short names of classes that are imported.
 import lit_specrl.callbacks  # noqa: E402
 import lit_specrl.rewards  # noqa: E402
-import lit_specrl.rollout  # noqa: E402
+import lit_specrl.rollout  # noqa: E402, F401
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, TensorBoardReport  # noqa: E402
 from lit_specrl.data import PromptDataModule  # noqa: E402
 from lit_specrl.module import RLVRModule  # noqa: E402

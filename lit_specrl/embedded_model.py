@@ -12,6 +12,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 def default_folder() -> Path:
@@ -57,7 +58,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     # the weights are plain again, but transformers still marks the model as quantised and would refuse to save it
     del model.config.quantization_config
     model.is_quantized = False

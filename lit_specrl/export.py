@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jsonargparse import auto_cli
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_specrl.policy import unreachable_model_message
 
@@ -39,6 +40,8 @@ def export_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(model)
     except OSError as error:
         raise ValueError(unreachable_model_message(model)) from error
+    with suppress(OSError):  # many base models come without a generation config
+        policy.generation_config = GenerationConfig.from_pretrained(model)
     try:
         policy.load_state_dict(state)
     except RuntimeError as error:
@@ -77,6 +80,6 @@ def _read(source: Path, model: str | None) -> tuple[dict[str, torch.Tensor], str
 def export_command(arguments: list[str]) -> None:
     """`lit-specrl export CHECKPOINT FOLDER [--model ...] [--dtype ...]`."""
     try:
-        print(auto_cli(export_checkpoint, args=arguments, parser_class=None, prog="lit-specrl export"))
+        print(auto_cli(export_checkpoint, args=arguments, prog="lit-specrl export"))
     except ValueError as error:
         raise SystemExit(f"lit-specrl export: {error}") from error

@@ -32,7 +32,10 @@ def reward_metrics(scores: RewardScores, rewards: Tensor, num_generations: int) 
         num_generations: rows per group, G.
     """
     groups = rewards.view(-1, num_generations)
-    metrics = {"reward": float(rewards.mean()), "reward_std": float(groups.std(-1, correction=min(1, num_generations - 1)).mean())}
+    metrics = {
+        "reward": float(rewards.mean()),
+        "reward_std": float(groups.std(-1, correction=min(1, num_generations - 1)).mean()),
+    }
     for name, values in zip(scores.names, scores.values, strict=True):
         applicable = torch.tensor([value for value in values if value is not None])
         if len(applicable):

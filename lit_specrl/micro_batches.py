@@ -17,6 +17,8 @@ class MicroBatch:
     share_prompts: bool
     num_tokens: int
     """Tokens that the pass computes, padding included."""
+    counts: bool = True
+    """False for a pass that a rank computes only because another rank has one more, and sharded layers meet in each."""
 
 
 def plan_micro_batches(
@@ -53,9 +55,7 @@ def _cost(plan: list[MicroBatch]) -> int:
     return sum(batch.num_tokens for batch in plan)
 
 
-def _pack_rows(
-    prompt_lengths: Sequence[int], response_lengths: Sequence[int], max_tokens: int
-) -> list[MicroBatch]:
+def _pack_rows(prompt_lengths: Sequence[int], response_lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
     def tokens(rows: list[int]) -> int:
         return len(rows) * (max(prompt_lengths[r] for r in rows) + max(response_lengths[r] for r in rows))
 
@@ -92,6 +92,4 @@ def _pack_groups(
             if batches[-1] and tokens([*batches[-1], row]) > max_tokens:
                 batches.append([])
             batches[-1].append(row)
-    return [
-        MicroBatch(rows, len({prompt_index[row] for row in rows}) < len(rows), tokens(rows)) for rows in batches
-    ]
+    return [MicroBatch(rows, len({prompt_index[row] for row in rows}) < len(rows), tokens(rows)) for rows in batches]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -36,8 +38,9 @@ from lit_specrl.policy import Policy, TokenStatistics, check_model_exists, unrea
 from lit_specrl.rewards import Reward, RewardSet
 from lit_specrl.rewards.answers import extract_answer
 from lit_specrl.rewards.reward_set import RewardScores
-from lit_specrl.rollout import RolloutEngine, TransformersEngine
+from lit_specrl.rollout import RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.seeds import rollout_seeds
+from lit_specrl.strategy import FSDP2Strategy  # noqa: F401 (registers strategy="fsdp2")
 from lit_specrl.timing import StageTimer
 from lit_specrl.types import Experience, PromptBatch, RolloutProgress, RolloutRequest, Rollouts, SamplingConfig
 
@@ -124,7 +127,9 @@ class RLVRModule(L.LightningModule):
         self.automatic_optimization = False
         self.sampling = SamplingConfig(num_generations, max_completion_length, temperature, top_p, top_k)
         if temperature == 0:
-            raise ValueError("temperature must be positive in training, got 0; greedy rollouts of a group are all the same")
+            raise ValueError(
+                "temperature must be positive in training, got 0; greedy rollouts of a group are all the same"
+            )
         if importance_sampling is not None and self.sampling.is_truncated:
             raise ValueError(
                 f"importance_sampling is biased under top_p={top_p} and top_k={top_k}: the engine's log-probs belong to the "
@@ -144,7 +149,11 @@ class RLVRModule(L.LightningModule):
             raise ValueError(f"beta must not be negative, got {beta}; 0 switches the KL penalty off")
         loss = resolve_loss_type(loss_type)
         self.policy_loss = PolicyLoss(
-            epsilon, epsilon_high, delta, importance_sampling_level=loss.importance_sampling_level, surrogate=loss.surrogate
+            epsilon,
+            epsilon_high,
+            delta,
+            importance_sampling_level=loss.importance_sampling_level,
+            surrogate=loss.surrogate,
         )
         self.aggregation = loss.aggregation
         self.model_name = model
@@ -162,7 +171,7 @@ class RLVRModule(L.LightningModule):
         self.max_skipped_updates = max_skipped_updates
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
-        self.policy_options = {
+        self.policy_options: dict[str, Any] = {
             "dtype": dtype,
             "attn_implementation": attn_implementation,
             "gradient_checkpointing": gradient_checkpointing,
@@ -212,7 +221,12 @@ class RLVRModule(L.LightningModule):
             raise MisconfigurationException(
                 "precision='16-mixed' scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' or '32-true'"
             )
-        batch_size = getattr(self.trainer.datamodule, "batch_size", None)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.engine, VLLMEngine):
+            raise MisconfigurationException(
+                "TransformersEngine cannot generate with sharded weights; add SpeculativeRollout(engine=VLLMEngine()), or "
+                "use strategy='ddp'"
+            )
+        batch_size = getattr(self._datamodule, "batch_size", None)
         if stage == "fit" and batch_size is not None and batch_size // self.trainer.world_size % self.num_minibatches:
             raise MisconfigurationException(
                 f"{batch_size // self.trainer.world_size} prompts a step and rank (batch_size={batch_size}) cannot be divided "
@@ -228,7 +242,7 @@ class RLVRModule(L.LightningModule):
     @property
     def max_length(self) -> int | None:
         """Longest prompt plus response of the run, in tokens; `None` where the data does not bound its prompts."""
-        data = self.trainer.datamodule
+        data = self._datamodule
         prompt_length = getattr(data, "max_prompt_length", None)
         if prompt_length is None:
             return None
@@ -244,10 +258,15 @@ class RLVRModule(L.LightningModule):
         if self.beta:
             reference = Policy.build(self.model_name, **{**self.policy_options, "gradient_checkpointing": False})
             self._frozen = [reference.requires_grad_(False).eval()]
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for policy in [self.policy, *self._frozen]:
+                policy.to(self.trainer.strategy.root_device).shard(self.trainer.strategy.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
-        optimizer = self.make_optimizer([parameter for parameter in self.policy.parameters() if parameter.requires_grad])
+        optimizer = self.make_optimizer(
+            [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        )
         if self.make_lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}
@@ -301,7 +320,7 @@ class RLVRModule(L.LightningModule):
         prompts, request = rollouts.prompts, rollouts.request
         owners = [request.prompt_index(row) for row in range(rollouts.num_rows)]
         names = {name for columns in prompts.columns for name in columns}
-        columns = {name: [prompts.columns[owner].get(name) for owner in owners] for name in names}
+        columns: dict[str, list[Any]] = {name: [prompts.columns[owner].get(name) for owner in owners] for name in names}
         with self.timer("reward"):
             scores = self.rewards(
                 [prompts.prompts[owner] for owner in owners],
@@ -345,7 +364,7 @@ class RLVRModule(L.LightningModule):
     def update_policy(self, experience: Experience) -> None:
         """One optimizer step on the given rows; the gradient is the same however they are cut into micro-batches."""
         with self.timer("update_actor"):
-            optimizer = self.optimizers()
+            optimizer: Any = self.optimizers()
             optimizer.zero_grad()
             weights = token_weights(
                 experience.loss_mask,
@@ -364,17 +383,21 @@ class RLVRModule(L.LightningModule):
         real_tokens = int((experience.prompt_lengths + experience.response_lengths)[rows].sum())
         self.step_metrics |= update.metrics() | {
             "perf/trained_tokens": real_tokens,
-            "perf/computed_tokens": sum(micro_batch.num_tokens for micro_batch in plan),
+            "perf/computed_tokens": sum(micro_batch.num_tokens for micro_batch in plan if micro_batch.counts),
             "perf/rows_without_gradient": experience.num_rows - len(rows),
         }
 
-    def _accumulate_gradient(self, experience: Experience, weights: Tensor, micro_batch: MicroBatch) -> UpdateStatistics:
+    def _accumulate_gradient(
+        self, experience: Experience, weights: Tensor, micro_batch: MicroBatch
+    ) -> UpdateStatistics:
         part = experience.select(micro_batch.rows)
         statistics = self._forward(self.policy, part, micro_batch)
         logprobs, mask = statistics.logprobs, part.loss_mask
         per_token_loss, clipped = self.policy_loss(logprobs, part.old_logprobs, part.advantages, mask)  # [n, R]
         old_logprobs = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-        correction, mismatch = (self.importance_sampling or ImportanceSampling())(old_logprobs, part.sampling_logprobs, mask)
+        correction, mismatch = (self.importance_sampling or ImportanceSampling())(
+            old_logprobs, part.sampling_logprobs, mask
+        )
         if self.importance_sampling is not None:
             per_token_loss = per_token_loss * correction
         kl_sum = None
@@ -384,7 +407,9 @@ class RLVRModule(L.LightningModule):
             kl_sum = masked_sum(kl.detach(), mask)
         part_weights = weights[micro_batch.rows, : mask.shape[1]]
         loss = (per_token_loss * part_weights).sum()
-        self.manual_backward(loss)
+        self.manual_backward(loss if micro_batch.counts else loss * 0)
+        if not micro_batch.counts:
+            return UpdateStatistics()
         return UpdateStatistics(
             loss=loss.detach() / self.trainer.world_size,
             entropy_sum=masked_sum(statistics.entropy, mask),
@@ -417,8 +442,9 @@ class RLVRModule(L.LightningModule):
         torch.clear_autocast_cache()
 
     def _step_lr_scheduler(self) -> None:
-        scheduler = self.lr_schedulers()
-        self.step_metrics["actor/lr"] = float(self.optimizers().param_groups[0]["lr"])
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        self.step_metrics["actor/lr"] = float(optimizer.param_groups[0]["lr"])
         if scheduler is not None:
             scheduler.step()
 
@@ -506,6 +532,10 @@ class RLVRModule(L.LightningModule):
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
     def _current_engine(self) -> RolloutEngine:
         """The engine, started and holding the weights of the current policy."""
         assert self.policy is not None
@@ -531,7 +561,11 @@ class RLVRModule(L.LightningModule):
             self.micro_batch_tokens,
             self.policy.can_share_prompts,
         )
-        return [MicroBatch([rows[row] for row in part.rows], part.share_prompts, part.num_tokens) for part in plan]
+        plan = [replace(part, rows=[rows[row] for row in part.rows]) for part in plan]
+        if self.trainer.world_size > 1:
+            longest = self.trainer.strategy.reduce(torch.tensor(len(plan), device=self.device), reduce_op="max")
+            plan += [replace(plan[-1], counts=False)] * (int(longest) - len(plan))
+        return plan
 
     def _forward(self, policy: Policy | None, part: Experience, micro_batch: MicroBatch) -> TokenStatistics:
         assert policy is not None
@@ -563,8 +597,12 @@ class RLVRModule(L.LightningModule):
         self.step_metrics |= {f"timing_s/{stage}": value for stage, value in {**seconds, "step": step_s}.items()}
         self.step_metrics["perf/rollout_tokens_per_s"] = rollouts.num_tokens / max(rollouts.elapsed_s, 1e-9)
         if "update_actor" in seconds:
-            self.step_metrics["perf/trained_tokens_per_s"] = self.step_metrics["perf/trained_tokens"] / seconds["update_actor"]
-        self.step_metrics["perf/padding_fraction"] = 1 - self.step_metrics.get("perf/trained_tokens", 0) / max(1, self.step_metrics.get("perf/computed_tokens", 1))
+            self.step_metrics["perf/trained_tokens_per_s"] = (
+                self.step_metrics["perf/trained_tokens"] / seconds["update_actor"]
+            )
+        self.step_metrics["perf/padding_fraction"] = 1 - self.step_metrics.get("perf/trained_tokens", 0) / max(
+            1, self.step_metrics.get("perf/computed_tokens", 1)
+        )
         self.step_metrics["policy_version"] = float(self.policy_version)
         for name, value in self.step_metrics.items():
             self.log(name, value, prog_bar=name == "reward", sync_dist=self.trainer.world_size > 1)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -66,6 +68,7 @@ class Policy(nn.Module):
         Raises:
             ValueError: the model can neither be found locally nor fetched.
         """
+        check_model_exists(name_or_path)
         options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attention_dropout": 0.0}
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
@@ -179,6 +182,12 @@ class Policy(nn.Module):
             use_cache=True,
         ).last_hidden_state
         return torch.cat([first, rest], dim=1)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard every decoder layer, then the rest, over a one-dimensional device mesh (FSDP2)."""
+        for layer in self.model.base_model.layers:  # type: ignore[union-attr]
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self, mesh=mesh)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights under their transformers names, one whole tensor at a time (shards are gathered as they are asked for)."""

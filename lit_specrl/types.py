@@ -216,10 +216,10 @@ class Experience:
         prompt_mask = self.prompt_mask[prompts]
         first_column = prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
         num_columns = int(self.response_mask[rows].sum(-1).max())
-        cut = {
+        cut: dict[str, Any] = {
             name: value[rows, :num_columns]
             for name, value in vars(self).items()
-            if isinstance(value, Tensor) and value.shape == self.response_mask.shape
+            if isinstance(value, Tensor) and value.shape == self.response_mask.shape and "prompt" not in name
         }
         return replace(
             self,
@@ -242,5 +242,7 @@ class Experience:
 
     def to(self, device: torch.device | str) -> Experience:
         """Copy with every tensor on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
+
+from lit_specrl.callbacks.rollout_callback import require_rlvr_module
+
+if TYPE_CHECKING:
+    from lit_specrl.module import RLVRModule
 
 
 class RunSummary(L.Callback):
@@ -28,15 +33,20 @@ class RunSummary(L.Callback):
         self.accuracies: list[float] = []
         self.num_steps = 0
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
         if "val_accuracy" in pl_module.evaluation:
             self.accuracies.append(pl_module.evaluation["val_accuracy"])
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_rlvr_module(self, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._started_at = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: RLVRModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         metrics = pl_module.step_metrics
         stages = {

@@ -44,4 +44,5 @@ class SpeculativeRollout(RolloutCallback):
         self.engine.sleep()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        pl_module.stop_engine()
+        if getattr(pl_module, "engine", None) is self.engine:  # not so when `setup` has refused the module
+            require_rlvr_module(self, pl_module).stop_engine()

@@ -101,7 +101,13 @@ def completions_table(rollouts: Rollouts, limit: int) -> str:
 
 def _cell(text: str) -> str:
     """Text as it is, inside a Markdown table: special tokens and formulas must not turn into markup."""
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;").replace("`", "&#96;")
+    escaped = (
+        text.replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace("|", "&#124;")
+        .replace("`", "&#96;")
+    )
     return f"<code>{escaped}</code>".replace("\n", "</code><br><code>")
 
 

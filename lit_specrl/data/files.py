@@ -88,7 +88,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not valid JSON ({error}): {line.strip()[:80]!r}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object with named columns, got {line.strip()[:80]!r}")  # noqa: TRY004
+        raise ValueError(f"{where}: expected a JSON object with named columns, got {line.strip()[:80]!r}")
     return record
 
 

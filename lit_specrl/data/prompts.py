@@ -91,5 +91,5 @@ def _render(source: str, row: dict[str, Any], template: PromptTemplate, tokenize
             f" {str(row)[:200]}"
         )
     if not isinstance(row.get("answer"), str | None):
-        raise ValueError(f"source {source!r}: the answer must be text or None, got {row['answer']!r}")  # noqa: TRY004
+        raise ValueError(f"source {source!r}: the answer must be text or None, got {row['answer']!r}")
     return template.render(row, tokenizer)

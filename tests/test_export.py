@@ -1,0 +1,144 @@
+import json
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lit_specrl import GRPO, PromptDataModule
+from lit_specrl.data import ArithmeticSource
+from lit_specrl.export import export_checkpoint, export_command
+
+
+def training(model, folder, **settings):
+    """A module, data and trainer for one step at a rate that moves every weight."""
+    module = GRPO(
+        model,
+        [lambda completion_ids, **columns: [float(sum(ids)) for ids in completion_ids]],
+        num_generations=2,
+        max_completion_length=3,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        **settings,
+    )
+    data = PromptDataModule(ArithmeticSource(2), batch_size=2, max_prompt_length=64)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return trainer, module, data
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen"])
+def trained(request, tiny_model, tiny_qwen, tmp_path_factory):
+    """Folder of the initial model, trained weights, and their checkpoint; embeddings apart (Llama) and tied (Qwen)."""
+    model = {"llama": tiny_model, "qwen": tiny_qwen}[request.param]
+    folder = tmp_path_factory.mktemp("trained")
+    trainer, module, data = training(model, folder, beta=0.1)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    weights = {name: weight.clone() for name, weight in module.policy.named_weights()}
+    return model, weights, str(folder / "last.ckpt")
+
+
+def test_an_exported_checkpoint_is_the_trained_policy_with_its_tokenizer(trained, tmp_path):
+    start, weights, checkpoint = trained
+    folder = export_checkpoint(checkpoint, str(tmp_path / "new" / "model"))
+    assert folder == tmp_path / "new" / "model"
+    assert [entry.name for entry in folder.parent.iterdir()] == ["model"]  # nothing partial is left
+
+    exported = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(dict(exported.named_parameters()), weights, rtol=0, atol=0)
+    before = dict(AutoModelForCausalLM.from_pretrained(start).named_parameters())
+    assert any(not torch.equal(before[name], weight) for name, weight in weights.items())
+    ours, theirs = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(start)
+    assert ours("What is 2?")["input_ids"] == theirs("What is 2?")["input_ids"]
+    assert ours.chat_template == theirs.chat_template
+
+
+def test_weights_are_written_in_the_dtype_asked_for(trained, tmp_path):
+    _, weights, checkpoint = trained
+    folder = export_checkpoint(checkpoint, str(tmp_path / "model"), dtype="bfloat16")
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    expected = {name: weight.bfloat16() for name, weight in weights.items()}
+    torch.testing.assert_close(dict(exported.named_parameters()), expected, rtol=0, atol=0)
+
+
+def test_an_exported_model_ends_texts_where_the_initial_one_did(tiny_model, tmp_path):
+    """Chat models have several end-of-text tokens, and only their generation config tells; it used to be left behind."""
+    start = tmp_path / "start"
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(start)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(start)
+    GenerationConfig(eos_token_id=[2, 7], temperature=0.6, do_sample=True).save_pretrained(start)
+    trainer, module, data = training(str(start), tmp_path)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    exported = GenerationConfig.from_pretrained(export_checkpoint(str(tmp_path / "last.ckpt"), str(tmp_path / "model")))
+    assert (exported.eos_token_id, exported.temperature) == ([2, 7], 0.6)
+
+
+def test_another_model_can_lend_architecture_and_tokenizer(tiny_model, tmp_path):
+    """A run on another machine started from a folder that does not exist here."""
+    state = {f"policy.model.{name}": weight for name, weight in AutoModelForCausalLM.from_pretrained(tiny_model).state_dict().items()}
+    torch.save({"state_dict": state, "rlvr": {"model": "/elsewhere/model"}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="model '/elsewhere/model' is neither a folder"):
+        export_checkpoint(str(tmp_path / "last.ckpt"), str(tmp_path / "model"))
+    folder = export_checkpoint(str(tmp_path / "last.ckpt"), str(tmp_path / "model"), model=tiny_model)
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Message with which an export is refused; nothing may be written."""
+
+    def export(checkpoint, **options):
+        with pytest.raises(ValueError) as raised:
+            export_checkpoint(str(checkpoint), str(tmp_path / "model"), **options)
+        assert not list(tmp_path.glob("model*"))
+        return str(raised.value)
+
+    return export
+
+
+def test_an_existing_folder_is_not_written_to(trained, tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="model exists already; export into a new folder"):
+        export_checkpoint(trained[2], str(tmp_path / "model"))
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_a_missing_file_is_named(refused, tmp_path):
+    assert refused(tmp_path / "last.ckpt") == f"there is no checkpoint at {tmp_path / 'last.ckpt'}"
+
+
+def test_a_sharded_checkpoint_is_told_how_to_become_a_file(refused, tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    message = refused(tmp_path / "last.ckpt")
+    assert "is a folder, as sharded training writes it" in message
+    assert message.endswith(f"python -m lightning.pytorch.utilities.consolidate_checkpoint {tmp_path / 'last.ckpt'}")
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"layer.weight": torch.zeros(1)}}, {"epoch": 3}], ids=["weights", "none"])
+def test_a_foreign_checkpoint_is_refused(refused, tmp_path, content):
+    torch.save(content, tmp_path / "last.ckpt")
+    assert refused(tmp_path / "last.ckpt").endswith("holds no policy of this library (no weights called policy.model.*)")
+
+
+def test_weights_of_another_architecture_are_refused(refused, tiny_model, tiny_qwen, tmp_path):
+    state = {f"policy.model.{name}": weight for name, weight in AutoModelForCausalLM.from_pretrained(tiny_model).state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    message = refused(tmp_path / "last.ckpt", model=tiny_qwen)
+    assert message.startswith(f"the weights of {tmp_path / 'last.ckpt'} do not fit the architecture of {tiny_qwen}: ")
+
+
+def test_the_command_prints_the_folder_or_says_what_is_wrong(trained, tmp_path, capsys):
+    folder = tmp_path / "model"
+    export_command([trained[2], str(folder), "--dtype", "bfloat16"])
+    assert capsys.readouterr().out.strip() == str(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(SystemExit, match="lit-specrl export: .*model exists already"):
+        export_command([trained[2], str(folder)])
