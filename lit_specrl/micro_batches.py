@@ -17,6 +17,8 @@ class MicroBatch:
     share_prompts: bool
     num_tokens: int
     """Tokens that the pass computes, padding included."""
+    num_real_tokens: int
+    """The same without padding."""
     counts: bool = True
     """False for a pass that a rank computes only because another rank has one more, and sharded layers meet in each."""
 
@@ -66,7 +68,8 @@ def _pack_rows(prompt_lengths: Sequence[int], response_lengths: Sequence[int], m
             batches[-1].append(row)
         else:
             batches.append([row])
-    return [MicroBatch(rows, False, tokens(rows)) for rows in batches]
+    real_tokens = [sum(prompt_lengths[row] + response_lengths[row] for row in rows) for rows in batches]
+    return [MicroBatch(rows, False, tokens(rows), real) for rows, real in zip(batches, real_tokens, strict=True)]
 
 
 def _pack_groups(
@@ -76,6 +79,9 @@ def _pack_groups(
         prompts = {prompt_index[row] for row in rows}
         longest_prompt = max(prompt_lengths[row] for row in rows)
         return len(prompts) * longest_prompt + len(rows) * max(response_lengths[row] for row in rows)
+
+    def real_tokens(rows: list[int], prompts: dict[int, int]) -> int:
+        return sum(prompts.values()) + sum(response_lengths[row] for row in rows)
 
     groups: dict[int, list[int]] = defaultdict(list)
     for row, prompt in enumerate(prompt_index):
@@ -92,4 +98,7 @@ def _pack_groups(
             if batches[-1] and tokens([*batches[-1], row]) > max_tokens:
                 batches.append([])
             batches[-1].append(row)
-    return [MicroBatch(rows, len({prompt_index[row] for row in rows}) < len(rows), tokens(rows)) for rows in batches]
+    owned = [(rows, {prompt_index[row]: prompt_lengths[row] for row in rows}) for rows in batches]
+    return [
+        MicroBatch(rows, len(prompts) < len(rows), tokens(rows), real_tokens(rows, prompts)) for rows, prompts in owned
+    ]

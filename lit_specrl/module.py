@@ -380,11 +380,14 @@ class RLVRModule(L.LightningModule):
             for micro_batch in plan:
                 update += self._accumulate_gradient(experience, weights, micro_batch)
             self._apply_gradient(optimizer)
-        real_tokens = int((experience.prompt_lengths + experience.response_lengths)[rows].sum())
+        trained_tokens = int((experience.prompt_lengths + experience.response_lengths)[rows].sum())
+        counted = [micro_batch for micro_batch in plan if micro_batch.counts]
+        computed_tokens = sum(micro_batch.num_tokens for micro_batch in counted)
         self.step_metrics |= update.metrics() | {
-            "perf/trained_tokens": real_tokens,
-            "perf/computed_tokens": sum(micro_batch.num_tokens for micro_batch in plan if micro_batch.counts),
-            "perf/rows_without_gradient": experience.num_rows - len(rows),
+            "perf/trained_tokens": trained_tokens,
+            "perf/computed_tokens": computed_tokens,
+            "perf/padding_fraction": 1 - sum(part.num_real_tokens for part in counted) / computed_tokens,
+            "perf/rows_without_gradient": float(experience.num_rows - len(rows)),
         }
 
     def _accumulate_gradient(
@@ -596,12 +599,8 @@ class RLVRModule(L.LightningModule):
         self.step_metrics |= completion_metrics(rollouts)
         self.step_metrics |= {f"timing_s/{stage}": value for stage, value in {**seconds, "step": step_s}.items()}
         self.step_metrics["perf/rollout_tokens_per_s"] = rollouts.num_tokens / max(rollouts.elapsed_s, 1e-9)
-        if "update_actor" in seconds:
-            self.step_metrics["perf/trained_tokens_per_s"] = (
-                self.step_metrics["perf/trained_tokens"] / seconds["update_actor"]
-            )
-        self.step_metrics["perf/padding_fraction"] = 1 - self.step_metrics.get("perf/trained_tokens", 0) / max(
-            1, self.step_metrics.get("perf/computed_tokens", 1)
+        self.step_metrics["perf/trained_tokens_per_s"] = (
+            self.step_metrics["perf/trained_tokens"] / seconds["update_actor"]
         )
         self.step_metrics["policy_version"] = float(self.policy_version)
         for name, value in self.step_metrics.items():

@@ -38,7 +38,7 @@ def test_a_torchvision_that_loads_is_fine(installation):
 
 @pytest.mark.parametrize(
     "outcome",
-    [RuntimeError("operator torchvision::nms does not exist"), OSError("libcudart.so.13"), ImportError("x"), AttributeError("x")],
+    [RuntimeError("no operator torchvision::nms"), OSError("libcudart.so.13"), ImportError("x"), AttributeError("x")],
     ids=lambda outcome: type(outcome).__name__,
 )
 def test_a_torchvision_of_another_build_is_named_with_its_remedy(installation, outcome):

@@ -29,9 +29,7 @@ def make_rollouts(prompt_ids, response_ids, finish_reasons=None):
 @pytest.fixture
 def rollouts():
     """Two prompts of 2 and 3 tokens with two rows each; the second row is cut at the limit."""
-    return make_rollouts(
-        [[5, 6], [7, 8, 9]], [[11, 2], [12, 13, 14], [2], [15, 2]], ["stop", "length", "stop", "stop"]
-    )
+    return make_rollouts([[5, 6], [7, 8, 9]], [[11, 2], [12, 13, 14], [2], [15, 2]], ["stop", "length", "stop", "stop"])
 
 
 @pytest.fixture
@@ -42,7 +40,9 @@ def experience(rollouts):
 
 
 def as_lists(experience):
-    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(experience).items()}
+    return {
+        name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(experience).items()
+    }
 
 
 def close(values):
@@ -73,7 +73,12 @@ def test_truncated_rows_leave_the_loss_and_stay_in_the_forward_pass(rollouts):
     experience = padded_experience(
         rollouts, torch.zeros(4), torch.tensor([1.0, -1.0, 0.0, 0.0]), mask_truncated_completions=True
     )
-    assert experience.loss_mask.tolist() == [[True, True, False], [False] * 3, [True, False, False], [True, True, False]]
+    assert experience.loss_mask.tolist() == [
+        [True, True, False],
+        [False] * 3,
+        [True, False, False],
+        [True, True, False],
+    ]
     assert experience.response_mask[1].tolist() == [True, True, True]
     assert active_rows(experience, every_row_matters=False) == [0]
     assert active_rows(experience, every_row_matters=True) == [0, 2, 3]
@@ -126,6 +131,14 @@ def test_minibatches_are_whole_groups_in_order(experience):
     assert second.response_ids.tolist() == [[2, 0], [15, 2]]
     assert (second.prompt_ids.tolist(), second.prompt_index.tolist()) == ([[7, 8, 9]], [0, 0])
     assert (first.rewards.tolist(), second.rewards.tolist()) == ([1.0, 0.0], [0.5, 0.5])
+
+
+def test_neighbouring_groups_form_a_minibatch():
+    rollouts = make_rollouts([[5], [6], [7], [8]], [[11], [12], [13], [14], [15], [16], [17], [18]])
+    parts = padded_experience(rollouts, torch.zeros(8), torch.zeros(8)).minibatches(2)
+    assert [part.prompt_ids.tolist() for part in parts] == [[[5], [6]], [[7], [8]]]
+    assert [part.prompt_index.tolist() for part in parts] == [[0, 0, 1, 1], [0, 0, 1, 1]]
+    assert [part.response_ids.flatten().tolist() for part in parts] == [[11, 12, 13, 14], [15, 16, 17, 18]]
 
 
 def test_one_minibatch_is_everything(experience):

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.callbacks import RolloutCallback, SpeculativeRollout
@@ -234,12 +235,19 @@ class FreshForward(L.Callback):
             self.logprobs.append(output.logprobs.detach().clone())
 
 
-def test_second_update_of_a_step_sees_the_new_weights_under_autocast(fit, tiny_model):
-    """Lightning's autocast spans the step, and kept bf16 copies of the weights from before the first update."""
-    forwards = FreshForward()
-    _, history = fit(
-        grpo(tiny_model, num_iterations=2, optimizer=SGD), callbacks=[forwards], precision="bf16-mixed", limit_train_batches=1
-    )
+class CachingPrecision(MixedPrecision):
+    """Autocast as PyTorch has it by default, with a cache of bf16 weights; Lightning 2.6 switches the cache off."""
+
+    def autocast_context_manager(self):
+        return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("precision", [MixedPrecision, CachingPrecision])
+def test_second_update_of_a_step_sees_the_new_weights_under_autocast(fit, tiny_model, precision):
+    """Autocast spans the step, and its cache went on with bf16 copies of the weights from before the first update."""
+    forwards, module = FreshForward(), grpo(tiny_model, num_iterations=2, optimizer=SGD)
+    plugin = precision("bf16-mixed", "cpu")
+    _, history = fit(module, callbacks=[forwards], plugins=[plugin], limit_train_batches=1)
     first, second = forwards.logprobs
     assert not torch.equal(first, second)
     assert history.steps[1]["policy_version"] == 2
@@ -251,6 +259,30 @@ def test_minibatches_and_iterations_make_their_product_of_updates(fit, tiny_mode
     )
     assert module.policy_version == module.trainer.global_step == 8
     assert [metrics["policy_version"] for metrics in history.steps.values()] == [4, 8]
+
+
+@pytest.mark.parametrize(("num_iterations", "some_clipped"), [(1, False), (2, True)])
+def test_later_updates_are_clipped_against_the_policy_that_sampled(fit, tiny_model, num_iterations, some_clipped):
+    _, history = fit(grpo(tiny_model, num_iterations=num_iterations, epsilon=1e-4), limit_train_batches=1)
+    assert (history.steps[1]["clip_ratio/region_mean"] > 0) is some_clipped
+
+
+def test_training_takes_log_probs_at_the_temperature_of_the_rollouts(fit, tiny_model):
+    _, history = fit(grpo(tiny_model, temperature=0.7))
+    assert all(metrics["sampling/sampling_logp_difference/max"] < 1e-4 for metrics in history.steps.values())
+
+
+def test_nucleus_sampling_works_without_importance_sampling(fit, tiny_model):
+    requests = Requests()
+    _, history = fit(grpo(tiny_model, top_p=0.9, importance_sampling=None), callbacks=[requests])
+    assert {request.sampling.top_p for request in requests.training} == {0.9}
+    assert len(history.steps) == 4
+
+
+def test_learning_rate_changes_once_a_step_however_many_updates_it_has(fit, tiny_model):
+    halving = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    _, history = fit(grpo(tiny_model, num_minibatches=2, lr_scheduler=halving))
+    assert [metrics["actor/lr"] for metrics in history.steps.values()] == [1e-3, 5e-4, 2.5e-4, 1.25e-4]
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])

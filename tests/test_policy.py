@@ -14,7 +14,13 @@ from lit_specrl.policy import Policy, check_model_exists
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
 PROMPT_INDEX = [0, 0, 1, 2, 2, 2]
 RESPONSES = [[21, 22, 23, 2], [24], [25, 26, 27], [31, 32, 33, 34, 35, 36], [41, 2], [51, 52, 53, 54, 55]]
-SMALL = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture(params=["llama", "qwen"])
@@ -80,10 +86,20 @@ def test_sharing_prompts_is_exact_with_a_sliding_window():
     torch.manual_seed(0)
     config = MistralConfig(**SMALL, num_key_value_heads=1, sliding_window=3, initializer_range=0.2)
     policy, batch = Policy(AutoModelForCausalLM.from_config(config)), padded()
-    torch.testing.assert_close(
-        policy(*batch, share_prompts=True).logprobs, policy(*batch).logprobs, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(policy(*batch, share_prompts=True).logprobs, policy(*batch).logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradients(policy, batch, True), gradients(policy, batch, False), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True], ids=["plain", "shared"])
+def test_positions_begin_at_the_first_token_of_a_prompt_and_not_at_its_padding(share_prompts):
+    """Absolute positions tell; rotary ones look the same when all of a row is shifted."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
+    policy = Policy(AutoModelForCausalLM.from_config(config)).eval()
+    out = policy(*padded(), share_prompts=share_prompts)
+    for row, (owner, response) in enumerate(zip(PROMPT_INDEX, RESPONSES, strict=True)):
+        logprobs, _ = row_logprobs(policy.model, PROMPTS[owner], response)
+        torch.testing.assert_close(out.logprobs[row, : len(response)], logprobs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("share_prompts", [False, True], ids=["plain", "shared"])
@@ -125,7 +141,10 @@ def test_training_mode_is_deterministic_in_a_model_with_dropout():
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        (Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16, final_logit_softcapping=30.0), "final_logit_softcapping"),
+        (
+            Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16, final_logit_softcapping=30.0),
+            "final_logit_softcapping",
+        ),
         (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling"),
     ],
     ids=["Gemma2", "Granite"],
@@ -169,9 +188,9 @@ def test_weights_have_the_dtype_asked_for(tiny_model):
 @pytest.mark.parametrize("find", [Policy.build, check_model_exists], ids=["build", "check"])
 @pytest.mark.parametrize("kind", ["hub name", "misspelt folder", "empty folder"])
 def test_a_model_that_cannot_be_had_is_named_with_what_to_do(find, kind, tmp_path):
-    name = {"hub name": "nobody/nothing", "misspelt folder": str(tmp_path / "x" / "y" / "z"), "empty folder": str(tmp_path)}[kind]
-    with pytest.raises(ValueError) as raised:
+    names = {"hub name": "nobody/nothing", "misspelt folder": tmp_path / "x" / "y" / "z", "empty folder": tmp_path}
+    name = str(names[kind])
+    with pytest.raises(ValueError, match="is neither a folder in the transformers format") as raised:
         find(name)
-    message = str(raised.value)
-    assert message.startswith(f"model {name!r} is neither a folder in the transformers format (with config.json) nor")
-    assert message.endswith(f"`hf download {name}`")
+    assert str(raised.value).startswith(f"model {name!r} is neither")
+    assert str(raised.value).endswith(f"`hf download {name}`")

@@ -18,6 +18,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, cast
 
@@ -186,10 +187,8 @@ class _Checker:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
-        try:
+        with suppress(BrokenPipeError):  # a request was still in the buffer
             self.requests.close()
-        except BrokenPipeError:
-            pass  # a request was still in the buffer
         self.replies.close()
 
 

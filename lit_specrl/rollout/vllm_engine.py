@@ -14,6 +14,7 @@ from lit_specrl.rollout.engine import ProgressListener, ProgressMeter, RolloutEn
 from lit_specrl.types import RolloutRequest, Rollouts
 
 _CPU_BATCHED_TOKENS = 4096  # prompt tokens of one engine step on a CPU
+_CPU_BLOCK_SIZE = 32  # tokens; under vLLM's own 128 the rows of a group seldom find their prompt in the KV prefix cache
 
 
 class VLLMEngine(RolloutEngine):
@@ -68,6 +69,7 @@ class VLLMEngine(RolloutEngine):
             options |= {
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, options["max_model_len"]),
+                "block_size": _CPU_BLOCK_SIZE,
             }
         else:
             options |= {
@@ -75,7 +77,7 @@ class VLLMEngine(RolloutEngine):
                 "enable_sleep_mode": self.sleep_level > 0,
             }
         with torch.autocast(policy.device.type, enabled=False):
-            self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, **options, **self.options)
+            self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, **options | self.options)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.wake_up()

@@ -8,13 +8,13 @@ from lit_specrl.callbacks import RolloutCallback, RolloutRecorder
 
 
 class Spy(RolloutCallback):
-    """Keeps rollouts and experience of every step, and the names of the files that lie there then."""
+    """Keeps the rollouts of every step, and the names of the files that lie there then."""
 
     def __init__(self, folder=None):
         self.folder, self.steps, self.listings = folder, [], []
 
     def on_experience_end(self, trainer, pl_module, rollouts, experience):
-        self.steps.append((rollouts, experience))
+        self.steps.append(rollouts)
         if self.folder:
             self.listings.append(sorted(path.name for path in self.folder.iterdir()))
 
@@ -24,7 +24,7 @@ def expected_records(spy):
     answers = {"Hi": None, "Why?": "one", "2 | 3": "two", "<b>": "three"}
     questions = [["Hi", "Why?"], ["2 | 3", "<b>"]]
     records = []
-    for step, (rollouts, experience) in enumerate(spy.steps):
+    for step, rollouts in enumerate(spy.steps):
         for row in range(4):
             question = questions[step][row // 2]
             records.append(
@@ -86,32 +86,17 @@ def test_an_interrupted_write_leaves_no_file_under_the_final_name(module, data, 
 
 
 @pytest.mark.parametrize(
-    ("limit", "expected"),
-    [("all", [0, 1, 2, 3]), ("last two", [2, 3]), ("one byte less", [3]), ("one byte", [3])],
+    ("max_bytes", "expected"), [(1_300_000, [0, 1, 2, 3]), (1_000_000, [1, 2, 3]), (500_000, [2, 3]), (1, [3])]
 )
-def test_the_oldest_files_beyond_the_limit_are_deleted(module, data, make_trainer, tmp_path, limit, expected):
-    """Two steps of an earlier run lie there with known sizes; files of other kinds stay."""
-    folder = tmp_path / "kept"
-    folder.mkdir()
-    (folder / "notes.txt").write_text("x" * 10**6)
-    measured = make_trainer(RolloutRecorder(str(tmp_path / "measured")), Spy(), max_epochs=2)
-    recorder = RolloutRecorder(str(folder), max_bytes=10**9)
-    measured.callbacks.append(recorder)
-    measured.fit(module, datamodule=data)
-    files = sorted(folder.glob("step-*"))
-    assert len(files) == 4
-    sizes = [file.stat().st_size for file in files]
-    recorder.max_bytes = {
-        "all": sum(sizes),
-        "last two": sum(sizes[2:]),
-        "one byte less": sum(sizes[2:]) - 1,
-        "one byte": 1,
-    }[limit]
-    recorder._delete_oldest()
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "notes.txt",
-        *(f"step-{step:08d}.jsonl" for step in expected),
-    ]
+def test_the_oldest_files_beyond_the_limit_are_deleted(module, data, make_trainer, tmp_path, max_bytes, expected):
+    """A resumed run at its step 3, with 400 kB from each step before; what the recorder did not write stays."""
+    (tmp_path / "notes.txt").write_text("x" * 2_000_000)
+    for step in range(3):
+        (tmp_path / f"step-{step:08d}.jsonl").write_text("x" * 400_000)
+    module.step = 3
+    make_trainer(RolloutRecorder(str(tmp_path), max_bytes=max_bytes), max_steps=1).fit(module, datamodule=data)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step:08d}.jsonl" for step in expected]
+    assert (tmp_path / "notes.txt").exists()
 
 
 def test_a_run_never_holds_more_than_the_limit_beside_its_newest_step(module, data, make_trainer, tmp_path):
