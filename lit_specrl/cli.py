@@ -19,6 +19,13 @@ from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, TensorBoa
 from lit_specrl.data import PromptDataModule  # noqa: E402
 from lit_specrl.module import RLVRModule  # noqa: E402
 
+_MISLEADING_WARNINGS = [
+    r".*isinstance.treespec, LeafSpec",  # Lightning 2.6 with torch 2.13, about its own code
+    r".*no pre-optimization state",  # about batches of supervised learning; a checkpoint between two steps is complete
+    r".*infer the batch indices",  # about loaders that are a DataLoader
+    r".*Total length of `list` across ranks is zero",  # a run without validation data
+]
+
 
 class LitSpecRLCLI(LightningCLI):
     """The command line: any `RLVRModule`, any data module, and three callbacks that every run has."""
@@ -35,7 +42,8 @@ def run(arguments: list[str] | None = None) -> LitSpecRLCLI:
     Args:
         arguments: command line without the program's name; by default that of the process.
     """
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.13
+    for message in _MISLEADING_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     return LitSpecRLCLI(
         RLVRModule,
         PromptDataModule,

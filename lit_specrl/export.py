@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tempfile
 from contextlib import suppress
@@ -66,7 +67,10 @@ def _read(source: Path, model: str | None) -> tuple[dict[str, torch.Tensor], str
         )
     if not source.is_file():
         raise ValueError(f"there is no checkpoint at {source}")
-    content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{source} is not a checkpoint of Lightning: {error}") from error
     state = {
         name.removeprefix(_PREFIX): tensor
         for name, tensor in content.get("state_dict", {}).items()

@@ -46,7 +46,7 @@ def reward_metrics(scores: RewardScores, rewards: Tensor, num_generations: int) 
 
 @dataclass
 class UpdateStatistics:
-    """Sums over the tokens of an update; micro-batches are added up."""
+    """Sums over the tokens of a step's updates; micro-batches and updates are added up."""
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     """The micro-batch's share of the loss; shares add up to the loss."""
@@ -55,6 +55,14 @@ class UpdateStatistics:
     num_tokens: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))
     clipped: ClipStatistics | None = None
     mismatch: MismatchStatistics | None = None
+    num_updates: int = 0
+    trained_tokens: int = 0
+    """Prompt and response tokens of the rows that were computed."""
+    computed_tokens: int = 0
+    """Tokens that went through the policy for them: shared prompts once, padding included."""
+    real_tokens: int = 0
+    """The same without padding."""
+    rows_without_gradient: int = 0
 
     def __add__(self, other: UpdateStatistics) -> UpdateStatistics:
         def add(name: str) -> object:
@@ -65,7 +73,14 @@ class UpdateStatistics:
 
     def metrics(self) -> dict[str, float]:
         count = self.num_tokens.clamp_min(1)
-        metrics = {"loss": float(self.loss), "entropy": float(self.entropy_sum / count)}
+        metrics = {
+            "loss": float(self.loss) / max(1, self.num_updates),
+            "entropy": float(self.entropy_sum / count),
+            "perf/trained_tokens": float(self.trained_tokens),
+            "perf/computed_tokens": float(self.computed_tokens),
+            "perf/padding_fraction": 1 - self.real_tokens / max(1, self.computed_tokens),
+            "perf/rows_without_gradient": float(self.rows_without_gradient),
+        }
         if self.kl_sum is not None:
             metrics["kl"] = float(self.kl_sum / count)
         if self.clipped is not None:

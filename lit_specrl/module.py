@@ -290,9 +290,11 @@ class RLVRModule(L.LightningModule):
         scores = self.score(rollouts)
         experience = self.make_experience(rollouts, scores)
         self._hook("on_experience_end", rollouts, experience)
+        updates = UpdateStatistics()
         for _ in range(self.num_iterations):
             for minibatch in experience.minibatches(self.num_minibatches):
-                self.update_policy(minibatch)
+                updates += self.update_policy(minibatch)
+        self.step_metrics |= updates.metrics()
         self._step_lr_scheduler()
         self.step += 1
         self._log_step(rollouts, time.perf_counter() - started_at)
@@ -339,7 +341,10 @@ class RLVRModule(L.LightningModule):
     def make_experience(self, rollouts: Rollouts, scores: RewardScores) -> Experience:
         """Advantages, and the log-probs that the loss cannot do without."""
         rewards = torch.tensor(scores.total, dtype=torch.float32)  # [N]
-        advantages = group_advantages(rewards, self.sampling.num_generations, self.scale_rewards)  # [N]
+        scored = torch.tensor([any(value is not None for value in row) for row in zip(*scores.values, strict=True)])
+        advantages = group_advantages(
+            rewards.masked_fill(~scored, torch.nan), self.sampling.num_generations, self.scale_rewards
+        )  # [N]
         self.step_metrics |= reward_metrics(scores, rewards, self.sampling.num_generations)
         self.step_metrics["frac_reward_zero_std"] = float(frac_reward_zero_std(rewards, self.sampling.num_generations))
         experience = padded_experience(rollouts, rewards, advantages, self.mask_truncated_completions).to(self.device)
@@ -361,7 +366,7 @@ class RLVRModule(L.LightningModule):
             result[micro_batch.rows, : part.response_ids.shape[1]] = self._forward(policy, part, micro_batch).logprobs
         return result
 
-    def update_policy(self, experience: Experience) -> None:
+    def update_policy(self, experience: Experience) -> UpdateStatistics:
         """One optimizer step on the given rows; the gradient is the same however they are cut into micro-batches."""
         with self.timer("update_actor"):
             optimizer: Any = self.optimizers()
@@ -376,19 +381,15 @@ class RLVRModule(L.LightningModule):
             )
             rows = active_rows(experience, every_row_matters=self.beta > 0)
             plan = self._plan(experience, rows)
-            update = UpdateStatistics()
+            update = UpdateStatistics(
+                num_updates=1,
+                trained_tokens=int((experience.prompt_lengths + experience.response_lengths)[rows].sum()),
+                rows_without_gradient=experience.num_rows - len(rows),
+            )
             for micro_batch in plan:
                 update += self._accumulate_gradient(experience, weights, micro_batch)
             self._apply_gradient(optimizer)
-        trained_tokens = int((experience.prompt_lengths + experience.response_lengths)[rows].sum())
-        counted = [micro_batch for micro_batch in plan if micro_batch.counts]
-        computed_tokens = sum(micro_batch.num_tokens for micro_batch in counted)
-        self.step_metrics |= update.metrics() | {
-            "perf/trained_tokens": trained_tokens,
-            "perf/computed_tokens": computed_tokens,
-            "perf/padding_fraction": 1 - sum(part.num_real_tokens for part in counted) / computed_tokens,
-            "perf/rows_without_gradient": float(experience.num_rows - len(rows)),
-        }
+        return update
 
     def _accumulate_gradient(
         self, experience: Experience, weights: Tensor, micro_batch: MicroBatch
@@ -420,6 +421,8 @@ class RLVRModule(L.LightningModule):
             num_tokens=mask.sum(),
             clipped=clipped,
             mismatch=mismatch,
+            computed_tokens=micro_batch.num_tokens,
+            real_tokens=micro_batch.num_real_tokens,
         )
 
     def _apply_gradient(self, optimizer: Any) -> None:
@@ -441,7 +444,7 @@ class RLVRModule(L.LightningModule):
                     "for rewards and log-probs that are not finite"
                 )
         self.step_metrics["actor/skipped_updates"] = float(self.skipped_updates)
-        # Lightning's autocast spans the whole step and would go on with bf16 copies of the weights from before the update
+        # where autocast caches its bf16 copies of the weights (Lightning's own plugin does not), they are of before the update
         torch.clear_autocast_cache()
 
     def _step_lr_scheduler(self) -> None:

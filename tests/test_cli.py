@@ -120,9 +120,15 @@ def test_short_names_of_classes_are_enough(fitted, tiny_model, tmp_path, monkeyp
     }
     Path("config.yaml").write_text(yaml.safe_dump(settings))
     run(config_arguments("config.yaml"))
-    [(trainer, module, data)] = fitted
+    [(trainer, module, _)] = fitted
     names = {type(callback).__name__ for callback in trainer.callbacks}
-    assert {"SpeculativeRollout", "RolloutRecorder", "RolloutProgressBar", "TensorBoardReport", "CompletionWriter"} <= names
+    assert {
+        "SpeculativeRollout",
+        "RolloutRecorder",
+        "RolloutProgressBar",
+        "TensorBoardReport",
+        "CompletionWriter",
+    } <= names
     assert type(module).__name__ == "GRPO"
     assert type(module.rewards.rewards[0]).__name__ == "MathReward"
 
@@ -242,7 +248,7 @@ def test_commands_of_a_run_one_after_the_other(folder, tiny_model, monkeypatch, 
     assert AutoTokenizer.from_pretrained(folder / "exported").get_vocab() == trained.model.tokenizer.get_vocab()
     with pytest.raises(SystemExit, match="exported exists already; export into a new folder"):
         main(monkeypatch, "export", checkpoint, folder / "exported")
-    with pytest.raises(SystemExit, match="there is no checkpoint at missing.ckpt"):
+    with pytest.raises(SystemExit, match=r"there is no checkpoint at missing\.ckpt"):
         main(monkeypatch, "export", "missing.ckpt", folder / "other")
 
 

@@ -74,12 +74,14 @@ def statistics(rows):
         num_tokens=mask.sum(),
         clipped=clipped,
         mismatch=mismatch,
+        computed_tokens=4 * len(rows),
+        real_tokens=3 * len(rows),
     )
 
 
 @pytest.mark.parametrize("parts", [[[0, 1, 2]], [[0, 1], [2]], [[2], [0], [1]]], ids=str)
 def test_update_metrics_do_not_depend_on_the_split_into_micro_batches(parts):
-    update = UpdateStatistics()
+    update = UpdateStatistics(num_updates=1, trained_tokens=20, rows_without_gradient=2)
     for rows in parts:
         update += statistics(rows)
     logs = [math.log(ratio) for ratio in (1.5, 1, 0.25, 1, 2)]
@@ -87,6 +89,10 @@ def test_update_metrics_do_not_depend_on_the_split_into_micro_batches(parts):
         {
             "loss": 0.3,
             "entropy": 2.0,
+            "perf/trained_tokens": 20.0,
+            "perf/computed_tokens": 12.0,
+            "perf/padding_fraction": 0.25,
+            "perf/rows_without_gradient": 2.0,
             "kl": 3 / 5,
             "clip_ratio/low_mean": 1 / 5,
             "clip_ratio/high_mean": 2 / 5,
@@ -100,7 +106,15 @@ def test_update_metrics_do_not_depend_on_the_split_into_micro_batches(parts):
     )
 
 
+def test_the_loss_is_the_mean_over_the_updates_of_a_step():
+    updates = UpdateStatistics(loss=torch.tensor(1.0), num_updates=1) + UpdateStatistics(
+        loss=torch.tensor(3.0), num_updates=1
+    )
+    assert updates.metrics()["loss"] == 2.0
+
+
 def test_an_update_of_nothing_reports_no_ratios():
-    assert UpdateStatistics().metrics() == {"loss": 0.0, "entropy": 0.0}
     unknown = ImportanceSampling()(torch.zeros(1, 1), torch.tensor([[torch.nan]]), torch.tensor([[True]]))[1]
-    assert UpdateStatistics(mismatch=unknown).metrics() == {"loss": 0.0, "entropy": 0.0}
+    for nothing in (UpdateStatistics(), UpdateStatistics(mismatch=unknown)):
+        assert not [name for name in nothing.metrics() if name.startswith(("clip_ratio", "sampling", "kl"))]
+        assert nothing.metrics()["entropy"] == 0.0

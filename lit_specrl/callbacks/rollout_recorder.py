@@ -59,9 +59,9 @@ class RolloutRecorder(RolloutCallback):
         self._delete_oldest()
 
     def _delete_oldest(self) -> None:
-        files = sorted(self.folder.glob(f"step-*[0-9]{self._rank}.{self.file_format}"))
+        files = self.folder.glob(f"step-{'[0-9]' * 8}{self._rank}.{self.file_format}")
         kept_bytes = 0
-        for index, file in enumerate(reversed(files)):
+        for index, file in enumerate(sorted(files, key=lambda file: -file.stat().st_mtime_ns)):
             kept_bytes += file.stat().st_size
             if index and kept_bytes > self.max_bytes:
                 file.unlink()

@@ -26,9 +26,10 @@ def test_predictions_become_one_line_each(module, data, make_trainer, tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["completions.jsonl"]
 
 
-def test_a_second_run_replaces_the_file(module, data, make_trainer, tmp_path):
+def test_a_second_run_replaces_the_file_and_what_an_interrupted_one_left(module, data, make_trainer, tmp_path):
     path = tmp_path / "completions.jsonl"
     path.write_text("old\n")
+    (tmp_path / "completions.jsonl.partial").write_text("older\n")
     make_trainer(CompletionWriter(str(path))).predict(module, datamodule=data, return_predictions=False)
     assert len(read(path)) == 4
 

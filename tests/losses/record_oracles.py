@@ -193,7 +193,7 @@ def trl_scored(trainer_class, inputs: dict, rewards: torch.Tensor, **settings) -
         _pending_extra_logs=defaultdict(list),
         _pending_metrics=defaultdict(list),
         _is_vlm=False,
-        _generate=lambda prompts: generated if is_grpo else generated[:2] + (["text"] * 8,),
+        _generate=lambda prompts: generated if is_grpo else (*generated[:2], ["text"] * 8),
         _calculate_rewards=lambda *args: rewards[:, None],
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (inputs["old_logprobs"], None, None),
     )

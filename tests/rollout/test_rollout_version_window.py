@@ -37,7 +37,9 @@ def test_other_versions_are_refused_with_the_tested_one(install, distribution, v
 def test_a_missing_vllm_is_told_with_the_extra_to_install(install):
     install()
     assert installed_version() is None
-    with pytest.raises(ImportError, match=r"needs vLLM; install it with `pip install lit_specrl\[vllm\]`.*TransformersEngine"):
+    with pytest.raises(
+        ImportError, match=r"needs vLLM; install it with `pip install lit_specrl\[vllm\]`.*TransformersEngine"
+    ):
         build_llm("no model", cpu_kv_cache_gib=1)
 
 
