@@ -588,6 +588,15 @@ class RLVRModule(L.LightningModule):
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
 
+    def _mean_over_ranks(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Mean of each metric over the ranks that report it: which rewards apply, for one, differs between ranks."""
+        if self.trainer.world_size == 1:
+            return metrics
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, metrics)
+        values = {name: [rank[name] for rank in gathered if name in rank] for rank in gathered for name in rank}
+        return {name: sum(present) / len(present) for name, present in values.items()}
+
     def _hook(self, name: str, *arguments: Any) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RolloutCallback):
@@ -606,8 +615,8 @@ class RLVRModule(L.LightningModule):
             self.step_metrics["perf/trained_tokens"] / seconds["update_actor"]
         )
         self.step_metrics["policy_version"] = float(self.policy_version)
-        for name, value in self.step_metrics.items():
-            self.log(name, value, prog_bar=name == "reward", sync_dist=self.trainer.world_size > 1)
+        for name, value in self._mean_over_ranks(self.step_metrics).items():
+            self.log(name, value, prog_bar=name == "reward")
         self.log("tokens/s", self.step_metrics["perf/rollout_tokens_per_s"], prog_bar=True, logger=False)
 
 

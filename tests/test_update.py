@@ -91,13 +91,14 @@ def all_logprobs(model, rollouts, temperature):
 def expected_updates(
     model, rollouts, lr, loss_type="dapo", temperature=1.0, beta=0.0, num_iterations=1, num_minibatches=1, masked=False
 ):
-    """Apply the updates of a step to `model`; returns the loss of the last one. GRPO, clipped at 0.2, row by row."""
+    """Apply the updates of a step to `model`; returns the mean of their losses. GRPO, clipped at 0.2, row by row."""
     with torch.no_grad():
         old = all_logprobs(model, rollouts, temperature)  # also those of the reference: nothing was learned before
     rewards = torch.tensor(rollouts.rewards["small_tokens"]).view(-1, NUM_GENERATIONS)
     advantages = ((rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)).flatten()
     takes_part = [not (masked and truncated) for truncated in rollouts.truncated]
     size = rollouts.num_rows // num_minibatches
+    step_losses = []
     for rows in [range(part * size, (part + 1) * size) for part in range(num_minibatches)] * num_iterations:
         new = all_logprobs(model, rollouts, temperature)
         losses = []
@@ -114,12 +115,13 @@ def expected_updates(
             loss = sum(loss.mean() for loss in losses) / size
         elif loss_type == "dr_grpo":
             loss = sum(loss.sum() for loss in losses) / (size * MAX_LENGTH)
+        step_losses.append(loss.item())
         model.zero_grad()
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= lr * parameter.grad
-    return loss.item()
+    return sum(step_losses) / len(step_losses)
 
 
 CASES = {

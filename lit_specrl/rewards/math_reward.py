@@ -53,7 +53,7 @@ class MathReward(Reward):
         super().__init__(weight, name)
         check_answer_format(answer_format)
         if find_spec("math_verify") is None:
-            raise ImportError("MathReward needs math-verify; install it by: pip install 'math-verify[antlr4_13_2]'")
+            raise ImportError("MathReward needs math-verify; install it by: pip install math-verify")
         self.answer_format = answer_format
         self.pool = CheckerPool(num_workers, timeout_s)
 
