@@ -216,5 +216,5 @@ def test_a_copy_has_checkers_of_its_own(reward):
 
 def test_without_math_verify_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setattr("lit_specrl.rewards.math_reward.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install 'math-verify"):
+    with pytest.raises(ImportError, match="pip install math-verify"):
         MathReward()
