@@ -21,7 +21,7 @@ class VLLMEngine(RolloutEngine):
     """A colocated vLLM: same process, same device, weights handed over in memory.
 
     Args:
-        dtype: dtype of the engine's weights and cache. "bfloat16" is twice as fast as "float32"; only "float32" gives
+        dtype: dtype of the engine's weights and cache. "bfloat16" is faster and takes half the memory; only "float32" gives
             the tokens of a float32 policy.
         gpu_memory_utilization: fraction of the GPU that the engine may hold; not used on a CPU.
         cpu_kv_cache_gib: size of the key-value cache on a CPU, in GiB.
