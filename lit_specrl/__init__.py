@@ -9,7 +9,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "GRPO": "module",
+    "DAPO": "algorithms",
+    "GRPO": "algorithms",
+    "PPO": "algorithms",
+    "SeparateCritic": "critic",
+    "SharedTrunkCritic": "critic",
     "RLVRModule": "module",
     "PromptDataModule": "data",
     "Policy": "policy",

@@ -12,7 +12,9 @@ check_torchvision()  # before transformers, whose own message would be about ano
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
 # Imported for their side effect: the CLI takes short names of classes that are imported.
+import lit_specrl.algorithms  # noqa: E402
 import lit_specrl.callbacks  # noqa: E402
+import lit_specrl.critic  # noqa: E402
 import lit_specrl.rewards  # noqa: E402
 import lit_specrl.rollout  # noqa: E402, F401
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, TensorBoardReport  # noqa: E402
@@ -55,7 +57,8 @@ def run(arguments: list[str] | None = None) -> LitSpecRLCLI:
         parser_kwargs={
             "prog": "lit-specrl",
             "description": "Reinforcement learning with verifiable rewards. "
-            "`lit-specrl export --help` turns a checkpoint into a HuggingFace folder.",
+            "`lit-specrl export --help` turns a checkpoint into a HuggingFace folder. "
+            "`lit-specrl bench --help` measures the library on this machine.",
         },
         args=arguments,
     )
@@ -67,6 +70,10 @@ def main() -> None:
         from lit_specrl.export import export_command
 
         export_command(sys.argv[2:])
+    elif sys.argv[1:2] == ["bench"]:
+        from lit_specrl.bench.command import bench_command
+
+        bench_command(sys.argv[2:])
     else:
         run()
 

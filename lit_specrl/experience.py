@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from lit_specrl.masking import pad_left, pad_right
 from lit_specrl.types import Experience, Rollouts
 
 
-def padded_experience(
-    rollouts: Rollouts, rewards: Tensor, advantages: Tensor, mask_truncated_completions: bool = False
-) -> Experience:
-    """Pad rollouts and give every token of a row the advantage of the row.
+def padded_experience(rollouts: Rollouts, mask_truncated_completions: bool = False) -> Experience:
+    """Pad rollouts; advantages are zero until they are estimated.
 
     Args:
-        rollouts: N rows.
-        rewards: [N] float32.
-        advantages: [N] float32.
+        rollouts: N scored rows.
         mask_truncated_completions: leave rows that were cut at the length limit out of the loss.
     """
     prompt_ids, prompt_mask = pad_left(rollouts.prompts.prompt_ids)  # [B, P]
@@ -33,9 +28,11 @@ def padded_experience(
         response_ids=response_ids,
         response_mask=response_mask,
         loss_mask=loss_mask,
-        advantages=advantages[:, None].expand_as(response_mask).contiguous(),
         sampling_logprobs=sampling_logprobs,
-        rewards=rewards,
+        rewards=torch.tensor(
+            [torch.nan if reward is None else reward for reward in rollouts.total_rewards], dtype=torch.float32
+        ),
+        advantages=torch.zeros(response_mask.shape),
         policy_version=rollouts.policy_version,
     )
 

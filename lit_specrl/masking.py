@@ -6,7 +6,7 @@ infinity included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,23 +49,27 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, keepdim: b
     return masked_sum(values, mask, dim, keepdim) / count.clamp(min=1)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+def masked_whiten(
+    values: Tensor, mask: Tensor, shift_mean: bool = True, add_up: Callable[[Tensor], Tensor] = lambda total: total
+) -> Tensor:
     """Scale the True entries to variance 1 and, with `shift_mean`, to mean 0; the others become 0.
 
     Numbers are those of verl's `masked_whiten`: unbiased variance, 1e-8 added to it. Where verl raises (fewer than two
-    True entries) the variance counts as 0. The statistics are of this tensor alone: gather first for all ranks.
+    True entries) the variance counts as 0.
 
     Args:
         values: any shape.
         mask: bool, shape of `values`.
         shift_mean: subtract the mean; otherwise the mean is kept as it was.
+        add_up: adds a sum to those of other ranks; by default the statistics are of this tensor alone.
 
     Example:
         >>> masked_whiten(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
         tensor([-0.7071,  0.7071,  0.0000])
     """
-    mean = masked_mean(values, mask)
-    variance = masked_sum((values - mean).square(), mask) / (mask.sum() - 1).clamp(min=1)
+    count = add_up(mask.sum())
+    mean = add_up(masked_sum(values, mask)) / count.clamp(min=1)
+    variance = add_up(masked_sum((values - mean).square(), mask)) / (count - 1).clamp(min=1)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         whitened = whitened + mean

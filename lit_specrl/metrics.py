@@ -1,52 +1,97 @@
-"""What a step reports, under the names of TRL and verl; the README's table defines each."""
+"""What a step reports, under the names of TRL and verl; the README's table defines each.
+
+Sums and counts travel, over micro-batches, rounds of generation and ranks, and are divided once, at the end.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import reduce
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lit_specrl.losses import ClipStatistics, MismatchStatistics
-from lit_specrl.rewards.reward_set import RewardScores
+from lit_specrl.advantages import frac_reward_zero_std
+from lit_specrl.losses import ClipStatistics, MismatchStatistics, ValueClipStatistics
 from lit_specrl.types import Rollouts
 
-
-def completion_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """Lengths of the responses, in tokens, and how many were cut at the limit."""
-    lengths = [len(ids) for ids in rollouts.response_ids]
-    return {
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(rollouts.truncated) / len(lengths),
-    }
+S = TypeVar("S", "RolloutStatistics", "UpdateStatistics", "CriticStatistics", "ValueStatistics")
 
 
-def reward_metrics(scores: RewardScores, rewards: Tensor, num_generations: int) -> dict[str, float]:
-    """Mean of the total reward and of each function, over the rows it applies to; `reward_std` is the mean over groups.
+def total(parts: Sequence[S]) -> S:
+    """The sum of the statistics of several ranks or rounds."""
+    return reduce(lambda first, second: first + second, parts)
 
-    Args:
-        scores: of N rows.
-        rewards: [N] their totals.
-        num_generations: rows per group, G.
-    """
-    groups = rewards.view(-1, num_generations)
-    metrics = {
-        "reward": float(rewards.mean()),
-        "reward_std": float(groups.std(-1, correction=min(1, num_generations - 1)).mean()),
-    }
-    for name, values in zip(scores.names, scores.values, strict=True):
-        applicable = torch.tensor([value for value in values if value is not None])
-        if len(applicable):
-            metrics[f"rewards/{name}/mean"] = float(applicable.mean())
-            metrics[f"rewards/{name}/std"] = float(applicable.std(correction=min(1, len(applicable) - 1)))
-    return metrics | scores.metrics | {"rewards/unscored": float(scores.num_unscored)}
+
+@dataclass(frozen=True)
+class RolloutStatistics:
+    """Lengths and rewards of generated rows."""
+
+    num_generations: int
+    lengths: tuple[int, ...]
+    """Response tokens of each row."""
+    num_truncated: int
+    elapsed_s: float
+    """Wall time of generation; of several ranks, added up."""
+    total_rewards: tuple[float | None, ...]
+    rewards: dict[str, tuple[float | None, ...]]
+    counters: dict[str, float]
+    """What the rewards count, such as `rewards/math/timeouts`."""
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, counters: dict[str, float]) -> RolloutStatistics:
+        return cls(
+            num_generations=rollouts.request.sampling.num_generations,
+            lengths=tuple(len(ids) for ids in rollouts.response_ids),
+            num_truncated=sum(rollouts.truncated),
+            elapsed_s=rollouts.elapsed_s,
+            total_rewards=tuple(rollouts.total_rewards),
+            rewards={name: tuple(values) for name, values in rollouts.rewards.items()},
+            counters=counters,
+        )
+
+    def __add__(self, other: RolloutStatistics) -> RolloutStatistics:
+        counters: dict[str, float] = defaultdict(float, self.counters)
+        for name, count in other.counters.items():
+            counters[name] += count
+        return RolloutStatistics(
+            num_generations=self.num_generations,
+            lengths=self.lengths + other.lengths,
+            num_truncated=self.num_truncated + other.num_truncated,
+            elapsed_s=self.elapsed_s + other.elapsed_s,
+            total_rewards=self.total_rewards + other.total_rewards,
+            rewards={name: values + other.rewards[name] for name, values in self.rewards.items()},
+            counters=dict(counters),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        rewards = torch.tensor([reward or 0.0 for reward in self.total_rewards])  # [N]
+        scored = torch.tensor([torch.nan if reward is None else reward for reward in self.total_rewards])
+        groups = rewards.view(-1, self.num_generations)
+        metrics = {
+            "completions/mean_length": sum(self.lengths) / len(self.lengths),
+            "completions/min_length": float(min(self.lengths)),
+            "completions/max_length": float(max(self.lengths)),
+            "completions/clipped_ratio": self.num_truncated / len(self.lengths),
+            "reward": float(rewards.mean()),
+            "reward_std": float(groups.std(-1, correction=min(1, self.num_generations - 1)).mean()),
+            "frac_reward_zero_std": float(frac_reward_zero_std(scored, self.num_generations)),
+            "rewards/unscored": float(self.total_rewards.count(None)),
+        }
+        for name, values in self.rewards.items():
+            applicable = torch.tensor([value for value in values if value is not None])
+            if len(applicable):
+                metrics[f"rewards/{name}/mean"] = float(applicable.mean())
+                metrics[f"rewards/{name}/std"] = float(applicable.std(correction=min(1, len(applicable) - 1)))
+        return metrics | self.counters
 
 
 @dataclass
 class UpdateStatistics:
-    """Sums over the tokens of a step's updates; micro-batches and updates are added up."""
+    """Sums over the tokens of a step's updates; micro-batches, updates and ranks are added up."""
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     """The micro-batch's share of the loss; shares add up to the loss."""
@@ -56,6 +101,7 @@ class UpdateStatistics:
     clipped: ClipStatistics | None = None
     mismatch: MismatchStatistics | None = None
     num_updates: int = 0
+    """Updates of all ranks together."""
     trained_tokens: int = 0
     """Prompt and response tokens of the rows that were computed."""
     computed_tokens: int = 0
@@ -71,10 +117,14 @@ class UpdateStatistics:
 
         return UpdateStatistics(**{entry.name: add(entry.name) for entry in fields(self)})  # type: ignore[arg-type]
 
-    def metrics(self) -> dict[str, float]:
+    def to(self, device: str) -> UpdateStatistics:
+        """Copy with every tensor on `device`."""
+        return _moved(self, device)
+
+    def metrics(self, num_ranks: int = 1) -> dict[str, float]:
         count = self.num_tokens.clamp_min(1)
         metrics = {
-            "loss": float(self.loss) / max(1, self.num_updates),
+            "loss": float(self.loss) * num_ranks / max(1, self.num_updates),
             "entropy": float(self.entropy_sum / count),
             "perf/trained_tokens": float(self.trained_tokens),
             "perf/computed_tokens": float(self.computed_tokens),
@@ -88,6 +138,7 @@ class UpdateStatistics:
                 "clip_ratio/low_mean": float(self.clipped.low_mean),
                 "clip_ratio/high_mean": float(self.clipped.high_mean),
                 "clip_ratio/region_mean": float(self.clipped.region_mean),
+                "actor/pg_clipfrac_lower": float(self.clipped.bound_mean),
             }
         if self.mismatch is not None and int(self.mismatch.difference_count):
             metrics |= {
@@ -98,3 +149,77 @@ class UpdateStatistics:
                 "sampling/sampling_logp_difference/max": float(self.mismatch.difference_max),
             }
         return metrics
+
+
+@dataclass(frozen=True)
+class CriticStatistics:
+    """Sums over the tokens of the critic's updates."""
+
+    loss_sum: Tensor
+    clipped: ValueClipStatistics
+
+    def __add__(self, other: CriticStatistics) -> CriticStatistics:
+        return CriticStatistics(self.loss_sum + other.loss_sum, self.clipped + other.clipped)
+
+    def to(self, device: str) -> CriticStatistics:
+        """Copy with every tensor on `device`."""
+        return _moved(self, device)
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "critic/vf_loss": float(self.loss_sum / self.clipped.count.clamp_min(1)),
+            "critic/vf_clipfrac": float(self.clipped.clipped_mean),
+        }
+
+
+@dataclass(frozen=True)
+class ValueStatistics:
+    """Sums over the tokens of a step that tell how well the critic's values explain the returns.
+
+    `critic/vf_explained_var` is verl's: `1 - var(returns - values) / (var(returns) + 1e-5)`, unbiased variances. 1 is perfect, 0 no
+    better than a constant, below 0 worse.
+
+    Example:
+        >>> returns = torch.tensor([[0.0, 2.0]])
+        >>> statistics = ValueStatistics.of(returns / 2, returns, torch.ones(1, 2, dtype=torch.bool))
+        >>> round(statistics.metrics()["critic/vf_explained_var"], 4)
+        0.75
+    """
+
+    sums: Tensor
+    """[6] float64: tokens, values, returns, squared returns, errors, squared errors."""
+
+    @classmethod
+    def of(cls, values: Tensor, returns: Tensor, mask: Tensor) -> ValueStatistics:
+        """Count tokens.
+
+        Args:
+            values: [N, R] of the critic, before the update.
+            returns: [N, R] its targets.
+            mask: [N, R] bool, True on tokens that count.
+        """
+        values, returns = values[mask].double(), returns[mask].double()
+        errors = returns - values
+        columns = [torch.ones_like(values), values, returns, returns.square(), errors, errors.square()]
+        return cls(torch.stack([column.sum() for column in columns]).cpu())
+
+    def __add__(self, other: ValueStatistics) -> ValueStatistics:
+        return ValueStatistics(self.sums + other.sums)
+
+    def metrics(self) -> dict[str, float]:
+        count, values, returns, squared_returns, errors, squared_errors = self.sums.tolist()
+        metrics = {"critic/values/mean": values / max(count, 1), "critic/returns/mean": returns / max(count, 1)}
+        if count > 1:
+            variance = (squared_returns - returns**2 / count) / (count - 1)
+            error_variance = (squared_errors - errors**2 / count) / (count - 1)
+            metrics["critic/vf_explained_var"] = 1 - error_variance / (variance + 1e-5)
+        return metrics
+
+
+def _moved(statistics: Any, device: str) -> Any:
+    if isinstance(statistics, Tensor):
+        return statistics.to(device)
+    if is_dataclass(statistics) and not isinstance(statistics, type):
+        moved = {entry.name: _moved(getattr(statistics, entry.name), device) for entry in fields(statistics)}
+        return replace(statistics, **moved)
+    return statistics

@@ -1,48 +1,52 @@
-"""The algorithms as LightningModules: one `RLVRModule`, one thin class per paper."""
+"""The algorithm as a LightningModule: rollouts, advantages, updates."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
-from typing import Any
+from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoTokenizer
 
-from lit_specrl.advantages import ScaleRewards, frac_reward_zero_std, group_advantages
+from lit_specrl.advantages import (
+    ScaleRewards,
+    generalized_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    rewards_at_last_token,
+)
 from lit_specrl.allocator import keep_freed_memory
-from lit_specrl.callbacks.rollout_callback import RolloutCallback
-from lit_specrl.evaluation import AccuracyMeter
+from lit_specrl.critic import Critic, SeparateCritic, SharedTrunkCritic
+from lit_specrl.dynamic_sampling import GroupSelection, groups_to_draw, groups_with_spread
 from lit_specrl.experience import active_rows, padded_experience
+from lit_specrl.gradient_step import GradientStep
 from lit_specrl.losses import (
+    Aggregation,
     ImportanceSampling,
+    KLCoefficient,
     KLEstimator,
     PolicyLoss,
     kl_penalty,
     resolve_loss_type,
     token_weights,
 )
-from lit_specrl.masking import masked_sum
-from lit_specrl.metrics import UpdateStatistics, completion_metrics, reward_metrics
+from lit_specrl.masking import masked_mean, masked_whiten
+from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics, total
 from lit_specrl.micro_batches import MicroBatch, plan_micro_batches
-from lit_specrl.policy import Policy, TokenStatistics, check_model_exists, unreachable_model_message
-from lit_specrl.rewards import Reward, RewardSet
-from lit_specrl.rewards.answers import extract_answer
-from lit_specrl.rewards.reward_set import RewardScores
-from lit_specrl.rollout import RolloutEngine, TransformersEngine, VLLMEngine
-from lit_specrl.seeds import rollout_seeds
-from lit_specrl.strategy import FSDP2Strategy  # noqa: F401 (registers strategy="fsdp2")
-from lit_specrl.timing import StageTimer
-from lit_specrl.types import Experience, PromptBatch, RolloutProgress, RolloutRequest, Rollouts, SamplingConfig
+from lit_specrl.objective import Objective
+from lit_specrl.policy import Policy, TokenStatistics
+from lit_specrl.ranks import average_gradients, gather_objects, gather_rows, max_over_ranks, num_ranks, sum_over_ranks
+from lit_specrl.rewards import Reward
+from lit_specrl.rollout_module import RolloutModule
+from lit_specrl.types import Experience, PromptBatch, Rollouts, SamplingConfig
+
+AdvantageEstimator = Literal["grpo", "rloo", "gae"]
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -50,8 +54,8 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-class RLVRModule(L.LightningModule):
-    """Reinforcement learning with verifiable rewards: generate, score, compare within the group, update.
+class RLVRModule(RolloutModule):
+    """Reinforcement learning with verifiable rewards: generate, score, estimate advantages, update.
 
     Args:
         model: hub name or local folder of the policy, in the transformers format.
@@ -65,15 +69,29 @@ class RLVRModule(L.LightningModule):
         top_k: most likely tokens to sample from in training rollouts; the same holds.
         eval_sampling: how to sample in validation, test and predict where the data module does not say; by default one
             response per prompt under the training settings.
-        loss_type: "grpo", "dapo", "dr_grpo", "bnpo", "cispo" or "gspo": surrogate and normalisation (`lit_specrl.losses.LOSS_TYPES`).
+        loss_type: "grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo" or "luspo": surrogate and normalisation
+            (`lit_specrl.losses.LOSS_TYPES`). Ratios by sequence ("gspo", "luspo") stay close to 1 and want an `epsilon` of about 3e-4.
         epsilon: how far the probability ratio may fall below 1 before it is clipped.
         epsilon_high: how far it may rise above 1; `None` means `epsilon`.
         delta: largest ratio that enters the loss of a token with negative advantage; `None` for no bound.
-        scale_rewards: divide advantages by the standard deviation of the "group", of the "batch", or not ("none").
+        clip_ratio_c: largest multiple of its advantage that a token with negative advantage may cost (dual clip, c); `None` for
+            no bound.
+        advantage_estimator: "grpo" compares with the mean of the group, "rloo" with the mean of the others in it, "gae" with a critic.
+        scale_rewards: divide advantages by the standard deviation of the "group", of the "batch", or not ("none"). "rloo" knows no "group".
         beta: weight of the KL penalty towards the initial policy; 0 loads no reference model.
-        kl_estimator: "k1", "k2" or "k3" (Schulman 2020).
+        kl_estimator: "k1", "k2", "k3" (Schulman 2020) or another name of `lit_specrl.losses.kl_penalty`.
+        kl_in_reward: subtract the penalty from the rewards, token by token, instead of adding it to the loss.
+        kl_target: KL, in nats per token, that `beta` is adapted to hold; `None` keeps it. Needs `kl_in_reward`.
+        kl_horizon: rows over which `beta` adapts.
         importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for none.
         mask_truncated_completions: leave responses that were cut at the length limit out of the loss.
+        dynamic_sampling: replace groups without reward spread by fresh prompts; those left after the last round are left out
+            of the loss.
+        max_generation_rounds: rounds of generation per step under dynamic sampling.
+        critic: the value model of "gae": `SeparateCritic` or `SharedTrunkCritic`.
+        gamma: discount per token of "gae".
+        gae_lambda: of "gae"; 0 trusts the critic, 1 trusts the rewards.
+        whiten_advantages: bring the advantages of "gae" to mean 0 and variance 1 over the tokens of the step.
         num_iterations: passes over the rollouts of a step.
         num_minibatches: updates per pass; the groups of a step are dealt out in order.
         micro_batch_tokens: most tokens, padding included, in one forward and backward pass. Changes memory and speed,
@@ -82,6 +100,8 @@ class RLVRModule(L.LightningModule):
         max_skipped_updates: successive updates with a non-finite gradient after which the run stops.
         optimizer: makes the optimizer from the policy's parameters.
         lr_scheduler: makes the learning rate schedule from the optimizer; stepped once per step. `None` keeps the rate constant.
+        lora: train low-rank adapters alone: arguments of peft's `LoraConfig`, such as `{r: 16, target_modules: all-linear}`. The
+            reference of the KL penalty is then the policy without its adapters.
         dtype: dtype of the policy's weights.
         attn_implementation: attention of the policy, as in transformers; `None` lets transformers choose.
         gradient_checkpointing: recompute activations in the backward pass; prompts are then not shared.
@@ -106,11 +126,22 @@ class RLVRModule(L.LightningModule):
         epsilon: float = 0.2,
         epsilon_high: float | None = None,
         delta: float | None = None,
+        clip_ratio_c: float | None = None,
+        advantage_estimator: AdvantageEstimator = "grpo",
         scale_rewards: ScaleRewards = "group",
         beta: float = 0.0,
         kl_estimator: KLEstimator = "k3",
+        kl_in_reward: bool = False,
+        kl_target: float | None = None,
+        kl_horizon: int = 10_000,
         importance_sampling: ImportanceSampling | None = ImportanceSampling(),
         mask_truncated_completions: bool = False,
+        dynamic_sampling: bool = False,
+        max_generation_rounds: int = 10,
+        critic: Critic | None = None,
+        gamma: float = 1.0,
+        gae_lambda: float = 1.0,
+        whiten_advantages: bool = True,
         num_iterations: int = 1,
         num_minibatches: int = 1,
         micro_batch_tokens: int = 8192,
@@ -118,19 +149,26 @@ class RLVRModule(L.LightningModule):
         max_skipped_updates: int = 3,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
+        lora: dict[str, Any] | None = None,
         dtype: str = "float32",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        sampling = SamplingConfig(num_generations, max_completion_length, temperature, top_p, top_k)
+        super().__init__(
+            model,
+            rewards,
+            sampling,
+            eval_sampling or SamplingConfig(1, max_completion_length, temperature, top_p, top_k),
+            seed,
+        )
         self.automatic_optimization = False
-        self.sampling = SamplingConfig(num_generations, max_completion_length, temperature, top_p, top_k)
         if temperature == 0:
             raise ValueError(
                 "temperature must be positive in training, got 0; greedy rollouts of a group are all the same"
             )
-        if importance_sampling is not None and self.sampling.is_truncated:
+        if importance_sampling is not None and sampling.is_truncated:
             raise ValueError(
                 f"importance_sampling is biased under top_p={top_p} and top_k={top_k}: the engine's log-probs belong to the "
                 "truncated distribution; use top_p=1.0 without top_k, or importance_sampling=None"
@@ -140,52 +178,67 @@ class RLVRModule(L.LightningModule):
             "num_minibatches": num_minibatches,
             "micro_batch_tokens": micro_batch_tokens,
             "max_skipped_updates": max_skipped_updates,
+            "max_generation_rounds": max_generation_rounds,
         }.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
-        if beta < 0:
-            raise ValueError(f"beta must not be negative, got {beta}; 0 switches the KL penalty off")
+        if kl_target is not None and not kl_in_reward:
+            raise ValueError(f"kl_target={kl_target} adapts a penalty in the reward; set kl_in_reward=True")
+        _check_estimator(advantage_estimator, num_generations, scale_rewards, critic, gamma, gae_lambda)
+        if dynamic_sampling and num_generations < 2:
+            raise ValueError(f"dynamic_sampling compares rows of a group, got num_generations={num_generations}")
+
         loss = resolve_loss_type(loss_type)
-        self.policy_loss = PolicyLoss(
-            epsilon,
-            epsilon_high,
-            delta,
-            importance_sampling_level=loss.importance_sampling_level,
-            surrogate=loss.surrogate,
+        self.objective = Objective(
+            PolicyLoss(
+                epsilon,
+                epsilon_high,
+                delta,
+                clip_ratio_c,
+                importance_sampling_level=loss.importance_sampling_level,
+                surrogate=loss.surrogate,
+            ),
+            importance_sampling,
+            kl_estimator,
         )
         self.aggregation = loss.aggregation
-        self.model_name = model
-        self.eval_sampling = eval_sampling or SamplingConfig(1, max_completion_length, temperature, top_p, top_k)
-        self.rewards = RewardSet(list(rewards))
+        self.advantage_estimator: AdvantageEstimator = advantage_estimator
         self.scale_rewards: ScaleRewards = scale_rewards
-        self.beta = beta
-        self.kl_estimator: KLEstimator = kl_estimator
-        self.importance_sampling = importance_sampling
+        self.kl_coefficient = KLCoefficient(beta, kl_target, kl_horizon)
+        self.kl_in_reward = kl_in_reward and beta > 0
         self.mask_truncated_completions = mask_truncated_completions
+        self.dynamic_sampling = dynamic_sampling
+        self.max_generation_rounds = max_generation_rounds
+        self.critic = critic
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.whiten_advantages = whiten_advantages
         self.num_iterations = num_iterations
         self.num_minibatches = num_minibatches
         self.micro_batch_tokens = micro_batch_tokens
-        self.max_grad_norm = max_grad_norm
-        self.max_skipped_updates = max_skipped_updates
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
-        self.policy_options: dict[str, Any] = {
+        self.lora = lora
+        self.model_options: dict[str, Any] = {
             "dtype": dtype,
             "attn_implementation": attn_implementation,
             "gradient_checkpointing": gradient_checkpointing,
         }
-        self.seed = seed
         self.settings = {
+            "algorithm": type(self).__name__,
             "model": model,
             "rewards": ", ".join(f"{reward.weight:g} {reward.name}" for reward in self.rewards.rewards),
-            **vars(self.sampling),
+            **vars(sampling),
             "loss_type": loss_type,
             "epsilon": epsilon,
             "epsilon_high": epsilon if epsilon_high is None else epsilon_high,
+            "advantage_estimator": advantage_estimator,
             "scale_rewards": scale_rewards,
             "beta": beta,
+            "kl_in_reward": kl_in_reward,
+            "dynamic_sampling": dynamic_sampling,
             "num_iterations": num_iterations,
             "num_minibatches": num_minibatches,
             "max_grad_norm": max_grad_norm,
@@ -193,38 +246,20 @@ class RLVRModule(L.LightningModule):
             "seed": seed,
         }  # for the logger's table of runs
 
-        self.policy: Policy | None = None
-        self.engine: RolloutEngine | None = None
         self._frozen: list[Policy] = []  # the reference, kept out of checkpoints by not being a submodule
-        self._engine_started = False
-        self.step = 0
-        self.policy_version = 0
-        self.skipped_updates = 0
-        self.timer = StageTimer()
+        self._policy_step = GradientStep("actor", max_grad_norm, max_skipped_updates)
+        self._critic_step = GradientStep("critic", critic.max_grad_norm if critic else 1.0, max_skipped_updates)
+        self._generated: list[RolloutStatistics] = []  # all rounds of the current step
+        self._critic_updates: list[CriticStatistics] = []
         self.step_metrics: dict[str, float] = {}  # of the latest training step, as logged
-        self.evaluation: dict[str, float] = {}  # of the latest validation or test, as logged
-        self._meters: dict[int, AccuracyMeter] = {}
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Tokenizer of the policy; read without its weights."""
-        try:
-            return AutoTokenizer.from_pretrained(self.model_name)
-        except OSError as error:
-            raise ValueError(unreachable_model_message(self.model_name)) from error
-
     def setup(self, stage: str) -> None:
-        check_model_exists(self.model_name)
+        super().setup(stage)
         if self.trainer.precision == "16-mixed":
             raise MisconfigurationException(
                 "precision='16-mixed' scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' or '32-true'"
-            )
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.engine, VLLMEngine):
-            raise MisconfigurationException(
-                "TransformersEngine cannot generate with sharded weights; add SpeculativeRollout(engine=VLLMEngine()), or "
-                "use strategy='ddp'"
             )
         batch_size = getattr(self._datamodule, "batch_size", None)
         if stage == "fit" and batch_size is not None and batch_size // self.trainer.world_size % self.num_minibatches:
@@ -232,331 +267,333 @@ class RLVRModule(L.LightningModule):
                 f"{batch_size // self.trainer.world_size} prompts a step and rank (batch_size={batch_size}) cannot be divided "
                 f"into num_minibatches={self.num_minibatches}; make batch_size a multiple of it"
             )
-        positions = AutoConfig.from_pretrained(self.model_name).get_text_config().max_position_embeddings
-        if self.max_length is not None and self.max_length > positions:
-            raise MisconfigurationException(
-                f"prompts and responses of up to {self.max_length} tokens do not fit the {positions} positions of "
-                f"{self.model_name}; lower max_prompt_length or max_completion_length"
-            )
-
-    @property
-    def max_length(self) -> int | None:
-        """Longest prompt plus response of the run, in tokens; `None` where the data does not bound its prompts."""
-        data = self._datamodule
-        prompt_length = getattr(data, "max_prompt_length", None)
-        if prompt_length is None:
-            return None
-        samplings = [self.sampling, self.eval_sampling, *getattr(data, "sampling", {}).values()]
-        return prompt_length + max(sampling.max_completion_length for sampling in samplings if sampling)
 
     def configure_model(self) -> None:
         if self.policy is not None:
             return
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
-        self.policy = Policy.build(self.model_name, **self.policy_options)
-        if self.beta:
-            reference = Policy.build(self.model_name, **{**self.policy_options, "gradient_checkpointing": False})
+        self.policy = Policy.build(self.model_name, lora=self.lora, **self.model_options)
+        if self.critic is not None:
+            self.critic.build(self.policy, self.model_name, **self.model_options)
+        if self.kl_coefficient.value and self.lora is None:
+            reference = Policy.build(self.model_name, **{**self.model_options, "gradient_checkpointing": False})
             self._frozen = [reference.requires_grad_(False).eval()]
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for policy in [self.policy, *self._frozen]:
-                policy.to(self.trainer.strategy.root_device).shard(self.trainer.strategy.device_mesh["data_parallel"])
+        if self._is_sharded:
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
+            models: list[Policy | Critic] = [self.policy, *self._frozen, *([self.critic] if self.critic else [])]
+            for shardable in models:
+                shardable.to(self.trainer.strategy.root_device)
+                shardable.shard(mesh)
 
     def configure_optimizers(self) -> Any:
+        owned = [(self._policy_parameters, self.make_optimizer, self.make_lr_scheduler)]
+        if self.critic is not None:
+            owned.append((self._critic_parameters, self.critic.make_optimizer, self.critic.make_lr_scheduler))
+        optimizers = [make_optimizer(parameters) for parameters, make_optimizer, _ in owned]
+        schedulers = [make(optimizer) for optimizer, (_, _, make) in zip(optimizers, owned, strict=True) if make]
+        return optimizers, schedulers
+
+    @property
+    def _policy_parameters(self) -> list[torch.nn.Parameter]:
         assert self.policy is not None
-        optimizer = self.make_optimizer(
-            [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        )
-        if self.make_lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}
+        return [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
 
-    def teardown(self, stage: str) -> None:
-        self.rewards.close()
-        self.stop_engine()
+    @property
+    def _critic_parameters(self) -> list[torch.nn.Parameter]:
+        assert self.policy is not None and self.critic is not None
+        return list(self.critic.trained_parameters(self.policy))
 
-    def stop_engine(self) -> None:
-        """Shut the engine down; the next rollout starts it again."""
-        if self.engine is not None and self._engine_started:
-            self.engine.shutdown()
-        self._engine_started = False
+    def on_train_start(self) -> None:
+        if self.dynamic_sampling and not hasattr(self.trainer.train_dataloader, "draw"):
+            raise MisconfigurationException(
+                "dynamic_sampling draws fresh prompts from the training data, which "
+                f"{type(self.trainer.train_dataloader).__name__} cannot give; train with a PromptDataModule"
+            )
 
     # ------------------------------------------------------------------------------------------------------- algorithm
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self.step_metrics = {}
         started_at = time.perf_counter()
-        rollouts = self.generate(batch, self.sampling, purpose=f"train/{self.step}")
-        scores = self.score(rollouts)
-        experience = self.make_experience(rollouts, scores)
+        self.step_metrics, self._generated, self._critic_updates = {}, [], []
+        rollouts = self.collect(batch)
+        experience = self.make_experience(rollouts)
         self._hook("on_experience_end", rollouts, experience)
         updates = UpdateStatistics()
         for _ in range(self.num_iterations):
             for minibatch in experience.minibatches(self.num_minibatches):
+                self.update_critic(minibatch)
                 updates += self.update_policy(minibatch)
-        self.step_metrics |= updates.metrics()
-        self._step_lr_scheduler()
+        self._step_lr_schedulers()
         self.step += 1
-        self._log_step(rollouts, time.perf_counter() - started_at)
+        self._log_step(updates, started_at)
 
-    def generate(self, prompts: PromptBatch, sampling: SamplingConfig, purpose: str) -> Rollouts:
-        """Sample responses under the current policy.
+    def collect(self, batch: PromptBatch) -> Rollouts:
+        """Generate and score the rollouts of a step; under dynamic sampling, in rounds, until every group has reward spread."""
+        rollouts = self._generate_and_score(batch, f"train/{self.step}")
+        if not self.dynamic_sampling:
+            return rollouts
+        selection, loader = GroupSelection(num_groups=len(batch)), cast(Any, self.trainer.train_dataloader)
+        selection.add(rollouts)
+        while selection.num_rounds < self.max_generation_rounds:
+            missing = max_over_ranks(selection.num_missing, self.device)
+            if not missing:
+                break
+            found = gather_objects((selection.num_useful, selection.num_generated))
+            useful, generated = (sum(counts) for counts in zip(*found, strict=True))
+            # every rank draws as many, also one that has enough: the ranks move through the data together
+            prompts = loader.draw(groups_to_draw(missing, useful, generated, len(batch)))
+            selection.add(self._generate_and_score(prompts, f"train/{self.step}/{selection.num_rounds}"))
+        counts = gather_objects(selection.metrics())
+        self.step_metrics |= {name: sum(rank[name] for rank in counts) for name in counts[0]}
+        self.step_metrics["dynamic_sampling/rounds"] /= num_ranks()
+        return selection.result()
 
-        Args:
-            prompts: B prompts.
-            sampling: how to sample; G per prompt.
-            purpose: what the rollouts are for; decides their seeds, see `rollout_seeds`.
-        """
-        seeds = rollout_seeds(self.seed, purpose, prompts.uids, sampling.num_generations)
-        request = RolloutRequest(prompts, sampling, seeds, self.policy_version)
-        self._hook("on_rollout_start", request)
-        engine = self._current_engine()
-        with self.timer("gen"):
-            rollouts = engine.generate(request, on_progress=self._report_progress)
-            rollouts.texts = self.tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
-        self._hook("on_rollout_end", rollouts)
+    def _generate_and_score(self, prompts: PromptBatch, purpose: str) -> Rollouts:
+        rollouts = self.generate(prompts, self.sampling, purpose)
+        counters = self.score(rollouts)
+        self._generated.append(RolloutStatistics.of(rollouts, counters))
         return rollouts
 
-    def score(self, rollouts: Rollouts) -> RewardScores:
-        """Ask every reward about every row."""
-        prompts, request = rollouts.prompts, rollouts.request
-        owners = [request.prompt_index(row) for row in range(rollouts.num_rows)]
-        names = {name for columns in prompts.columns for name in columns}
-        columns: dict[str, list[Any]] = {name: [prompts.columns[owner].get(name) for owner in owners] for name in names}
-        with self.timer("reward"):
-            scores = self.rewards(
-                [prompts.prompts[owner] for owner in owners],
-                rollouts.texts,
-                **columns
-                | {
-                    "answer": [prompts.answers[owner] for owner in owners],
-                    "source": [prompts.sources[owner] for owner in owners],
-                    "completion_ids": rollouts.response_ids,
-                    "finish_reason": rollouts.finish_reasons,
-                },
-            )
-        rollouts.rewards = dict(zip(scores.names, scores.values, strict=True))
-        return scores
-
-    def make_experience(self, rollouts: Rollouts, scores: RewardScores) -> Experience:
-        """Advantages, and the log-probs that the loss cannot do without."""
-        rewards = torch.tensor(scores.total, dtype=torch.float32)  # [N]
-        scored = torch.tensor([any(value is not None for value in row) for row in zip(*scores.values, strict=True)])
-        advantages = group_advantages(
-            rewards.masked_fill(~scored, torch.nan), self.sampling.num_generations, self.scale_rewards
-        )  # [N]
-        self.step_metrics |= reward_metrics(scores, rewards, self.sampling.num_generations)
-        self.step_metrics["frac_reward_zero_std"] = float(frac_reward_zero_std(rewards, self.sampling.num_generations))
-        experience = padded_experience(rollouts, rewards, advantages, self.mask_truncated_completions).to(self.device)
-        if self.num_iterations * self.num_minibatches > 1:  # otherwise the training forward gives them
+    def make_experience(self, rollouts: Rollouts) -> Experience:
+        """Everything the updates need to know beforehand: log-probs that the loss cannot do without, values, advantages."""
+        experience = padded_experience(rollouts, self.mask_truncated_completions).to(self.device)
+        if self.dynamic_sampling:
+            spread = groups_with_spread(experience.rewards, self.sampling.num_generations)  # [B]
+            experience.loss_mask = experience.loss_mask & spread[experience.prompt_index, None]
+        several_updates = self.num_iterations * self.num_minibatches > 1  # otherwise the training forward gives them
+        shares_trunk = self.critic is not None and self.critic.shares_trunk
+        if several_updates or self.kl_in_reward or shares_trunk:
             with self.timer("old_log_prob"):
-                experience.old_logprobs = self.token_logprobs(self.policy, experience)
-        if self.beta:
+                old = self.token_statistics(self.policy, experience)
+                experience.old_logprobs, experience.values = old.logprobs, old.values
+        if self.kl_coefficient.value:
             with self.timer("ref"):
-                experience.reference_logprobs = self.token_logprobs(self._frozen[0].to(self.device), experience)
+                experience.reference_logprobs = self.reference_logprobs(experience)
+        if isinstance(self.critic, SeparateCritic):
+            with self.timer("values"):
+                experience.values = self.token_values(self.critic, experience)
+        self.estimate_advantages(experience)
         return experience
 
+    def reference_logprobs(self, experience: Experience) -> Tensor:
+        """Log-probs of all response tokens under the initial policy, [N, R]."""
+        if self.lora is None:
+            return self.token_statistics(self._frozen[0].to(self.device), experience).logprobs
+        assert self.policy is not None
+        with self.policy.adapters_disabled():
+            return self.token_statistics(self.policy, experience).logprobs
+
+    def estimate_advantages(self, experience: Experience) -> None:
+        """Fill in the advantages, and with a critic the returns."""
+        rewards, mask = experience.rewards, experience.response_mask
+        size = self.sampling.num_generations
+        penalty = self._kl_in_reward(experience) if self.kl_in_reward else None  # [N, R]
+        if self.critic is not None:
+            assert experience.values is not None
+            experience.loss_mask = experience.loss_mask & ~rewards.isnan()[:, None]
+            token_rewards = rewards_at_last_token(rewards.nan_to_num(), mask)  # [N, R]
+            if penalty is not None:
+                token_rewards = token_rewards - penalty
+            advantages, experience.returns = generalized_advantages(
+                token_rewards, experience.values, mask, self.gamma, self.gae_lambda
+            )
+            if self.whiten_advantages:
+                advantages = masked_whiten(advantages, experience.loss_mask, add_up=sum_over_ranks)
+            experience.advantages = advantages
+            values = ValueStatistics.of(experience.values, experience.returns, experience.loss_mask)
+            self.step_metrics |= total(gather_objects(values)).metrics()
+            return
+        if penalty is not None:
+            rewards = rewards - penalty.sum(-1)
+        everyone, own = gather_rows(rewards)
+        if self.advantage_estimator == "rloo":
+            row_advantages = leave_one_out_advantages(everyone, size, normalize=self.scale_rewards == "batch")
+        else:
+            row_advantages = group_advantages(everyone, size, self.scale_rewards)
+        experience.advantages = row_advantages[own, None] * mask  # [N, R]
+
+    def _kl_in_reward(self, experience: Experience) -> Tensor:
+        """What each token's departure from the initial policy costs in reward, [N, R]; adapts the price."""
+        assert experience.old_logprobs is not None and experience.reference_logprobs is not None
+        mask = experience.response_mask
+        kl = kl_penalty(experience.old_logprobs, experience.reference_logprobs, mask, self.objective.kl_estimator)
+        penalty = self.kl_coefficient.value * kl
+        num_rows = sum_over_ranks(torch.tensor(experience.num_rows, device=self.device))
+        mean_kl = sum_over_ranks(masked_mean(kl, mask, dim=-1).sum()) / num_rows
+        self.step_metrics["actor/reward_kl_penalty"] = float(mean_kl)
+        self.step_metrics["actor/reward_kl_penalty_coeff"] = self.kl_coefficient.value
+        self.kl_coefficient.update(float(mean_kl), int(num_rows))
+        return penalty
+
     @torch.no_grad()
-    def token_logprobs(self, policy: Policy | None, experience: Experience) -> Tensor:
-        """Log-probs of all response tokens under `policy`, [N, R]."""
+    def token_statistics(self, policy: Policy | None, experience: Experience) -> TokenStatistics:
+        """Log-probs and entropies of all response tokens, [N, R], and values where the policy has a value head."""
         assert policy is not None
+        found = TokenStatistics(*(torch.zeros_like(experience.sampling_logprobs) for _ in TokenStatistics._fields))
+        for micro_batch in self._plan(experience, list(range(experience.num_rows))):
+            part = experience.select(micro_batch.rows)
+            statistics = self._forward(policy, part, micro_batch)
+            for values, result in zip(statistics, found, strict=True):
+                if values is not None and result is not None:
+                    result[micro_batch.rows, : values.shape[1]] = values
+        return found if policy.value_head is not None else found._replace(values=None)
+
+    @torch.no_grad()
+    def token_values(self, critic: SeparateCritic, experience: Experience) -> Tensor:
+        """The critic's values of all response tokens, [N, R]."""
         result = torch.zeros_like(experience.sampling_logprobs)
         for micro_batch in self._plan(experience, list(range(experience.num_rows))):
             part = experience.select(micro_batch.rows)
-            result[micro_batch.rows, : part.response_ids.shape[1]] = self._forward(policy, part, micro_batch).logprobs
+            values = self._values(critic, part, micro_batch)
+            result[micro_batch.rows, : values.shape[1]] = values
         return result
+
+    # --------------------------------------------------------------------------------------------------------- updates
 
     def update_policy(self, experience: Experience) -> UpdateStatistics:
         """One optimizer step on the given rows; the gradient is the same however they are cut into micro-batches."""
+        assert self.policy is not None
+        shared = self.critic if isinstance(self.critic, SharedTrunkCritic) else None
+        optimizer, critic_optimizer = self._optimizers()
+        updated = []
+        if not self._critic_warms_up:
+            updated.append((self._policy_step, optimizer, self._policy_parameters))
+        if shared is not None:
+            assert self.policy.value_head is not None
+            self.policy.value_head.detach = self._critic_warms_up
+            updated.append((self._critic_step, critic_optimizer, self._critic_parameters))
+        if not updated:
+            return UpdateStatistics()
         with self.timer("update_actor"):
-            optimizer: Any = self.optimizers()
-            optimizer.zero_grad()
-            weights = token_weights(
-                experience.loss_mask,
-                self.aggregation,
-                num_tokens=self._sum_over_ranks(experience.loss_mask.sum()),
-                num_sequences=self._sum_over_ranks(torch.tensor(experience.num_rows, device=self.device)),
-                max_completion_length=self.sampling.max_completion_length,
-                num_ranks=self.trainer.world_size,
-            )
-            rows = active_rows(experience, every_row_matters=self.beta > 0)
-            plan = self._plan(experience, rows)
+            for _, owner, _ in updated:
+                owner.zero_grad()
+            kl_coef = 0.0 if self.kl_in_reward else self.kl_coefficient.value
+            weights = self._token_weights(experience, self.aggregation)
+            value_weights = self._token_weights(experience, "token")
+            rows = active_rows(experience, every_row_matters=kl_coef > 0 or shared is not None)
             update = UpdateStatistics(
                 num_updates=1,
                 trained_tokens=int((experience.prompt_lengths + experience.response_lengths)[rows].sum()),
                 rows_without_gradient=experience.num_rows - len(rows),
             )
-            for micro_batch in plan:
-                update += self._accumulate_gradient(experience, weights, micro_batch)
-            self._apply_gradient(optimizer)
+            for micro_batch in self._plan(experience, rows):
+                part = experience.select(micro_batch.rows)
+                cut = micro_batch.rows, slice(part.response_ids.shape[1])
+                statistics = self._forward(self.policy, part, micro_batch)
+                per_token_loss, found = self.objective(statistics, part, kl_coef)  # [n, R]
+                loss = (per_token_loss * weights[cut]).sum()
+                if self._critic_warms_up:
+                    loss = torch.zeros_like(loss)
+                if shared is not None:
+                    assert statistics.values is not None
+                    per_token_value_loss, critic_found = shared.loss(statistics.values, part)  # [n, R]
+                    loss = loss + shared.coefficient * (per_token_value_loss * value_weights[cut]).sum()
+                    self._critic_updates.append(critic_found)
+                self._backward(loss * micro_batch.counts)
+                if micro_batch.counts:
+                    update += replace(
+                        found,
+                        loss=loss.detach() / num_ranks(),
+                        computed_tokens=micro_batch.num_tokens,
+                        real_tokens=micro_batch.num_real_tokens,
+                    )
+            for gradient_step, owner, parameters in updated:
+                applied = self._apply_gradient(gradient_step, owner, parameters)
+                self.policy_version += applied and gradient_step is self._policy_step
         return update
 
-    def _accumulate_gradient(
-        self, experience: Experience, weights: Tensor, micro_batch: MicroBatch
-    ) -> UpdateStatistics:
-        part = experience.select(micro_batch.rows)
-        statistics = self._forward(self.policy, part, micro_batch)
-        logprobs, mask = statistics.logprobs, part.loss_mask
-        per_token_loss, clipped = self.policy_loss(logprobs, part.old_logprobs, part.advantages, mask)  # [n, R]
-        old_logprobs = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-        correction, mismatch = (self.importance_sampling or ImportanceSampling())(
-            old_logprobs, part.sampling_logprobs, mask
-        )
-        if self.importance_sampling is not None:
-            per_token_loss = per_token_loss * correction
-        kl_sum = None
-        if part.reference_logprobs is not None:
-            kl = kl_penalty(logprobs, part.reference_logprobs, mask, self.kl_estimator)
-            per_token_loss = per_token_loss + self.beta * kl
-            kl_sum = masked_sum(kl.detach(), mask)
-        part_weights = weights[micro_batch.rows, : mask.shape[1]]
-        loss = (per_token_loss * part_weights).sum()
-        self.manual_backward(loss if micro_batch.counts else loss * 0)
-        if not micro_batch.counts:
-            return UpdateStatistics()
-        return UpdateStatistics(
-            loss=loss.detach() / self.trainer.world_size,
-            entropy_sum=masked_sum(statistics.entropy, mask),
-            kl_sum=kl_sum,
-            num_tokens=mask.sum(),
-            clipped=clipped,
-            mismatch=mismatch,
-            computed_tokens=micro_batch.num_tokens,
-            real_tokens=micro_batch.num_real_tokens,
+    def update_critic(self, experience: Experience) -> None:
+        """One optimizer step of a critic with weights of its own."""
+        if not isinstance(self.critic, SeparateCritic):
+            return
+        with self.timer("update_critic"):
+            _, optimizer = self._optimizers()
+            optimizer.zero_grad()
+            weights = self._token_weights(experience, "token")
+            for micro_batch in self._plan(experience, active_rows(experience, every_row_matters=True)):
+                part = experience.select(micro_batch.rows)
+                values = self._values(self.critic, part, micro_batch)
+                per_token_loss, found = self.critic.loss(values, part)  # [n, R]
+                loss = (per_token_loss * weights[micro_batch.rows, : values.shape[1]]).sum()
+                self._backward(loss * micro_batch.counts)
+                if micro_batch.counts:
+                    self._critic_updates.append(found)
+            self._apply_gradient(self._critic_step, optimizer, self._critic_parameters)
+
+    @property
+    def _critic_warms_up(self) -> bool:
+        return self.critic is not None and self.step < self.critic.warmup_steps
+
+    def _optimizers(self) -> tuple[Any, Any]:
+        """Of the policy and of the critic. Lightning counts the steps of the first alone (`trainer.global_step`)."""
+        wrapped: Any = self.optimizers()
+        if self.critic is None:
+            return wrapped, None
+        raw: Any = self.optimizers(use_pl_optimizer=False)
+        return wrapped[0], raw[1]
+
+    def _token_weights(self, experience: Experience, aggregation: Aggregation) -> Tensor:
+        """What each token weighs in the loss of all ranks together, [N, R]."""
+        return token_weights(
+            experience.loss_mask,
+            aggregation,
+            num_tokens=sum_over_ranks(experience.loss_mask.sum()),
+            num_sequences=sum_over_ranks(torch.tensor(experience.num_rows, device=self.device)),
+            max_completion_length=self.sampling.max_completion_length,
+            num_ranks=num_ranks(),
         )
 
-    def _apply_gradient(self, optimizer: Any) -> None:
-        assert self.policy is not None
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.step_metrics["actor/grad_norm"] = float(norm)
-        if torch.isfinite(norm):
-            optimizer.step()
-            self.policy_version += 1
-            self.skipped_updates = 0
-        else:
-            optimizer.zero_grad()
-            self.skipped_updates += 1
-            rank_zero_warn(f"step {self.step}: gradient norm is {float(norm)}, the update was skipped")
-            if self.skipped_updates >= self.max_skipped_updates:
-                raise RuntimeError(
-                    f"{self.skipped_updates} successive updates had a non-finite gradient; lower the learning rate, or look "
-                    "for rewards and log-probs that are not finite"
-                )
-        self.step_metrics["actor/skipped_updates"] = float(self.skipped_updates)
+    def _backward(self, loss: Tensor) -> None:
+        """Add to the gradients of this rank; sharded ones are averaged over the ranks as they come."""
+        block_backward_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        with block_backward_sync():
+            self.manual_backward(loss)
+
+    def _apply_gradient(
+        self, gradient_step: GradientStep, optimizer: Any, parameters: list[torch.nn.Parameter]
+    ) -> bool:
+        """Update from the gradients of all ranks; says whether it was done."""
+        if not self._is_sharded:
+            average_gradients(parameters)
+        applied, metrics = gradient_step(optimizer, parameters, self.step)
+        self.step_metrics |= metrics
         # where autocast caches its bf16 copies of the weights (Lightning's own plugin does not), they are of before the update
         torch.clear_autocast_cache()
+        return applied
 
-    def _step_lr_scheduler(self) -> None:
-        optimizer: Any = self.optimizers()
-        scheduler: Any = self.lr_schedulers()
-        self.step_metrics["actor/lr"] = float(optimizer.param_groups[0]["lr"])
-        if scheduler is not None:
+    def _step_lr_schedulers(self) -> None:
+        names = ["actor", "critic"] if self.critic is not None else ["actor"]
+        for name, optimizer in zip(names, self._optimizers(), strict=False):
+            self.step_metrics[f"{name}/lr"] = float(optimizer.param_groups[0]["lr"])
+        schedulers: Any = self.lr_schedulers() or []
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             scheduler.step()
-
-    # ------------------------------------------------------------------------------------------------------ evaluation
-
-    def on_validation_epoch_start(self) -> None:
-        self._meters = {}
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, f"validation/{self.step}", self.trainer.val_dataloaders)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation()
-
-    def on_test_epoch_start(self) -> None:
-        self._meters = {}
-
-    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, f"test/{self.step}", self.trainer.test_dataloaders)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation()
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Responses to the prompts of a batch, as one record per row."""
-        rollouts = self.generate(batch, batch.sampling or self.eval_sampling, purpose=f"predict/{self.step}")
-        return [
-            {
-                "uid": batch.uids[owner],
-                "source": batch.sources[owner],
-                "prompt": batch.prompts[owner],
-                "answer": batch.answers[owner],
-                "completion": rollouts.texts[row],
-                "completion_length": len(rollouts.response_ids[row]),
-                "finish_reason": rollouts.finish_reasons[row],
-            }
-            for row in range(rollouts.num_rows)
-            for owner in [rollouts.request.prompt_index(row)]
-        ]
-
-    def _evaluate(self, batch: PromptBatch, purpose: str, loaders: Any) -> None:
-        sampling = batch.sampling or self.eval_sampling
-        rollouts = self.generate(batch, sampling, purpose)
-        scores = self.score(rollouts)
-        size = sampling.num_generations
-        if size not in self._meters:
-            self._meters[size] = AccuracyMeter(self._sources(loaders), size).to(self.device)
-        answer_format = getattr(self.rewards.rewards[0], "answer_format", "text")
-        for index, source in enumerate(batch.sources):
-            rows = range(index * size, (index + 1) * size)
-            self._meters[size].update(
-                source,
-                correct=[scores.values[0][row] or 0.0 for row in rows],
-                answers=[extract_answer(rollouts.texts[row], answer_format) for row in rows],
-            )
-        self.timer.pop()  # evaluation is not part of the next step
-
-    def _sources(self, loaders: Any) -> list[str]:
-        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-        return sorted({source for loader in loaders for source in loader.sources})
-
-    def _log_evaluation(self) -> None:
-        metrics = {name: value for meter in self._meters.values() for name, value in meter.compute().items()}
-        if not self.trainer.sanity_checking:
-            self.log_dict(metrics, sync_dist=True)  # equal on all ranks already
-        elif self.logger is not None and self.trainer.num_sanity_val_batches == self.trainer.num_val_batches:
-            # a whole validation before training (num_sanity_val_steps=-1), which Lightning itself would throw away
-            self.logger.log_metrics(metrics, step=0)
-        self.evaluation = metrics
 
     # ---------------------------------------------------------------------------------------------------------- resume
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rlvr"] = {
             "model": self.model_name,
+            "lora": self.lora,
             "step": self.step,
             "policy_version": self.policy_version,
-            "skipped_updates": self.skipped_updates,
+            "skipped_updates": [self._policy_step.num_skipped, self._critic_step.num_skipped],
+            "kl_coefficient": self.kl_coefficient.value,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["rlvr"]
         self.step, self.policy_version = state["step"], state["policy_version"]
-        self.skipped_updates = state["skipped_updates"]
+        self._policy_step.num_skipped, self._critic_step.num_skipped = state["skipped_updates"]
+        if self.kl_coefficient.target is not None:
+            self.kl_coefficient.value = state["kl_coefficient"]
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
     @property
-    def _datamodule(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
-
-    def _current_engine(self) -> RolloutEngine:
-        """The engine, started and holding the weights of the current policy."""
-        assert self.policy is not None
-        if self.engine is None:
-            self.engine = TransformersEngine()
-        if not self._engine_started:
-            with self.timer("start_engine"):
-                stop_token_ids = self.policy.eos_token_ids | {self.tokenizer.eos_token_id} - {None}
-                max_length = self.max_length or self.policy.model.config.get_text_config().max_position_embeddings
-                self.engine.start(self.policy, self.model_name, max_length, stop_token_ids)
-            self._engine_started = True
-        if self.engine.policy_version != self.policy_version:
-            with self.timer("update_weights"):
-                self.engine.load_weights(self.policy.named_weights(), self.policy_version)
-        return self.engine
+    def _is_sharded(self) -> bool:
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def _plan(self, experience: Experience, rows: list[int]) -> list[MicroBatch]:
         assert self.policy is not None
@@ -568,13 +605,11 @@ class RLVRModule(L.LightningModule):
             self.policy.can_share_prompts,
         )
         plan = [replace(part, rows=[rows[row] for row in part.rows]) for part in plan]
-        if self.trainer.world_size > 1:
-            longest = self.trainer.strategy.reduce(torch.tensor(len(plan), device=self.device), reduce_op="max")
-            plan += [replace(plan[-1], counts=False)] * (int(longest) - len(plan))
+        if self._is_sharded:  # ranks meet in every layer of every pass
+            plan += [replace(plan[-1], counts=False)] * (max_over_ranks(len(plan), self.device) - len(plan))
         return plan
 
-    def _forward(self, policy: Policy | None, part: Experience, micro_batch: MicroBatch) -> TokenStatistics:
-        assert policy is not None
+    def _forward(self, policy: Policy, part: Experience, micro_batch: MicroBatch) -> TokenStatistics:
         return policy(
             part.prompt_ids,
             part.prompt_mask,
@@ -585,50 +620,69 @@ class RLVRModule(L.LightningModule):
             share_prompts=micro_batch.share_prompts,
         )
 
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
-
-    def _mean_over_ranks(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Mean of each metric over the ranks that report it: which rewards apply, for one, differs between ranks."""
-        if self.trainer.world_size == 1:
-            return metrics
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, metrics)
-        values = {name: [rank[name] for rank in gathered if name in rank] for rank in gathered for name in rank}
-        return {name: sum(present) / len(present) for name, present in values.items()}
-
-    def _hook(self, name: str, *arguments: Any) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RolloutCallback):
-                getattr(callback, name)(self.trainer, self, *arguments)
-
-    def _report_progress(self, progress: RolloutProgress) -> None:
-        self._hook("on_rollout_progress", progress)
-
-    def _log_step(self, rollouts: Rollouts, step_s: float) -> None:
-        seconds = self.timer.pop()
-        seconds["other"] = step_s - sum(seconds.values())
-        self.step_metrics |= completion_metrics(rollouts)
-        self.step_metrics |= {f"timing_s/{stage}": value for stage, value in {**seconds, "step": step_s}.items()}
-        self.step_metrics["perf/rollout_tokens_per_s"] = rollouts.num_tokens / max(rollouts.elapsed_s, 1e-9)
-        self.step_metrics["perf/trained_tokens_per_s"] = (
-            self.step_metrics["perf/trained_tokens"] / seconds["update_actor"]
+    def _values(self, critic: SeparateCritic, part: Experience, micro_batch: MicroBatch) -> Tensor:
+        return critic(
+            part.prompt_ids,
+            part.prompt_mask,
+            part.prompt_index,
+            part.response_ids,
+            part.response_mask,
+            share_prompts=micro_batch.share_prompts,
         )
+
+    def _log_step(self, updates: UpdateStatistics, started_at: float) -> None:
+        seconds = self.timer.pop()
+        step_s = time.perf_counter() - started_at
+        seconds["other"] = step_s - sum(seconds.values())
+        ranks = gather_objects({**seconds, "step": step_s})
+        timings = {name: sum(rank.get(name, 0.0) for rank in ranks) / len(ranks) for rank in ranks for name in rank}
+        generated = total([total(rounds) for rounds in gather_objects(self._generated)])
+        self.step_metrics |= generated.metrics()
+        self.step_metrics |= total(gather_objects(updates.to("cpu"))).metrics(num_ranks())
+        if self._critic_updates:
+            self.step_metrics |= total(gather_objects(total(self._critic_updates).to("cpu"))).metrics()
+        self.step_metrics |= {f"timing_s/{stage}": value for stage, value in timings.items()}
+        self.step_metrics["perf/rollout_tokens_per_s"] = (
+            sum(generated.lengths) / max(generated.elapsed_s, 1e-9) * num_ranks()
+        )
+        if "update_actor" in timings:
+            self.step_metrics["perf/trained_tokens_per_s"] = (
+                self.step_metrics["perf/trained_tokens"] / timings["update_actor"]
+            )
         self.step_metrics["policy_version"] = float(self.policy_version)
-        for name, value in self._mean_over_ranks(self.step_metrics).items():
+        for name, value in self.step_metrics.items():
             self.log(name, value, prog_bar=name == "reward")
         self.log("tokens/s", self.step_metrics["perf/rollout_tokens_per_s"], prog_bar=True, logger=False)
 
 
-class GRPO(RLVRModule):
-    """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300).
-
-    The clipped surrogate of PPO with the group's mean reward as baseline, and the group's standard deviation as scale. Departs from the
-    paper where today's practice does, as TRL's defaults do: the loss is averaged over all tokens of the step (`loss_type="dapo"`; the paper's mean
-    of row means is "grpo"), there is no KL penalty (`beta=0`), and the engine's rounding is corrected for
-    (`importance_sampling`). Arguments are those of `RLVRModule`.
-
-    Example::
-
-        GRPO("Qwen/Qwen3-1.7B-Base", rewards=[MathReward()], num_generations=8, max_completion_length=4096)
-    """
+def _check_estimator(
+    estimator: AdvantageEstimator,
+    num_generations: int,
+    scale_rewards: ScaleRewards,
+    critic: Critic | None,
+    gamma: float,
+    gae_lambda: float,
+) -> None:
+    if estimator not in ("grpo", "rloo", "gae"):
+        raise ValueError(f"advantage_estimator must be 'grpo', 'rloo' or 'gae', got {estimator!r}")
+    if (estimator == "gae") != (critic is not None):
+        raise ValueError(
+            f"advantage_estimator={estimator!r} {'needs a' if critic is None else 'does not use its'} critic; 'gae' goes "
+            "with critic=SeparateCritic() or SharedTrunkCritic(), 'grpo' and 'rloo' without"
+        )
+    if estimator == "gae":
+        for name, value in {"gamma": gamma, "gae_lambda": gae_lambda}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        return
+    if gamma != 1 or gae_lambda != 1:
+        raise ValueError(
+            f"gamma={gamma} and gae_lambda={gae_lambda} are of 'gae' and would be ignored by {estimator!r}"
+        )
+    if num_generations < 2:
+        raise ValueError(
+            f"advantage_estimator={estimator!r} compares the rollouts of a prompt, got num_generations={num_generations}; "
+            "use at least 2, or 'gae' with a critic"
+        )
+    if estimator == "rloo" and scale_rewards == "group":
+        raise ValueError("advantage_estimator='rloo' takes scale_rewards='none' or 'batch', got 'group'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lit_specrl.logprobs import token_logprobs
+from lit_specrl.response_states import response_states
+from lit_specrl.value_head import ValueHead
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ class TokenStatistics(NamedTuple):
     """[N, R] float32, nats, 0 on padding."""
     entropy: Tensor
     """[N, R] float32, nats, 0 on padding; without gradient."""
+    values: Tensor | None = None
+    """[N, R] float32, of the value head, 0 on padding; `None` without one."""
 
 
 class Policy(nn.Module):
@@ -44,10 +48,10 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        self.value_head: ValueHead | None = None
+        """Set where a critic shares the trunk of the policy."""
         self._reject_scaled_logits(model)
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # old and new log-probs must come from the same function
+        disable_dropout(model)
 
     @classmethod
     def build(
@@ -68,17 +72,9 @@ class Policy(nn.Module):
         Raises:
             ValueError: the model can neither be found locally nor fetched.
         """
-        check_model_exists(name_or_path)
-        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attention_dropout": 0.0}
-        if attn_implementation:
-            options["attn_implementation"] = attn_implementation
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
-        except OSError as error:
-            raise ValueError(unreachable_model_message(name_or_path)) from error
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return cls(model.train())
+        return cls(
+            load_pretrained(AutoModelForCausalLM, name_or_path, dtype, gradient_checkpointing, attn_implementation)
+        )
 
     @staticmethod
     def _reject_scaled_logits(model: PreTrainedModel) -> None:
@@ -120,7 +116,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         share_prompts: bool = False,
     ) -> TokenStatistics:
-        """Log-probs and entropies of responses.
+        """Log-probs and entropies of responses, and values where there is a value head.
 
         Args:
             prompt_ids: [B, P] long, left-padded.
@@ -132,8 +128,15 @@ class Policy(nn.Module):
             share_prompts: compute each prompt once and let its responses attend to its keys and values, instead of
                 once per response. Values and gradients are those of the plain pass.
         """
-        states = self._shared_states if share_prompts else self._plain_states
-        hidden = states(prompt_ids, prompt_mask, prompt_index, response_ids, response_mask)  # [N, R, H]
+        hidden = response_states(
+            cast(PreTrainedModel, self.model.base_model),
+            prompt_ids,
+            prompt_mask,
+            prompt_index,
+            response_ids,
+            response_mask,
+            share_prompts,
+        )  # [N, R, H]
         head = self.model.get_output_embeddings().weight
         flat_logprobs, flat_entropy = token_logprobs(
             hidden[response_mask], head, response_ids[response_mask], temperature
@@ -142,52 +145,12 @@ class Policy(nn.Module):
         return TokenStatistics(
             logprobs=empty.masked_scatter(response_mask, flat_logprobs),
             entropy=empty.masked_scatter(response_mask, flat_entropy),
+            values=None if self.value_head is None else self.value_head(hidden, response_mask),
         )
-
-    def _plain_states(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_index: Tensor, response_ids: Tensor, response_mask: Tensor
-    ) -> Tensor:
-        """Hidden states that predict each response token, [N, R, H]."""
-        ids = torch.cat([prompt_ids[prompt_index], response_ids], dim=1)  # [N, P + R]
-        mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)
-        hidden = self.model.base_model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1].long(),
-            position_ids=_positions(mask)[:, :-1],
-            use_cache=False,
-        ).last_hidden_state
-        return hidden[:, prompt_ids.shape[1] - 1 :]
-
-    def _shared_states(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, prompt_index: Tensor, response_ids: Tensor, response_mask: Tensor
-    ) -> Tensor:
-        """As `_plain_states`, with the keys and values of each prompt kept in the graph and shared by its rows."""
-        prompt_pass = self.model.base_model(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask.long(),
-            position_ids=_positions(prompt_mask),
-            use_cache=True,
-        )
-        first = prompt_pass.last_hidden_state[prompt_index, -1:]  # [N, 1, H]
-        if response_ids.shape[1] == 1:
-            return first
-        cache = prompt_pass.past_key_values
-        cache.batch_select_indices(prompt_index)
-        mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)[:, :-1]  # [N, P + R - 1]
-        rest = self.model.base_model(
-            input_ids=response_ids[:, :-1],
-            attention_mask=mask.long(),
-            position_ids=_positions(mask)[:, prompt_ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return torch.cat([first, rest], dim=1)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard every decoder layer, then the rest, over a one-dimensional device mesh (FSDP2)."""
-        for layer in self.model.base_model.layers:  # type: ignore[union-attr]
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self, mesh=mesh)
+        shard_by_layer(self, self.model.base_model.layers, mesh)  # type: ignore[union-attr, arg-type]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights under their transformers names, one whole tensor at a time (shards are gathered as they are asked for)."""
@@ -199,9 +162,46 @@ class Policy(nn.Module):
         self.model.save_pretrained(folder, **options)
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """Position of each token among the real tokens of its row, [N, L]."""
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+def shard_by_layer(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
+    """Shard each layer of `module`, then what is left of it (FSDP2)."""
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Old and new log-probs, or values, must come from the same function."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def load_pretrained(
+    auto_class: Any,
+    name_or_path: str,
+    dtype: str = "float32",
+    gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a model for training from the hub or a local folder; arguments as those of `Policy.build`.
+
+    Args:
+        auto_class: `AutoModelForCausalLM`, or `AutoModel` for the backbone alone.
+
+    Raises:
+        ValueError: the model can neither be found locally nor fetched.
+    """
+    check_model_exists(name_or_path)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attention_dropout": 0.0}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    try:
+        model = auto_class.from_pretrained(name_or_path, **options)
+    except OSError as error:
+        raise ValueError(unreachable_model_message(name_or_path)) from error
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
 
 
 def unreachable_model_message(name_or_path: str) -> str:

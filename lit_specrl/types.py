@@ -11,8 +11,9 @@ Ragged data stays in lists; tensors appear where arithmetic on them starts (`Exp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -84,6 +85,24 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.uids)
 
+    def select(self, indices: Sequence[int]) -> PromptBatch:
+        """The prompts at these indices, in that order."""
+        chosen: dict[str, Any] = {name: [rows[i] for i in indices] for name, rows in self._columns().items()}
+        return replace(self, **chosen)
+
+    def __add__(self, other: PromptBatch) -> PromptBatch:
+        """The prompts of both, to be sampled alike."""
+        theirs = other._columns()
+        joined: dict[str, Any] = {name: rows + theirs[name] for name, rows in self._columns().items()}
+        return replace(self, **joined)
+
+    def _columns(self) -> dict[str, Any]:
+        return {
+            name: values or [{}] * len(self) if name == "columns" else values
+            for name, values in vars(self).items()
+            if name != "sampling"
+        }
+
     def to(self, device: Any) -> PromptBatch:
         """Return self: prompts stay on the host (Lightning calls this when it moves a batch)."""
         return self
@@ -145,6 +164,47 @@ class Rollouts:
     """[N] decoded responses without special tokens; filled by the module."""
     rewards: dict[str, list[float | None]] = field(default_factory=dict)
     """Unweighted rewards by function, [N] each, `None` where one does not apply; filled by the module."""
+    total_rewards: list[float | None] = field(default_factory=list)
+    """[N] weighted sum of the rewards that apply, `None` where none does; filled by the module."""
+
+    def select_groups(self, groups: Sequence[int]) -> Rollouts:
+        """The rows of the prompts at these indices, in that order."""
+        size = self.request.sampling.num_generations
+        rows = [group * size + sample for group in groups for sample in range(size)]
+
+        def pick(values: list[Any]) -> list[Any]:
+            return [values[row] for row in rows] if values else []
+
+        return replace(
+            self,
+            request=replace(
+                self.request, prompts=self.prompts.select(groups), seeds=[self.request.seeds[row] for row in rows]
+            ),
+            response_ids=pick(self.response_ids),
+            sampling_logprobs=pick(self.sampling_logprobs),
+            finish_reasons=pick(self.finish_reasons),
+            texts=pick(self.texts),
+            rewards={name: pick(values) for name, values in self.rewards.items()},
+            total_rewards=pick(self.total_rewards),
+        )
+
+    def __add__(self, other: Rollouts) -> Rollouts:
+        """The rows of both, sampled alike; the time is that of both."""
+        return replace(
+            self,
+            request=replace(
+                self.request,
+                prompts=self.prompts + other.prompts,
+                seeds=self.request.seeds + other.request.seeds,
+            ),
+            response_ids=self.response_ids + other.response_ids,
+            sampling_logprobs=self.sampling_logprobs + other.sampling_logprobs,
+            finish_reasons=self.finish_reasons + other.finish_reasons,
+            elapsed_s=self.elapsed_s + other.elapsed_s,
+            texts=self.texts + other.texts,
+            rewards={name: values + other.rewards[name] for name, values in self.rewards.items()},
+            total_rewards=self.total_rewards + other.total_rewards,
+        )
 
     @property
     def prompts(self) -> PromptBatch:
@@ -172,6 +232,19 @@ class Experience:
     Prompts are left-padded and responses right-padded, so that a response starts at the same column in every row.
     """
 
+    TOKEN_FIELDS: ClassVar[tuple[str, ...]] = (
+        "response_ids",
+        "response_mask",
+        "loss_mask",
+        "sampling_logprobs",
+        "advantages",
+        "old_logprobs",
+        "reference_logprobs",
+        "values",
+        "returns",
+    )
+    """Fields of shape [N, R]."""
+
     prompt_ids: Tensor
     """[B, P] long, left-padded."""
     prompt_mask: Tensor
@@ -184,17 +257,21 @@ class Experience:
     """[N, R] bool, True on response tokens (end-of-text included)."""
     loss_mask: Tensor
     """[N, R] bool, True on tokens that take part in the loss; a subset of `response_mask`."""
-    advantages: Tensor
-    """[N, R] float32."""
     sampling_logprobs: Tensor
     """[N, R] float32, nats, 0 on padding."""
     rewards: Tensor
-    """[N] float32, weighted sum over the reward functions."""
+    """[N] float32, weighted sum over the reward functions; NaN where none applies."""
+    advantages: Tensor
+    """[N, R] float32."""
     policy_version: int
     old_logprobs: Tensor | None = None
     """[N, R] float32, nats; `None` when the only update is on-policy and the training forward supplies them."""
     reference_logprobs: Tensor | None = None
-    """[N, R] float32, nats; `None` without a KL term."""
+    """[N, R] float32, nats; `None` without a KL penalty."""
+    values: Tensor | None = None
+    """[N, R] float32, what the critic expected before each token; `None` without a critic."""
+    returns: Tensor | None = None
+    """[N, R] float32, what the critic shall learn; `None` without a critic."""
 
     @property
     def num_rows(self) -> int:
@@ -217,9 +294,7 @@ class Experience:
         first_column = prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
         num_columns = int(self.response_mask[rows].sum(-1).max())
         cut: dict[str, Any] = {
-            name: value[rows, :num_columns]
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and value.shape == self.response_mask.shape and "prompt" not in name
+            name: value[rows, :num_columns] for name in self.TOKEN_FIELDS if (value := getattr(self, name)) is not None
         }
         return replace(
             self,

@@ -1,4 +1,4 @@
-"""The training prompts of a rank as an endless stream that can be left and resumed at any batch."""
+"""The training prompts of a rank as an endless stream that can be left and resumed at any prompt."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import Any
 import xxhash
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_specrl.data.order import epoch_order, even_chunks, rank_share, take
+from lit_specrl.data.order import epoch_order, rank_share, take
 from lit_specrl.types import PromptBatch
 
 
 class PromptLoader:
     """Yields training prompts, epoch after epoch; the position survives a checkpoint.
 
-    A pass (`for batch in loader`) is `len(loader)` batches from wherever the last pass was left, so that the n-th batch of
-    a run is the same however the run was interrupted. Every rank yields full batches, equally many; the remainder of an
-    epoch sits out.
+    A pass (`for batch in loader`) is `len(loader)` batches from wherever the stream was left, so that the n-th batch of a
+    run is the same however the run was interrupted. `draw` hands out extra prompts between batches; a pass is as long as
+    without them, the stream just moves faster, and its epochs end earlier than the passes do.
+
+    Every rank yields full batches, equally many, and no batch or draw holds a prompt twice: where an epoch has fewer
+    prompts left than are asked for, they sit out and the next epoch begins.
 
     Args:
         prompts: all prompts of all ranks.
         batch_size: prompts per step over all ranks.
         seed: decides the order together with the epoch.
-        shuffle: new order in each epoch; otherwise the order of the data.
+        shuffle: new order in each epoch of the stream; otherwise the order of the data.
         rank: this rank.
         world_size: number of ranks.
 
@@ -37,7 +40,7 @@ class PromptLoader:
 
         loader = PromptLoader(prompts, batch_size=8)
         for batch in loader:
-            print(batch.uids)
+            print(batch.uids, loader.draw(2).uids)
     """
 
     def __init__(
@@ -63,54 +66,93 @@ class PromptLoader:
         self._prompts = take(prompts, rank_share(prompts.uids, rank, world_size))
         self._fingerprint = xxhash.xxh3_64_hexdigest("/".join(sorted(prompts.uids)).encode())
         self._epoch = 0
-        self._num_yielded = 0  # batches of this epoch
+        self._num_drawn = 0  # prompts of this rank in this epoch, in batches and in draws
+        self._order: list[int] = []
+        self._ordered_epoch: int | None = None  # epoch that `_order` belongs to
 
     @property
     def num_left_over(self) -> int:
-        """Prompts of all ranks that sit out an epoch."""
+        """Prompts of all ranks that sit out an epoch that is handed out in batches alone."""
         return self.num_prompts % self.batch_size
 
     def __len__(self) -> int:
-        """Batches per epoch, the same on every rank.
+        """Batches per pass, the same on every rank: those of an epoch that is handed out in batches alone.
 
         Without a length Lightning would fetch one batch ahead, and a resumed run would miss that batch.
         """
         return self.num_prompts // self.batch_size
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        batches: list[list[int]] = []
-        cut_for: int | None = None  # epoch that `batches` belongs to
         for _ in range(len(self)):
-            if self._num_yielded >= len(self):
-                self._epoch, self._num_yielded = self._epoch + 1, 0
-            if cut_for != self._epoch:
-                batches, cut_for = self._batches(), self._epoch
-            self._num_yielded += 1
-            yield take(self._prompts, batches[self._num_yielded - 1])
+            yield self.draw(self.batch_size // self.world_size)
 
-    def _batches(self) -> list[list[int]]:
-        """Indices of the prompts in each batch of the current epoch."""
-        count = len(self._prompts)
-        order = epoch_order(self._prompts.uids, self.seed, self._epoch) if self.shuffle else list(range(count))
-        return even_chunks(order[: len(self) * self.batch_size // self.world_size], len(self))
+    def draw(self, num_prompts: int) -> PromptBatch:
+        """The next `num_prompts` prompts of this rank from the stream, ahead of the next batch.
+
+        All ranks must draw the same numbers in the same order, so that they begin each epoch together. A prompt occurs once
+        in a draw, but an epoch that ends between a batch and a draw may bring it back in the same training step.
+
+        Args:
+            num_prompts: how many, at most an epoch's worth of a rank.
+
+        Raises:
+            ValueError: for less than one prompt, and for more than every rank has.
+
+        Example::
+
+            loader = PromptLoader(prompts, batch_size=2, shuffle=False)
+            iterator = iter(loader)
+            next(iterator)  # prompts 0 and 1
+            loader.draw(3)  # prompts 2, 3 and 4
+            next(iterator)  # prompts 5 and 6
+        """
+        per_epoch = self.num_prompts // self.world_size  # some ranks have one more, which would bring them out of step
+        if not 1 <= num_prompts <= per_epoch:
+            raise ValueError(
+                f"num_prompts must be between 1 and {per_epoch}, the prompts of a rank in an epoch, got {num_prompts};"
+                " draw fewer at a time or add data"
+            )
+        if self._num_drawn + num_prompts > per_epoch:
+            self._epoch, self._num_drawn = self._epoch + 1, 0
+        start = self._num_drawn
+        self._num_drawn += num_prompts
+        return take(self._prompts, self._current_order()[start : self._num_drawn])
+
+    def _current_order(self) -> list[int]:
+        """Indices of the prompts of this rank in the order of the current epoch, sorted once an epoch."""
+        if self._ordered_epoch != self._epoch:
+            uids = self._prompts.uids
+            self._order = epoch_order(uids, self.seed, self._epoch) if self.shuffle else list(range(len(uids)))
+            self._ordered_epoch = self._epoch
+        return self._order
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the stream, the same on every rank, and what the order depends on."""
-        return {"epoch": self._epoch, "num_yielded": self._num_yielded, "order": self._order_identity()}
+        """Position in the stream, in prompts of all ranks and the same on every rank, and what the order depends on."""
+        return {
+            "epoch": self._epoch,
+            "num_drawn": self._num_drawn * self.world_size,
+            "order": self._order_identity(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after the last batch of the saved run; warns when the same position now means other prompts."""
+        """Continue after the last prompt of the saved run; warns when batches differ from those of the saved settings.
+
+        With another batch size the epoch continues at the very next prompt; only how many sit out at its end may change.
+        With another number of ranks it continues after as many prompts over all ranks, rounded down to equally many on each.
+        Since ranks then own other prompts, some of the epoch repeat and some are left out; so it is with another seed or
+        other data. Where the epoch now has too few prompts to go on, the next one begins.
+        """
         now = self._order_identity()
         changed = [f"{name} {old} -> {now[name]}" for name, old in state_dict["order"].items() if old != now[name]]
         if changed:
             rank_zero_warn(
-                f"The order of prompts differs from that of the checkpoint ({', '.join(changed)}): the epoch continues at"
-                " the same step, but some of its prompts will repeat and some will be left out."
+                f"The order of prompts differs from that of the checkpoint ({', '.join(changed)}): the epoch continues"
+                " after as many prompts, but some of its prompts may repeat and some may be left out."
             )
-        self._epoch, self._num_yielded = state_dict["epoch"], state_dict["num_yielded"]
+        self._epoch, self._num_drawn = state_dict["epoch"], state_dict["num_drawn"] // self.world_size
 
     def _order_identity(self) -> dict[str, Any]:
-        """All that the order depends on, apart from the epoch."""
+        """All that the batches depend on, apart from the position."""
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,

@@ -12,9 +12,10 @@ One policy update reads::
 from lit_specrl.losses.aggregation import Aggregation, token_weights
 from lit_specrl.losses.importance import ImportanceSampling, ImportanceSamplingMode, MismatchStatistics
 from lit_specrl.losses.kl import KLEstimator, kl_penalty
+from lit_specrl.losses.kl_coefficient import KLCoefficient
 from lit_specrl.losses.loss_types import LOSS_TYPES, LossType, resolve_loss_type
 from lit_specrl.losses.policy_loss import ClipStatistics, ImportanceSamplingLevel, PolicyLoss, Surrogate
-from lit_specrl.losses.value_loss import ValueClipStatistics, explained_variance, value_loss
+from lit_specrl.losses.value_loss import ValueClipStatistics, value_loss
 
 __all__ = [
     "LOSS_TYPES",
@@ -23,13 +24,13 @@ __all__ = [
     "ImportanceSampling",
     "ImportanceSamplingLevel",
     "ImportanceSamplingMode",
+    "KLCoefficient",
     "KLEstimator",
     "LossType",
     "MismatchStatistics",
     "PolicyLoss",
     "Surrogate",
     "ValueClipStatistics",
-    "explained_variance",
     "kl_penalty",
     "resolve_loss_type",
     "token_weights",

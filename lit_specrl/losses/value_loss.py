@@ -67,26 +67,3 @@ def value_loss(
         clipped_error = (clipped_values - returns).square()
     clipped = (clipped_error > squared_error) & loss_mask
     return 0.5 * torch.max(squared_error, clipped_error), ValueClipStatistics(clipped.sum(), loss_mask.sum())
-
-
-def explained_variance(values: Tensor, returns: Tensor, loss_mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the critic predicts: 1 - var(returns - values) / var(returns).
-
-    1 is perfect, 0 no better than a constant, below 0 worse. verl's `critic/vf_explained_var`: unbiased variances
-    over the loss tokens, 1e-5 added to the denominator. NaN with fewer than two loss tokens.
-
-    Args:
-        values: [N, R].
-        returns: [N, R].
-        loss_mask: [N, R] bool, True on tokens that count.
-
-    Example:
-        >>> returns = torch.tensor([[0.0, 2.0]])
-        >>> explained_variance(returns / 2, returns, torch.ones(1, 2, dtype=torch.bool))
-        tensor(0.7500)
-    """
-    values = at_least_float32(values.detach())[loss_mask]
-    returns = at_least_float32(returns.detach())[loss_mask]
-    if returns.numel() < 2:
-        return returns.new_tensor(torch.nan)
-    return 1 - (returns - values).var() / (returns.var() + 1e-5)

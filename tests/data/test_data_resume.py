@@ -9,17 +9,19 @@ from lit_specrl.data import FileSource, PromptDataModule, PromptTemplate
 
 
 class Recorder(L.LightningModule):
-    """Notes the uids of each training step."""
+    """Notes the uids of each training step, with those that the step draws."""
 
-    def __init__(self, tokenizer, manual):
+    def __init__(self, tokenizer, manual, drawing):
         super().__init__()
+        self.drawing = drawing
         self.tokenizer = tokenizer
         self.automatic_optimization = not manual
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen = []
 
     def training_step(self, batch):
-        self.seen.append(batch.uids)
+        drawn = self.trainer.train_dataloader.draw(1 + self.global_step % 3).uids if self.drawing else []
+        self.seen.append(batch.uids + drawn)
         loss = self.weight.sum()
         if self.automatic_optimization:
             return loss
@@ -44,8 +46,8 @@ def questions(tmp_path):
 
 @pytest.fixture
 def run(tokenizer, questions, tmp_path):
-    def fit(folder, checkpoint=None, manual=False, saving=None, **trainer_arguments):
-        module = Recorder(tokenizer, manual)
+    def fit(folder, checkpoint=None, manual=False, drawing=False, saving=None, **trainer_arguments):
+        module = Recorder(tokenizer, manual, drawing)
         data = PromptDataModule(
             FileSource(questions), validation=FileSource(questions, limit=2), template=PromptTemplate(), batch_size=3
         )
@@ -79,11 +81,11 @@ VALIDATION = {"each epoch": {}, "each step": {"val_check_interval": 1}, "never":
     ],
 )
 @pytest.mark.parametrize("length", LENGTH)
-@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize(("manual", "drawing"), [(False, False), (True, False), (True, True)])
 def test_resuming_from_any_checkpoint_continues_the_uninterrupted_run(
-    run, tmp_path, manual, saving, length, validating
+    run, tmp_path, manual, drawing, saving, length, validating
 ):
-    arguments = {"manual": manual, **LENGTH[length], **VALIDATION[validating]}
+    arguments = {"manual": manual, "drawing": drawing, **LENGTH[length], **VALIDATION[validating]}
     whole = run("whole", saving=SAVING[saving], **arguments)
     checkpoints = {int(path.stem.split("-")[0].removeprefix("step=")): path for path in (tmp_path / "whole").iterdir()}
     assert checkpoints

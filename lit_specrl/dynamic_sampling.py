@@ -1,0 +1,107 @@
+"""DAPO's dynamic sampling: groups that teach nothing are replaced by fresh prompts."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from lit_specrl.types import Rollouts
+
+
+def groups_with_spread(rewards: Tensor, num_generations: int) -> Tensor:
+    """Which groups hold two scored rows of different reward.
+
+    Args:
+        rewards: [N]; NaN where a row could not be scored.
+        num_generations: rows per group, G.
+
+    Returns:
+        [B] bool.
+
+    Example:
+        >>> groups_with_spread(torch.tensor([0.0, 1.0, 1.0, 1.0]), num_generations=2)
+        tensor([ True, False])
+    """
+    groups = rewards.view(-1, num_generations)
+    lowest = groups.nan_to_num(nan=torch.inf).amin(-1)
+    highest = groups.nan_to_num(nan=-torch.inf).amax(-1)
+    return highest > lowest
+
+
+class GroupSelection:
+    """Collects groups with reward spread over several rounds of generation, until there are enough.
+
+    Dynamic sampling of Yu et al. 2025 (DAPO, arXiv 2503.14476, section 3.2, equation 11), there "over-sample and filter out prompts with
+    accuracy equal to 1 and 0"; here any group whose total rewards are all equal, as verl's `filter_groups` with `metric: seq_final_reward`.
+
+    Args:
+        num_groups: groups wanted.
+
+    Attributes:
+        num_rounds: rounds of generation so far.
+    """
+
+    def __init__(self, num_groups: int) -> None:
+        self.num_groups = num_groups
+        self.num_rounds = 0
+        self._rollouts: Rollouts | None = None
+        self._has_spread: list[bool] = []
+
+    def add(self, rollouts: Rollouts) -> None:
+        """Take in the scored rollouts of a round."""
+        rewards = torch.tensor([torch.nan if reward is None else reward for reward in rollouts.total_rewards])
+        self._has_spread += groups_with_spread(rewards, rollouts.request.sampling.num_generations).tolist()
+        self._rollouts = rollouts if self._rollouts is None else self._rollouts + rollouts
+        self.num_rounds += 1
+
+    @property
+    def num_generated(self) -> int:
+        """Groups generated so far."""
+        return len(self._has_spread)
+
+    @property
+    def num_useful(self) -> int:
+        """Groups with spread found so far."""
+        return sum(self._has_spread)
+
+    @property
+    def num_missing(self) -> int:
+        """Groups with spread still wanted."""
+        return max(0, self.num_groups - self.num_useful)
+
+    def result(self) -> Rollouts:
+        """The first `num_groups` groups with spread; where there are too few, groups without spread fill the number up."""
+        assert self._rollouts is not None
+        useful_first = sorted(range(self.num_generated), key=lambda group: not self._has_spread[group])
+        return self._rollouts.select_groups(sorted(useful_first[: self.num_groups]))
+
+    def metrics(self) -> dict[str, float]:
+        """Counts of this rank."""
+        return {
+            "dynamic_sampling/rounds": float(self.num_rounds),
+            "dynamic_sampling/generated_groups": float(self.num_generated),
+            "dynamic_sampling/dropped_groups": float(self.num_generated - self.num_useful - self.num_missing),
+            "dynamic_sampling/surplus_groups": float(max(0, self.num_useful - self.num_groups)),
+            "dynamic_sampling/missing_groups": float(self.num_missing),
+        }
+
+
+def groups_to_draw(num_missing: int, num_useful: int, num_generated: int, limit: int) -> int:
+    """How many prompts the next round should try.
+
+    As many as are expected to bring the missing groups at the share of useful groups seen so far, which is taken for at least a quarter, so
+    that a step without any signal does not draw without bound.
+
+    Args:
+        num_missing: groups that the rank with the fewest still wants.
+        num_useful: groups with spread so far, on all ranks.
+        num_generated: groups generated so far, on all ranks.
+        limit: most prompts of a round and rank.
+
+    Example:
+        >>> groups_to_draw(num_missing=3, num_useful=5, num_generated=10, limit=8)
+        6
+    """
+    return min(limit, ceil(num_missing / max(num_useful / num_generated, 0.25)))

@@ -1,0 +1,50 @@
+"""The weight of a KL penalty, constant or following a target."""
+
+from __future__ import annotations
+
+
+class KLCoefficient:
+    """Weight of the KL penalty; with a target it grows while the KL exceeds it and falls while it does not.
+
+    Ziegler et al. 2019 ("Fine-tuning language models from human preferences", arXiv 1909.08593, section 2.2):
+    `coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) * rows / horizon`. As in verl, `kl` is the mean over rows of the row's mean per
+    token, not the sum over tokens as in the paper.
+
+    Args:
+        value: weight at the beginning.
+        target: KL to hold, in nats per token; `None` keeps the weight.
+        horizon: rows after which a KL of twice the target has moved the weight by about a fifth.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+        >>> coefficient = KLCoefficient(0.1, target=0.02, horizon=100)
+        >>> coefficient.update(kl=0.08, num_rows=50)
+        >>> round(coefficient.value, 6)
+        0.11
+    """
+
+    def __init__(self, value: float, target: float | None = None, horizon: int = 10_000) -> None:
+        if value < 0:
+            raise ValueError(f"beta must not be negative, got {value}; 0 switches the KL penalty off")
+        if target is not None and target <= 0:
+            raise ValueError(f"kl_target must be positive, got {target}; leave it out for a constant beta")
+        if target is not None and value == 0:
+            raise ValueError(f"kl_target={target} needs a positive beta to begin with, got 0")
+        if horizon < 1:
+            raise ValueError(f"kl_horizon must be at least 1 row, got {horizon}")
+        self.value = value
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, num_rows: int) -> None:
+        """Move the weight.
+
+        Args:
+            kl: of the rows just seen, in nats per token.
+            num_rows: how many they were, on all ranks.
+        """
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * num_rows / self.horizon

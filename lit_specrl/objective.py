@@ -1,0 +1,64 @@
+"""What each response token costs the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lit_specrl.losses import ImportanceSampling, KLEstimator, PolicyLoss, kl_penalty
+from lit_specrl.masking import masked_sum
+from lit_specrl.metrics import UpdateStatistics
+from lit_specrl.policy import TokenStatistics
+from lit_specrl.types import Experience
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Clipped surrogate, corrected for the engine's rounding, plus KL penalty.
+
+    Args:
+        policy_loss: the surrogate.
+        importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for none.
+        kl_estimator: of the penalty.
+    """
+
+    policy_loss: PolicyLoss
+    importance_sampling: ImportanceSampling | None
+    kl_estimator: KLEstimator
+
+    def __call__(
+        self, statistics: TokenStatistics, part: Experience, kl_coef: float
+    ) -> tuple[Tensor, UpdateStatistics]:
+        """Loss of each token.
+
+        Args:
+            statistics: of the policy that is being trained, [n, R] with gradient.
+            part: its n rows.
+            kl_coef: weight of the KL penalty.
+
+        Returns:
+            [n, R], to be summed with `token_weights`; and what to report.
+        """
+        logprobs, mask = statistics.logprobs, part.loss_mask
+        per_token_loss, clipped = self.policy_loss(logprobs, part.old_logprobs, part.advantages, mask)  # [n, R]
+        old_logprobs = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
+        # without a correction the ratios are still reported
+        correction, mismatch = (self.importance_sampling or ImportanceSampling())(
+            old_logprobs, part.sampling_logprobs, mask
+        )
+        if self.importance_sampling is not None:
+            per_token_loss = per_token_loss * correction
+        kl_sum = None
+        if part.reference_logprobs is not None:
+            kl = kl_penalty(logprobs, part.reference_logprobs, mask, self.kl_estimator)  # [n, R]
+            kl_sum = masked_sum(kl.detach(), mask)
+            if kl_coef:
+                per_token_loss = per_token_loss + kl_coef * kl
+        return per_token_loss, UpdateStatistics(
+            entropy_sum=masked_sum(statistics.entropy, mask),
+            kl_sum=kl_sum,
+            num_tokens=mask.sum(),
+            clipped=clipped,
+            mismatch=mismatch,
+        )
