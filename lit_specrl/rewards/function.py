@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
+import warnings
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from lit_specrl.rewards.base import Reward, Scores, snake_case
+from lit_specrl.rewards.deadline import DeadlinePassed, DeadlineThread, await_until_deadline
+
+MAX_SUCCESSIVE_TIMEOUTS = 3
+"""Calls in a row that time out before the run ends: without rewards it learns nothing."""
 
 
 class RewardFunction(Reward):
@@ -15,13 +22,21 @@ class RewardFunction(Reward):
 
     Only the columns that the function names are handed over, unless it takes `**kwargs`.
 
+    With `timeout_s`, a call that takes longer counts as "does not apply" (`None`) for all its rows, which are counted
+    (`timeouts`) and warned about; the third such call in a row is an error. An async function is cancelled, which
+    takes effect where it awaits: one that blocks is not stopped. A plain function runs on a daemon thread, see
+    `DeadlineThread`. It cannot be killed: while it hangs, further calls time out at once. On that thread signals do not work,
+    which rules out math-verify (`MathReward` has a time limit of its own), and torch starts anew: current CUDA device 0,
+    gradients on. Leave `timeout_s` out where that matters.
+
     Args:
         function: the function, or its import path "package.module.function" or "package.module:function".
         weight: factor of this reward in the total.
         name: name in the logs; by default the name of the function.
+        timeout_s: time for one call, that is for all its rows, in seconds; without it a call may take for ever.
 
     Raises:
-        ValueError: the import path leads to no function.
+        ValueError: the import path leads to no function, or `timeout_s` is not positive.
         TypeError: `function` is neither a function nor a path.
 
     Example::
@@ -33,7 +48,11 @@ class RewardFunction(Reward):
     """
 
     def __init__(
-        self, function: str | Callable[..., Scores | Awaitable[Scores]], weight: float = 1.0, name: str | None = None
+        self,
+        function: str | Callable[..., Scores | Awaitable[Scores]],
+        weight: float = 1.0,
+        name: str | None = None,
+        timeout_s: float | None = None,
     ) -> None:
         self.function = import_function(function) if isinstance(function, str) else function
         if not callable(self.function):
@@ -42,13 +61,58 @@ class RewardFunction(Reward):
                 f"of type {type(self.function).__name__}"
             )
         super().__init__(weight, name or _function_name(self.function))
+        if timeout_s is not None and not 0 < timeout_s < math.inf:
+            raise ValueError(
+                f"timeout_s must be a positive number of seconds, got {timeout_s}; leave it out to wait without limit"
+            )
+        self.timeout_s = timeout_s
         self._accepted = _accepted_arguments(self.function)
+        self._thread = None if timeout_s is None else DeadlineThread(timeout_s)
+        self._num_successive_timeouts = 0
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
         arguments = {"prompts": prompts, "completions": completions, **columns}
         if self._accepted is not None:
             arguments = {name: values for name, values in arguments.items() if name in self._accepted}
-        return self.function(**arguments)
+        call = partial(self.function, **arguments)
+        if self._thread is None:
+            return call()
+        self.counters = {"timeouts": 0}
+        if _is_async(self.function):
+            return self._await(call, len(completions))
+        try:
+            scores = self._thread.call(call)
+        except DeadlinePassed as error:
+            return self._give_up(error, len(completions))
+        if inspect.isawaitable(scores):
+            return self._await(lambda: scores, len(completions))
+        self._num_successive_timeouts = 0
+        return scores
+
+    async def _await(self, call: Callable[[], Any], num_rows: int) -> Scores:
+        # Calling here and not outside leaves no coroutine behind when this one is closed before it starts.
+        assert self.timeout_s is not None
+        try:
+            scores = await await_until_deadline(call(), self.timeout_s)
+        except DeadlinePassed as error:
+            return self._give_up(error, num_rows)
+        self._num_successive_timeouts = 0
+        return scores
+
+    def _give_up(self, error: DeadlinePassed, num_rows: int) -> Scores:
+        """Score nothing, or raise where that has become a habit."""
+        self.counters = {"timeouts": num_rows}
+        self._num_successive_timeouts += 1
+        remedy = "Raise timeout_s if it is slow; if it hangs, give its own calls (requests, processes) a time limit."
+        if self._num_successive_timeouts >= MAX_SUCCESSIVE_TIMEOUTS:
+            raise RuntimeError(
+                f"{self._num_successive_timeouts} calls in a row gave no scores, the last one {error}. {remedy}"
+            )
+        warnings.warn(
+            f"reward {self.name!r} {error}: its {num_rows} rows count as None. {remedy}",
+            stacklevel=3,
+        )
+        return [None] * num_rows
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -82,6 +146,10 @@ def import_function(path: str) -> Callable[..., Any]:
 def _function_name(function: Callable[..., Any]) -> str:
     name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
     return name.strip("<>")  # "<lambda>"
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _accepted_arguments(function: Callable[..., Any]) -> set[str] | None:

@@ -15,6 +15,9 @@ from typing import Any
 
 from lit_specrl.rewards.base import Reward, Scores
 from lit_specrl.rewards.function import RewardFunction
+from lit_specrl.rewards.watchdog import warning_when_slow
+
+CLOSE_LIMIT_S = 5.0
 
 
 @dataclass
@@ -50,9 +53,10 @@ class RewardSet:
 
     Args:
         rewards: `Reward`s, functions of TRL's signature or import paths of such functions; names must differ.
+        warn_after_s: warn when a reward has been busy with one call for so many seconds; `None` never warns.
 
     Raises:
-        ValueError: no rewards, or two of one name.
+        ValueError: no rewards, two of one name, or `warn_after_s` is not positive.
         TypeError: something that is no reward.
 
     Example::
@@ -61,9 +65,11 @@ class RewardSet:
         rewards(["6*7="], [r"\boxed{42}"], answer=["42"]).total  # [1.1]
     """
 
-    def __init__(self, rewards: Sequence[Reward | Callable[..., Any] | str]) -> None:
+    def __init__(self, rewards: Sequence[Reward | Callable[..., Any] | str], warn_after_s: float | None = 60.0) -> None:
         if not rewards:
             raise ValueError("rewards must hold at least one reward, got none")
+        if warn_after_s is not None and not 0 < warn_after_s < math.inf:
+            raise ValueError(f"warn_after_s must be a positive number of seconds, got {warn_after_s}; None never warns")
         self.rewards = [reward if isinstance(reward, Reward) else RewardFunction(reward) for reward in rewards]
         names = [reward.name for reward in self.rewards]
         for name in names:
@@ -71,6 +77,7 @@ class RewardSet:
                 raise ValueError(
                     f"{names.count(name)} rewards are named {name!r}; give them different names by name=..."
                 )
+        self.warn_after_s = warn_after_s
         self._event_loop = _EventLoop()
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> RewardScores:
@@ -101,19 +108,24 @@ class RewardSet:
         scores: list[Any] = []
         try:
             for reward in self.rewards:
-                with _naming(reward):
+                with _naming(reward), warning_when_slow(reward, self.warn_after_s):
                     scores.append(reward(prompts, completions, **columns))
         except RuntimeError:
             for score in scores:
                 if inspect.iscoroutine(score):
                     score.close()  # never awaited: Python would warn about it
             raise
-        is_async = [inspect.isawaitable(score) for score in scores]
-        awaited = iter(self._event_loop.gather([score for score, wait in zip(scores, is_async, strict=True) if wait]))
-        return [
-            _result(reward, next(awaited)) if wait else score
-            for reward, score, wait in zip(self.rewards, scores, is_async, strict=True)
-        ]
+        pairs = list(zip(self.rewards, scores, strict=True))
+        awaited = iter(
+            self._event_loop.gather(
+                [self._watch(reward, score) for reward, score in pairs if inspect.isawaitable(score)]
+            )
+        )
+        return [_result(reward, next(awaited)) if inspect.isawaitable(score) else score for reward, score in pairs]
+
+    async def _watch(self, reward: Reward, score: Awaitable[Scores]) -> Scores:
+        with warning_when_slow(reward, self.warn_after_s):
+            return await score
 
     def _add_up(self, checked: list[_Checked]) -> RewardScores:
         values = [column.values for column in checked]
@@ -223,6 +235,7 @@ class _EventLoop:
     def close(self) -> None:
         if self._loop is not None and self._thread is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            self._thread.join(CLOSE_LIMIT_S)
+            if not self._thread.is_alive():  # alive: an async reward blocks it; waiting on would hide that from Ctrl-C
+                self._loop.close()
         self._loop = self._thread = None
