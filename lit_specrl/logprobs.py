@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)  # [T]
         entropy = torch.empty_like(logprobs)
         with torch.autocast(device, enabled=False):
-            for rows, logits, spare in _logit_chunks(ctx, hidden, weight.to(ctx.dtype)):
+            for rows, _, _, logits, spare in _logit_chunks(ctx, hidden, weight.to(ctx.dtype)):
                 torch.log_softmax(logits, -1, out=spare)
                 logprobs[rows] = spare.gather(-1, targets[rows, None]).squeeze(-1)
                 entropy[rows] = torch.exp(spare, out=logits).mul_(spare).sum(-1).neg_()
@@ -61,30 +61,50 @@ class _ChunkedLogprobs(torch.autograd.Function):
         head = weight.to(ctx.dtype)
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        addend = None if ctx.dtype == torch.float32 else torch.empty_like(head)  # [V, H]
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, logits, spare in _logit_chunks(ctx, hidden, head):
+            for rows, states, product, logits, spare in _logit_chunks(ctx, hidden, head):
                 # d logprob / d logits = (one_hot(target) - softmax) / temperature
                 scale = grad_logprobs[rows, None] / ctx.temperature  # [t, 1]
                 grad = torch.softmax(logits, -1, out=spare).mul_(-scale)  # [t, V]
-                grad = grad.scatter_add_(-1, targets[rows, None], scale).to(ctx.dtype)
+                grad.scatter_add_(-1, targets[rows, None], scale)
+                grad = grad if ctx.dtype == torch.float32 else product.copy_(grad)
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad @ head
-                if grad_weight is not None:
-                    grad_weight += grad.T @ hidden[rows].to(ctx.dtype)
+                if grad_weight is not None and addend is not None:  # the sum over chunks is in float32
+                    grad_weight += torch.mm(grad.T, states, out=addend)
+                elif grad_weight is not None:
+                    grad_weight.addmm_(grad.T, states)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _logit_chunks(ctx: Any, hidden: Tensor, head: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows, their logits over temperature and a buffer of the same shape [t, V], both float32 and used again by the next chunk.
+class _LogitChunk(NamedTuple):
+    rows: slice
+    states: Tensor
+    """[t, H] hidden states of the rows, in the dtype of the product."""
+    product: Tensor
+    """[t, V] in that dtype, to be written over; in float32 it is `logits`."""
+    logits: Tensor
+    """[t, V] float32, logits over temperature."""
+    spare: Tensor
+    """[t, V] float32, to be written over."""
+
+
+def _logit_chunks(ctx: Any, hidden: Tensor, head: Tensor) -> Iterator[_LogitChunk]:
+    """Logits of the rows, chunk by chunk, in memory that the next chunk uses again.
 
     Fresh memory for every chunk would cost more time on a CPU than the arithmetic.
     """
     size = min(ctx.chunk, len(hidden))
-    product = hidden.new_empty(size, head.shape[0], dtype=ctx.dtype)
     buffers = hidden.new_empty(2, size, head.shape[0], dtype=torch.float32)
+    products = buffers[0] if ctx.dtype == torch.float32 else torch.empty_like(buffers[0], dtype=ctx.dtype)
     for start in range(0, len(hidden), ctx.chunk):
         rows = slice(start, start + ctx.chunk)
         states = hidden[rows].to(ctx.dtype)  # [t, H]
         logits, spare = buffers[:, : len(states)]
-        logits.copy_(torch.mm(states, head.T, out=product[: len(states)]))
-        yield rows, logits if ctx.temperature == 1 else logits.div_(ctx.temperature), spare
+        product = torch.mm(states, head.T, out=products[: len(states)])  # [t, V]
+        if ctx.dtype != torch.float32:
+            logits.copy_(product)
+        if ctx.temperature != 1:
+            logits.div_(ctx.temperature)
+        yield _LogitChunk(rows, states, product, logits, spare)

@@ -1,0 +1,114 @@
+import json
+import sys
+
+import pytest
+
+from lit_specrl import cli
+from lit_specrl.bench import command
+from lit_specrl.bench.report import Report
+
+REPORT = {
+    "hardware": "a CPU, 2 cores, 1 threads",
+    "torch_version": "2.13.0",
+    "settings": {"benchmark": "adding", "repeats": 5},
+    "tables": {
+        "measured": [
+            {"way": "fast", "tokens": 12345, "seconds": 0.123456},
+            {"way": "slow", "tokens": 7, "seconds": None},
+        ],
+        "compared": [{"time_slow_over_fast": 3.0}],
+    },
+    "notes": ["The slow way was not run."],
+    "failures": [],
+}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A benchmark whose report is known; returns what it was called with."""
+    calls = []
+
+    def adding(repeats: int = 5, device: str = "cpu") -> Report:
+        """Add numbers.
+
+        Args:
+            repeats: how often.
+            device: where.
+        """
+        if repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, got {repeats}")
+        calls.append((repeats, device))
+        return Report(**{**REPORT, "failures": ["the sums differ"] if repeats == 13 else []})
+
+    monkeypatch.setitem(command.BENCHMARKS, "adding", adding)
+    return calls
+
+
+def test_the_first_line_tells_hardware_version_and_settings(benchmark, capsys):
+    command.bench_command(["adding", "--repeats", "2", "--device=gpu"])
+    first_line, *lines = capsys.readouterr().out.splitlines()
+    assert first_line == "a CPU, 2 cores, 1 threads, torch 2.13.0, benchmark=adding repeats=5"
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert cells == [["fast", "12,345", "0.1235"], ["slow", "7", "-"], ["3"]]
+    assert lines[-1] == "The slow way was not run."
+    assert benchmark == [(2, "gpu")]
+
+
+def test_the_json_file_holds_the_report_that_is_printed(benchmark, tmp_path, capsys):
+    command.bench_command(["adding", "--json", str(tmp_path / "numbers.json")])
+    printed = capsys.readouterr().out
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers == REPORT
+    Report(**numbers).print()
+    assert capsys.readouterr().out == printed
+
+
+def test_a_failed_check_ends_the_command_with_an_error_after_the_tables(benchmark, capsys):
+    with pytest.raises(SystemExit, match=r"^lit-specrl bench adding: the sums differ$"):
+        command.bench_command(["adding", "--repeats", "13"])
+    assert "time slow over fast" in capsys.readouterr().out
+
+
+def test_a_wrong_value_ends_the_command_with_the_message(benchmark):
+    with pytest.raises(SystemExit, match=r"^lit-specrl bench adding: --repeats must be at least 1, got 0$"):
+        command.bench_command(["adding", "--repeats", "0"])
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_before_anything_runs(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match=r"--json .*nowhere.*numbers.json is not a file in an existing folder"):
+        command.bench_command(["adding", "--json", str(tmp_path / "nowhere" / "numbers.json")])
+    assert benchmark == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["logprobs", "--dtype", "int8"], ["dtype", "bfloat16", "int8"]),
+        (["logprobs", "--repeats", "many"], ["repeats", "many"]),
+        (["logprobs", "--vocabulary", "5"], ["vocabulary"]),
+        (["shared-prompts"], ["model"]),
+        (["sharing"], ["sharing", "logprobs", "shared-prompts"]),
+        ([], ["subcommand"]),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, named, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.bench_command(arguments)
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in named)
+
+
+def test_help_tells_what_each_benchmark_does(capsys):
+    with pytest.raises(SystemExit) as end:
+        command.bench_command(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Compare the log-probs of the library" in text
+    assert "Time forward and backward of one training step" in text
+
+
+def test_lit_specrl_hands_bench_its_arguments(benchmark, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit-specrl", "bench", "adding", "--repeats", "3"])
+    cli.main()
+    assert benchmark == [(3, "cpu")]

@@ -1,0 +1,11 @@
+import doctest
+from importlib import import_module
+
+import pytest
+
+
+@pytest.mark.parametrize("module", ["acceptance", "lenience", "reuse_weights", "store"])
+def test_examples_run(module):
+    outcome = doctest.testmod(import_module(f"lit_specrl.speculation.{module}"))
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
