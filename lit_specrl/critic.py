@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModel
+from transformers import AutoModelForCausalLM
 
 from lit_specrl.losses import value_loss
 from lit_specrl.metrics import CriticStatistics
@@ -136,7 +136,7 @@ class SeparateCritic(Critic):
         if self.backbone is not None:
             return
         name = self.model or model
-        self.backbone = load_pretrained(AutoModel, name, **options)
+        self.backbone = load_pretrained(AutoModelForCausalLM, name, **options).base_model
         if self.backbone.get_input_embeddings().num_embeddings < policy.model.get_input_embeddings().num_embeddings:
             raise ValueError(
                 f"the critic {name!r} knows {self.backbone.get_input_embeddings().num_embeddings} tokens, the policy "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lit_specrl.logprobs import token_logprobs
+from lit_specrl.lora import adapted_layers, add_adapters, lora_config, merged_weight
+from lit_specrl.ranks import whole_tensor
 from lit_specrl.response_states import response_states
 from lit_specrl.value_head import ValueHead
 
@@ -60,21 +62,25 @@ class Policy(nn.Module):
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
+        lora: dict[str, Any] | None = None,
     ) -> Policy:
         """Load a policy from the hub or a local folder.
 
         Args:
             name_or_path: hub name or folder in the transformers format.
-            dtype: dtype of the weights held by the optimizer; "float32" unless memory forbids it.
+            dtype: dtype of the model's weights; "float32" unless memory forbids it.
             gradient_checkpointing: recompute activations in the backward pass.
             attn_implementation: as in transformers ("sdpa", "flash_attention_2", "eager").
+            lora: freeze the model and train adapters; arguments of `lora_config`.
 
         Raises:
-            ValueError: the model can neither be found locally nor fetched.
+            ValueError: the model can neither be found locally nor fetched, or `lora` asks for what cannot be had.
         """
-        return cls(
-            load_pretrained(AutoModelForCausalLM, name_or_path, dtype, gradient_checkpointing, attn_implementation)
-        )
+        adapters = None if lora is None else lora_config(lora)
+        model = load_pretrained(AutoModelForCausalLM, name_or_path, dtype, gradient_checkpointing, attn_implementation)
+        if adapters is not None:
+            add_adapters(model, adapters)
+        return cls(model)
 
     @staticmethod
     def _reject_scaled_logits(model: PreTrainedModel) -> None:
@@ -152,13 +158,38 @@ class Policy(nn.Module):
         """Shard every decoder layer, then the rest, over a one-dimensional device mesh (FSDP2)."""
         shard_by_layer(self, self.model.base_model.layers, mesh)  # type: ignore[union-attr, arg-type]
 
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Inside, the policy is the model that its adapters were added to, bit for bit.
+
+        Raises:
+            ValueError: the policy has no adapters.
+        """
+        if not adapted_layers(self.model):
+            raise ValueError("the policy has no adapters to disable; build it with lora={...}")
+        self.model.disable_adapters()
+        try:
+            yield
+        finally:
+            self.model.enable_adapters()
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights under their transformers names, one whole tensor at a time (shards are gathered as they are asked for)."""
+        """Weights under their transformers names, one whole tensor at a time (shards are gathered as they are asked for).
+
+        Adapters are merged into the weights that they adapt.
+        """
+        adapted = adapted_layers(self.model)
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            path, _, leaf = name.partition(".base_layer.")
+            if leaf == "weight":
+                yield f"{path}.weight", merged_weight(adapted[path])
+            elif leaf:
+                yield f"{path}.{leaf}", whole_tensor(parameter)
+            elif ".lora_" not in name:
+                yield name, whole_tensor(parameter)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write the model in the transformers format."""
+        """Write the model in the transformers format; where there are adapters, these alone in the format of peft."""
         self.model.save_pretrained(folder, **options)
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -47,6 +48,12 @@ def gather_rows(values: Tensor) -> tuple[Tensor, slice]:
     parts = gather_objects(values.cpu())
     start = sum(len(part) for part in parts[: dist.get_rank()])
     return torch.cat(parts).to(values.device), slice(start, start + len(values))
+
+
+def whole_tensor(parameter: Tensor) -> Tensor:
+    """A parameter without its gradient, gathered where it is sharded; every rank must ask."""
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -3,6 +3,8 @@ import json
 import lightning as L
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_specrl import GRPO, PromptDataModule
@@ -97,6 +99,57 @@ def test_another_model_can_lend_architecture_and_tokenizer(tiny_model, tmp_path)
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
 
 
+@pytest.fixture(scope="module", params=["llama", "qwen"])
+def adapted(request, tiny_model, tiny_qwen, tmp_path_factory):
+    """Folder of the initial model, policy with trained adapters, and its checkpoint."""
+    model = {"llama": tiny_model, "qwen": tiny_qwen}[request.param]
+    folder = tmp_path_factory.mktemp("adapted")
+    lora = {"r": 4, "use_rslora": True, "target_modules": "all-linear", "rank_pattern": {"q_proj": 2}}
+    trainer, module, data = training(model, folder, lora=lora)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return model, module.policy, str(folder / "last.ckpt")
+
+
+def logits(model):
+    return model(torch.arange(8, 24)[None]).logits
+
+
+def test_the_checkpoint_of_a_run_with_lora_is_exported_as_the_merged_model(adapted, tmp_path):
+    start, policy, checkpoint = adapted
+    exported = AutoModelForCausalLM.from_pretrained(export_checkpoint(checkpoint, str(tmp_path / "model")))
+    torch.testing.assert_close(dict(exported.named_parameters()), dict(policy.named_weights()), rtol=0, atol=0)
+    torch.testing.assert_close(logits(exported), logits(policy.model), rtol=0, atol=1e-4)
+    assert (logits(exported) - logits(AutoModelForCausalLM.from_pretrained(start))).abs().max() > 0.01
+
+
+def test_adapters_alone_are_exported_for_peft(adapted, tmp_path):
+    start, policy, checkpoint = adapted
+    folder = export_checkpoint(checkpoint, str(tmp_path / "adapter"), adapter_only=True)
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+        entry.name for entry in folder.iterdir()
+    }
+    assert not list(folder.glob("model*"))
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == start
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), folder)
+    torch.testing.assert_close(logits(loaded), logits(policy.model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("adapter_only", [False, True], ids=["merged", "adapters"])
+def test_adapted_weights_are_written_in_the_dtype_asked_for(adapted, tmp_path, adapter_only):
+    folder = export_checkpoint(adapted[2], str(tmp_path / "new"), dtype="bfloat16", adapter_only=adapter_only)
+    (file,) = folder.glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    if not adapter_only:
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_checkpoint_of_before_adapters_is_exported_as_ever(tiny_model, tmp_path):
+    torch.save({"state_dict": saved_weights(tiny_model), "rlvr": {"model": tiny_model}}, tmp_path / "last.ckpt")
+    folder = export_checkpoint(str(tmp_path / "last.ckpt"), str(tmp_path / "model"))
+    torch.testing.assert_close(saved_weights(folder), saved_weights(tiny_model), rtol=0, atol=0)
+
+
 @pytest.fixture
 def refused(tmp_path):
     """Message with which an export is refused; nothing may be written."""
@@ -138,6 +191,16 @@ def test_a_foreign_checkpoint_is_refused(refused, tmp_path, content):
     )
 
 
+def test_adapters_that_a_run_did_not_have_are_not_exported(refused, trained):
+    message = refused(trained[2], adapter_only=True)
+    assert message == f"{trained[2]} holds no adapters: the run had no lora; export without adapter_only"
+
+
+def test_adapters_of_another_architecture_are_refused(refused, adapted, tiny_model, tiny_qwen):
+    other = tiny_qwen if adapted[0] == tiny_model else tiny_model
+    assert f"do not fit the architecture of {other}: " in refused(adapted[2], model=other)
+
+
 def test_weights_of_another_architecture_are_refused(refused, tiny_model, tiny_qwen, tmp_path):
     state = saved_weights(tiny_model)
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
@@ -150,5 +213,7 @@ def test_the_command_prints_the_folder_or_says_what_is_wrong(trained, tmp_path, 
     export_command([trained[2], str(folder), "--dtype", "bfloat16"])
     assert capsys.readouterr().out.strip() == str(folder)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(SystemExit, match=r"lit-specrl export: .* holds no adapters"):
+        export_command([trained[2], str(tmp_path / "adapter"), "--adapter_only", "true"])
     with pytest.raises(SystemExit, match=r"lit-specrl export: .*model exists already"):
         export_command([trained[2], str(folder)])
