@@ -104,4 +104,4 @@ def groups_to_draw(num_missing: int, num_useful: int, num_generated: int, limit:
         >>> groups_to_draw(num_missing=3, num_useful=5, num_generated=10, limit=8)
         6
     """
-    return min(limit, ceil(num_missing / max(num_useful / num_generated, 0.25)))
+    return min(limit, ceil(num_missing * num_generated / max(num_useful, num_generated / 4)))

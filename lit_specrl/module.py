@@ -77,7 +77,8 @@ class RLVRModule(RolloutModule):
         clip_ratio_c: largest multiple of its advantage that a token with negative advantage may cost (dual clip, c); `None` for
             no bound.
         advantage_estimator: "grpo" compares with the mean of the group, "rloo" with the mean of the others in it, "gae" with a critic.
-        scale_rewards: divide advantages by the standard deviation of the "group", of the "batch", or not ("none"). "rloo" knows no "group".
+        scale_rewards: divide advantages by the standard deviation of the "group", of the "batch", or not ("none"). "rloo" knows no "group";
+            "gae" does not scale by groups and leaves this unused.
         beta: weight of the KL penalty towards the initial policy; 0 loads no reference model.
         kl_estimator: "k1", "k2", "k3" (Schulman 2020) or another name of `lit_specrl.losses.kl_penalty`.
         kl_in_reward: subtract the penalty from the rewards, token by token, instead of adding it to the loss.
@@ -535,11 +536,15 @@ class RLVRModule(RolloutModule):
 
     def _token_weights(self, experience: Experience, aggregation: Aggregation) -> Tensor:
         """What each token weighs in the loss of all ranks together, [N, R]."""
+        num_rows = torch.tensor(experience.num_rows, device=self.device)
+        if self.dynamic_sampling:  # groups that only fill the batch up are no part of it
+            size = self.sampling.num_generations
+            num_rows = groups_with_spread(experience.rewards, size).sum() * size
         return token_weights(
             experience.loss_mask,
             aggregation,
             num_tokens=sum_over_ranks(experience.loss_mask.sum()),
-            num_sequences=sum_over_ranks(torch.tensor(experience.num_rows, device=self.device)),
+            num_sequences=sum_over_ranks(num_rows),
             max_completion_length=self.sampling.max_completion_length,
             num_ranks=num_ranks(),
         )
@@ -665,6 +670,8 @@ def _check_estimator(
 ) -> None:
     if estimator not in ("grpo", "rloo", "gae"):
         raise ValueError(f"advantage_estimator must be 'grpo', 'rloo' or 'gae', got {estimator!r}")
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}")
     if (estimator == "gae") != (critic is not None):
         raise ValueError(
             f"advantage_estimator={estimator!r} {'needs a' if critic is None else 'does not use its'} critic; 'gae' goes "

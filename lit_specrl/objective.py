@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import Tensor
 
@@ -21,11 +22,20 @@ class Objective:
         policy_loss: the surrogate.
         importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for none.
         kl_estimator: of the penalty.
+
+    Raises:
+        ValueError: unknown `kl_estimator`.
     """
 
     policy_loss: PolicyLoss
     importance_sampling: ImportanceSampling | None
     kl_estimator: KLEstimator
+
+    def __post_init__(self) -> None:
+        if self.kl_estimator not in get_args(KLEstimator):
+            raise ValueError(
+                f"kl_estimator must be one of {', '.join(get_args(KLEstimator))}, got {self.kl_estimator!r}"
+            )
 
     def __call__(
         self, statistics: TokenStatistics, part: Experience, kl_coef: float

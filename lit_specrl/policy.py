@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_specrl.logprobs import token_logprobs
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config, merged_weight
@@ -222,8 +222,10 @@ def load_pretrained(
     Raises:
         ValueError: the model can neither be found locally nor fetched.
     """
-    check_model_exists(name_or_path)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attention_dropout": 0.0}
+    config = check_model_exists(name_or_path)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if hasattr(config.get_text_config(), "attention_dropout"):
+        options["attention_dropout"] = 0.0
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:
@@ -243,13 +245,13 @@ def unreachable_model_message(name_or_path: str) -> str:
     )
 
 
-def check_model_exists(name_or_path: str) -> None:
-    """Fail early, before weights are read, when a model cannot be had.
+def check_model_exists(name_or_path: str) -> PretrainedConfig:
+    """The configuration of a model; fails early, before weights are read, when it cannot be had.
 
     Raises:
         ValueError: neither a local folder with a config nor a model that the hub delivers.
     """
     try:
-        AutoConfig.from_pretrained(name_or_path)
+        return AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(unreachable_model_message(name_or_path)) from error

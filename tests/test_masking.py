@@ -1,3 +1,6 @@
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 
@@ -36,6 +39,44 @@ def test_whitening_centres_and_scales_true_entries_and_zeroes_the_rest():
 def test_whitening_fewer_than_two_entries_gives_zeros(num_true):
     mask = torch.arange(3) < num_true
     assert masked_whiten(torch.tensor([4.0, torch.nan, 1.0]), mask).tolist() == [0, 0, 0]
+
+
+def whiten_on_two_ranks(parts, shift_mean):
+    """Each rank is a thread that waits for the other wherever sums are added up."""
+    barrier, sums = Barrier(2, timeout=30), [None, None]
+
+    def whiten(rank):
+        def add_up(total):
+            sums[rank] = total
+            barrier.wait()
+            added_up = sums[0] + sums[1]
+            barrier.wait()
+            return added_up
+
+        return masked_whiten(*parts[rank], shift_mean, add_up)
+
+    with ThreadPoolExecutor(2) as ranks:
+        return list(ranks.map(whiten, range(2)))
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_ranks_whiten_with_the_statistics_of_all(shift_mean):
+    values, mask = torch.tensor([1.0, 3.0, torch.nan, 8.0]), torch.tensor([True, True, False, True])
+    expected = torch.tensor([-3.0, -1.0, 0.0, 4.0]) / 13**0.5  # mean 4, squares 9, 1 and 16 over 3 - 1
+    if not shift_mean:
+        expected = expected + 4 * mask
+    for cut in (1, 2, 3):
+        parts = [(values[:cut], mask[:cut]), (values[cut:], mask[cut:])]
+        torch.testing.assert_close(torch.cat(whiten_on_two_ranks(parts, shift_mean)), expected)
+    torch.testing.assert_close(masked_whiten(values, mask, shift_mean), expected)
+
+
+def test_a_rank_without_entries_takes_part_in_whitening():
+    root = 0.5**0.5
+    parts = [(torch.tensor([1.0, 3.0]), torch.tensor([True, True])), (torch.tensor([5.0]), torch.tensor([False]))]
+    first, second = whiten_on_two_ranks(parts, shift_mean=True)
+    torch.testing.assert_close(first, torch.tensor([-root, root]))
+    assert second.tolist() == [0]
 
 
 def test_rows_are_padded_to_either_side():

@@ -13,9 +13,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_specrl.algorithms import GRPO
 from lit_specrl.callbacks import RolloutCallback, SpeculativeRollout
 from lit_specrl.data import ArithmeticSource, PromptDataModule
-from lit_specrl.algorithms import GRPO
 from lit_specrl.policy import Policy
 from lit_specrl.rollout import TransformersEngine, VLLMEngine
 from lit_specrl.types import SamplingConfig

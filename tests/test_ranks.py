@@ -1,55 +1,275 @@
-"""Two processes on one machine: different prompts, rewards that apply on one rank only, one policy."""
+"""Two processes on one machine, which learn from their own prompts what one process learns from all of them.
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM
-
-SCRIPT = """
-import sys
-import lightning as L, torch
-from lightning.pytorch.strategies import DDPStrategy
-from lit_specrl import GRPO, PromptDataModule
-from lit_specrl.data import ArithmeticSource
-
-def small(prompts, completions, completion_ids, **columns):
-    return [sum(token < 60 for token in ids) / len(ids) for ids in completion_ids]
-
-def even_sums(prompts, completions, answer, **columns):
-    return [None if int(value) % 2 else 0.5 for value in answer]
-
-if __name__ == "__main__":
-    trainer = L.Trainer(
-        strategy=DDPStrategy(process_group_backend="gloo"), accelerator="cpu", devices=2, max_epochs=1, limit_train_batches=3,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, log_every_n_steps=1,
-    )
-    module = GRPO(
-        sys.argv[1], rewards=[small, even_sums], num_generations=4, max_completion_length=12, micro_batch_tokens=64,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
-    )
-    data = PromptDataModule(ArithmeticSource(16), validation=ArithmeticSource(6, split="validation"), batch_size=2, max_prompt_length=64)
-    trainer.fit(module, datamodule=data)
-    weights = torch.cat([parameter.detach().flatten() for parameter in module.policy.parameters()])
-    torch.save(
-        {"weights": weights, "reward": module.step_metrics["reward"], "accuracy": module.evaluation["val_accuracy"]},
-        f"{sys.argv[2]}/rank{trainer.global_rank}.pt",
-    )
+Run as a script, this file is what the two processes do.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
-def test_two_ranks_learn_one_policy_from_their_own_prompts(tiny_model, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run(
-        [sys.executable, str(script), tiny_model, str(tmp_path)], env=environment, check=True, timeout=240, cwd=tmp_path
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import distributed as dist
+from transformers import GenerationConfig
+
+from lit_specrl import DAPO, GRPO, PPO, PromptDataModule, SeparateCritic
+from lit_specrl.data import PromptSource
+from lit_specrl.policy import Policy
+from lit_specrl.ranks import (
+    average_gradients,
+    gather_objects,
+    gather_rows,
+    max_over_ranks,
+    num_ranks,
+    sum_over_ranks,
+)
+
+QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+class Questions(PromptSource):
+    name = "questions"
+
+    def __init__(self, questions):
+        self.questions = questions
+
+    def load(self):
+        return [{"question": question, "answer": str(len(question))} for question in self.questions]
+
+
+def small_tokens(prompts, completion_ids, **columns):
+    """Share of tokens below 60; nothing for responses that begin with a multiple of four."""
+    return [None if ids[0] % 4 == 0 else sum(token < 60 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def one_question(prompts, completion_ids, **columns):
+    """Applies to a single question, so on one rank only."""
+    return [
+        len(set(ids)) / 10 if "Why?" in prompt else None for prompt, ids in zip(prompts, completion_ids, strict=True)
+    ]
+
+
+def spread_on_the_first_rank(prompts, **columns):
+    """Rows of a group differ on rank 0 and nowhere else."""
+    on_second_rank = dist.is_initialized() and dist.get_rank() == 1
+    return [0.0 if on_second_rank else float(row % 2) for row in range(len(prompts))]
+
+
+COMMON = {"max_completion_length": 12, "micro_batch_tokens": 96, "optimizer": SGD}
+RUNS = {
+    "GRPO": partial(GRPO, rewards=[small_tokens, one_question], num_generations=4, loss_type="grpo", **COMMON),
+    "GRPO, batch deviation": partial(
+        GRPO,
+        rewards=[small_tokens],
+        num_generations=4,
+        scale_rewards="batch",
+        loss_type="dapo",
+        num_iterations=2,
+        **COMMON,
+    ),
+    "PPO": lambda model: PPO(
+        model,
+        rewards=[small_tokens],
+        critic=SeparateCritic(optimizer=partial(torch.optim.SGD, lr=0.1)),
+        num_generations=2,
+        gae_lambda=0.9,
+        beta=0.1,
+        kl_target=0.01,
+        kl_horizon=32,
+        **COMMON,
+    ),
+    "DAPO": partial(
+        DAPO,
+        rewards=[spread_on_the_first_rank],
+        num_generations=2,
+        max_generation_rounds=3,
+        overlong_buffer=0,
+        **COMMON,
+    ),
+}
+NUM_STEPS = {"GRPO": 3, "GRPO, batch deviation": 2, "PPO": 3, "DAPO": 1}
+
+
+class History(L.Callback):
+    """What each step reports, and the prompts that it began with."""
+
+    def __init__(self):
+        self.steps, self.prompts = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append(pl_module.step_metrics)
+        self.prompts.append(batch.prompts)
+
+
+def train(name, model, questions=QUESTIONS, **trainer_options):
+    """A run whose every step sees all questions; returns the weights and what the steps reported."""
+    history = History()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=NUM_STEPS[name],
+        logger=False,
+        callbacks=[history],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **trainer_options,
     )
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    module = RUNS[name](model)
+    validation = Questions(QUESTIONS[:3])
+    data = PromptDataModule(
+        Questions(questions), validation=validation, batch_size=len(questions), max_prompt_length=128
+    )
+    trainer.fit(module, datamodule=data)
+    return {
+        "weights": flat(module.parameters()),
+        "steps": history.steps,
+        "prompts": history.prompts,
+        "evaluation": module.evaluation,
+    }
+
+
+def flat(parameters):
+    return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+
+def what_ranks_tell_each_other():
+    """Of every function in `ranks.py`; rank r holds r + 1 rows."""
+    rank = dist.get_rank()
+    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))]
+    parameters[0].grad = torch.tensor([1.0, 10.0]) * (rank + 1)
+    average_gradients(parameters)
+    total = torch.tensor([1, 10]) * (rank + 1)
+    rows, own = gather_rows(torch.arange(2.0 * rank, 4.0 * rank + 2).view(rank + 1, 2))
+    return {
+        "num_ranks": num_ranks(),
+        "sum": sum_over_ranks(total).tolist(),
+        "summed": total.tolist(),
+        "max": [max_over_ranks(rank, torch.device("cpu")), max_over_ranks(-rank, torch.device("cpu"))],
+        "objects": gather_objects({"rank": rank}),
+        "rows": rows.tolist(),
+        "own rows": [own.start, own.stop],
+        "gradients": [
+            parameter.grad if parameter.grad is None else parameter.grad.tolist() for parameter in parameters
+        ],
+    }
+
+
+if __name__ == "__main__":
+    strategy = partial(DDPStrategy, process_group_backend="gloo")
+    found = {name: train(name, sys.argv[1], strategy=strategy(), devices=2) for name in RUNS}
+    found["functions"] = what_ranks_tell_each_other()
+    torch.save(found, f"{sys.argv[2]}/rank{dist.get_rank()}.pt")
+    dist.barrier()  # the test waits for rank 0 alone
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tmp_path_factory):
+    """The tiny model with so many end-of-text tokens that responses differ in length."""
+    folder = tmp_path_factory.mktemp("ranks") / "model"
+    shutil.copytree(tiny_model, folder)
+    GenerationConfig(eos_token_id=list(range(2, 18))).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def both_ranks(model_folder, tmp_path_factory):
+    """What each of two processes found, `RUNS` one after the other."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, __file__, model_folder, str(folder)]
+    subprocess.run(command, env=environment, check=True, timeout=240, cwd=folder)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def question_of(prompt):
+    (question,) = [question for question in QUESTIONS if question in prompt]
+    return question
+
+
+def learned(steps):
+    """Metrics that do not depend on how the work was divided."""
+    return [
+        {name: value for name, value in step.items() if not name.startswith(("timing_s/", "perf/"))} for step in steps
+    ]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ranks_keep_one_policy_and_report_the_same(both_ranks, name):
+    first, second = (rank[name] for rank in both_ranks)
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
-    assert first["reward"] != second["reward"]
-    assert first["accuracy"] == second["accuracy"]
-    start = AutoModelForCausalLM.from_pretrained(tiny_model).parameters()
-    assert not torch.equal(first["weights"], torch.cat([parameter.detach().flatten() for parameter in start]))
+    assert learned(first["steps"]) == learned(second["steps"])
+    assert first["evaluation"] == second["evaluation"]
+    for of_first, of_second in zip(first["prompts"], second["prompts"], strict=True):
+        assert sorted(question_of(prompt) for prompt in of_first + of_second) == sorted(QUESTIONS)
+
+
+@pytest.mark.parametrize("name", ["GRPO", "GRPO, batch deviation", "PPO"])
+def test_two_ranks_learn_what_one_learns(both_ranks, model_folder, name):
+    """The loss, its normalisation, the advantages, the gradient and every metric are those of all rows together."""
+    one, two = train(name, model_folder, devices=1), both_ranks[0][name]
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-5, atol=1e-5)
+    for of_two, of_one in zip(learned(two["steps"]), learned(one["steps"]), strict=True):
+        assert of_two.keys() == of_one.keys()
+        for metric, value in of_one.items():
+            tolerance = 1e-4 if metric.startswith("sampling/") else 1e-5  # those measure nothing but rounding here
+            assert of_two[metric] == pytest.approx(value, rel=tolerance, abs=tolerance), metric
+    assert two["evaluation"] == one["evaluation"]
+
+    start = flat(Policy.build(model_folder).parameters())
+    assert (one["weights"][: len(start)] - start).abs().max() > 0.01
+    for step in one["steps"]:
+        assert step["actor/grad_norm"] > 0.1
+        assert step["completions/min_length"] < step["completions/mean_length"] < step["completions/max_length"]
+    assert any(step["rewards/unscored"] for step in one["steps"])
+
+
+def test_a_rank_without_any_spread_learns_from_the_other_and_reports_its_rounds(both_ranks, model_folder):
+    """Rank 1 generates three times in vain; the step is that of one process with rank 0's prompts alone."""
+    first = both_ranks[0]["DAPO"]
+    (step,) = first["steps"]
+    assert {name: value for name, value in step.items() if name.startswith("dynamic_sampling/")} == {
+        "dynamic_sampling/rounds": 3.0,
+        "dynamic_sampling/generated_groups": 12.0,  # two a round and rank
+        "dynamic_sampling/dropped_groups": 4.0,  # of rank 1, which trains on the other two
+        "dynamic_sampling/surplus_groups": 4.0,  # of rank 0
+        "dynamic_sampling/missing_groups": 2.0,
+    }
+    assert (step["reward"], step["frac_reward_zero_std"]) == (0.25, 0.5)
+
+    alone = train("DAPO", model_folder, questions=[question_of(prompt) for prompt in first["prompts"][0]], devices=1)
+    torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-5, atol=1e-5)
+    assert step["actor/grad_norm"] == pytest.approx(alone["steps"][0]["actor/grad_norm"], rel=1e-5)
+    assert step["actor/grad_norm"] > 0.1
+    assert step["loss"] == pytest.approx(alone["steps"][0]["loss"], abs=1e-5)
+
+
+def test_what_two_ranks_tell_each_other(both_ranks):
+    first, second = (rank["functions"] for rank in both_ranks)
+    for found, own, part in [(first, [1, 10], [0, 1]), (second, [2, 20], [1, 3])]:
+        assert found["num_ranks"] == 2
+        assert (found["sum"], found["summed"]) == ([3, 30], own)
+        assert found["max"] == [1, 0]
+        assert found["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert (found["rows"], found["own rows"]) == ([[0, 1], [2, 3], [4, 5]], part)
+        assert found["gradients"] == [[1.5, 15.0], None]
+
+
+def test_one_rank_is_told_what_it_says():
+    value, parameter = torch.tensor([1.0, 2.0]), torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = value.clone()
+    average_gradients([parameter])
+    assert num_ranks() == 1
+    assert sum_over_ranks(value) is value
+    assert max_over_ranks(-3, torch.device("cpu")) == -3
+    assert gather_objects({"rank": 0}) == [{"rank": 0}]
+    rows, own = gather_rows(value)
+    assert rows is value
+    assert own == slice(0, 2)
+    assert parameter.grad.tolist() == [1, 2]

@@ -12,13 +12,13 @@ from lit_specrl.advantages import (
 from lit_specrl.losses import (
     ImportanceSampling,
     PolicyLoss,
-    explained_variance,
     kl_penalty,
     resolve_loss_type,
     token_weights,
     value_loss,
 )
 from lit_specrl.masking import masked_mean, masked_whiten
+from lit_specrl.metrics import ValueStatistics
 
 MAX_COMPLETION_LENGTH = 7
 
@@ -244,7 +244,11 @@ def test_value_loss_is_that_of_verl(cliprange_value, oracles, inputs, loss_mask)
     assert_equal(clipped.clipped_mean, expected["clipped"])
 
 
-def test_explained_variance_is_that_of_verl(oracles, inputs, loss_mask):
-    assert_equal(
-        explained_variance(inputs["values"], inputs["returns"], loss_mask), oracles["verl"]["explained_variance"]
+@pytest.mark.parametrize("cut", [8, 3], ids=["one rank", "two ranks"])
+def test_explained_variance_is_that_of_verl(cut, oracles, inputs, loss_mask):
+    first, second = (
+        ValueStatistics.of(inputs["values"][rows], inputs["returns"][rows], loss_mask[rows])
+        for rows in (slice(cut), slice(cut, 8))
     )
+    explained_variance = (first + second).metrics()["critic/vf_explained_var"]
+    assert_equal(explained_variance, oracles["verl"]["explained_variance"])

@@ -1,0 +1,391 @@
+"""Estimators, penalties and losses that `RLVRModule` can be set to, each against its formula row by row."""
+
+import copy
+import json
+import shutil
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from lit_specrl import GRPO, PromptDataModule, RLVRModule, SeparateCritic, SharedTrunkCritic
+from lit_specrl.callbacks import RolloutCallback
+from lit_specrl.data.order import even_chunks
+from lit_specrl.losses import LOSS_TYPES, KLCoefficient, PolicyLoss
+from lit_specrl.micro_batches import MicroBatch
+from lit_specrl.policy import Policy
+
+NUM_GENERATIONS, MAX_LENGTH = 3, 8
+QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
+SGD = torch.optim.SGD
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tmp_path_factory):
+    """The tiny model with so many end-of-text tokens that responses differ in length."""
+    folder = tmp_path_factory.mktemp("estimators") / "model"
+    shutil.copytree(tiny_model, folder)
+    GenerationConfig(eos_token_id=list(range(2, 14))).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("estimators") / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": question, "answer": "5"}) + "\n" for question in QUESTIONS))
+    return str(path)
+
+
+def small_tokens(completion_ids, **columns):
+    """Share of tokens below 64."""
+    return [sum(token < 64 for token in ids) / len(ids) for ids in completion_ids]
+
+
+class Spy(RolloutCallback):
+    """Begins with a policy apart from its reference, and keeps what each step began with."""
+
+    def __init__(self):
+        self.metrics, self.starts = [], []
+
+    def on_train_start(self, trainer, pl_module):
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in pl_module.policy.model.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+    def on_experience_end(self, trainer, pl_module, rollouts, experience):
+        self.rollouts, self.experience = rollouts, experience
+        self.starts.append(copy.deepcopy(pl_module.policy.model))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.metrics.append(dict(pl_module.step_metrics))
+
+
+def grpo(model_folder, **options):
+    defaults = {
+        "num_generations": NUM_GENERATIONS,
+        "max_completion_length": MAX_LENGTH,
+        "max_grad_norm": 1e9,
+        "importance_sampling": None,
+        "optimizer": partial(SGD, lr=0.1),
+    }
+    return GRPO(model_folder, [small_tokens], **defaults | options)
+
+
+def fit(module, data_file, *callbacks, batch_size=len(QUESTIONS), ckpt_path=None, **options):
+    """Train; returns what the spy saw."""
+    spy = Spy()
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    data = PromptDataModule(data_file, batch_size=batch_size, max_prompt_length=128)
+    trainer = L.Trainer(callbacks=[spy, *callbacks], **defaults | options)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return spy
+
+
+def row_logprobs(model, rollouts):
+    """Of each row alone, without padding."""
+    owners = [rollouts.prompts.prompt_ids[row // NUM_GENERATIONS] for row in range(rollouts.num_rows)]
+    logprobs = []
+    for prompt, response in zip(owners, rollouts.response_ids, strict=True):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logprobs.append(logits.log_softmax(-1)[torch.arange(len(response)), response])
+    return logprobs
+
+
+def update(model, loss, lr):
+    model.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= lr * parameter.grad
+
+
+def assert_same_change(module, expected, start):
+    changes, expected_changes = (
+        {
+            name: parameter.detach() - before.detach()
+            for (name, parameter), before in zip(model.named_parameters(), start.parameters(), strict=True)
+        }
+        for model in (module.policy.model, expected)
+    )
+    torch.testing.assert_close(changes, expected_changes, rtol=1e-3, atol=2e-6)  # float32 weights of size 1
+    assert max(float(change.abs().max()) for change in changes.values()) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------- estimators
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def deviation(values):
+    return (sum((value - mean(values)) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+
+
+def rloo_advantages(groups):
+    return [value - mean(group[:n] + group[n + 1 :]) for group in groups for n, value in enumerate(group)]
+
+
+def normalized(values):
+    return [(value - mean(values)) / (deviation(values) + 1e-4) for value in values]
+
+
+def centred(groups):
+    return [value - mean(group) for group in groups for value in group]
+
+
+def over_batch_deviation(groups):
+    whole = [value for group in groups for value in group]
+    return [value / (deviation(whole) + 1e-4) for value in centred(groups)]
+
+
+ESTIMATORS = {
+    "RLOO": ({"advantage_estimator": "rloo", "scale_rewards": "none"}, rloo_advantages),
+    "RLOO, normalized": (
+        {"advantage_estimator": "rloo", "scale_rewards": "batch"},
+        lambda groups: normalized(rloo_advantages(groups)),
+    ),
+    "Dr. GRPO": ({"loss_type": "dr_grpo", "scale_rewards": "none"}, centred),
+    "batch deviation": ({"scale_rewards": "batch"}, over_batch_deviation),
+}
+
+
+@pytest.mark.parametrize("case", ESTIMATORS)
+@pytest.mark.parametrize("beta", [0.0, 0.2], ids=["reward", "reward minus KL"])
+@pytest.mark.parametrize("kl_estimator", ["k1", "k3"])
+def test_a_step_follows_the_formula_of_the_estimator(model_folder, data_file, case, beta, kl_estimator):
+    """On-policy, so that the ratios are 1. The penalty is beta times the sum over the row, before groups are compared."""
+    options, advantages_of = ESTIMATORS[case]
+    module = grpo(model_folder, beta=beta, kl_in_reward=True, kl_estimator=kl_estimator, **options)
+    spy = fit(module, data_file)
+    reference, model = AutoModelForCausalLM.from_pretrained(model_folder), copy.deepcopy(spy.starts[0])
+    with torch.no_grad():
+        old, initial = row_logprobs(model, spy.rollouts), row_logprobs(reference, spy.rollouts)
+    kl = [mine - theirs for mine, theirs in zip(old, initial, strict=True)]
+    if kl_estimator == "k3":
+        kl = [(-difference).exp() + difference - 1 for difference in kl]
+    rewards = [
+        reward - beta * row.sum().item()
+        for reward, row in zip(small_tokens(spy.rollouts.response_ids), kl, strict=True)
+    ]
+    groups = [rewards[start : start + NUM_GENERATIONS] for start in range(0, len(rewards), NUM_GENERATIONS)]
+    logprobs = row_logprobs(model, spy.rollouts)
+    losses = [-advantage * row.sum() for advantage, row in zip(advantages_of(groups), logprobs, strict=True)]
+    denominator = len(losses) * MAX_LENGTH if case == "Dr. GRPO" else sum(map(len, logprobs))
+    update(model, sum(losses) / denominator, lr=0.1)
+    assert_same_change(module, model, spy.starts[0])
+    if beta:
+        assert spy.metrics[0]["actor/reward_kl_penalty"] == pytest.approx(
+            mean([row.mean().item() for row in kl]), rel=1e-3
+        )
+        assert spy.metrics[0]["actor/reward_kl_penalty_coeff"] == beta
+    assert spy.metrics[0]["reward"] == pytest.approx(mean(small_tokens(spy.rollouts.response_ids)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"advantage_estimator": "ppo"}, "advantage_estimator must be 'grpo', 'rloo' or 'gae', got 'ppo'"),
+        ({"advantage_estimator": "gae"}, r"'gae' needs a critic; 'gae' goes with critic=SeparateCritic\(\)"),
+        ({"critic": SeparateCritic()}, "'grpo' does not use its critic; 'gae' goes with critic=.* and 'rloo' without"),
+        (
+            {"advantage_estimator": "rloo", "scale_rewards": "none", "critic": SharedTrunkCritic()},
+            "'rloo' does not use its critic",
+        ),
+        ({"gamma": 0.9}, r"gamma=0.9 and gae_lambda=1.0 are of 'gae' and would be ignored by 'grpo'"),
+        ({"gae_lambda": 0.9}, r"gamma=1.0 and gae_lambda=0.9 are of 'gae' and would be ignored by 'grpo'"),
+        ({"advantage_estimator": "gae", "critic": SeparateCritic(), "gamma": 1.1}, r"gamma must lie in \[0, 1\], got"),
+        (
+            {"advantage_estimator": "gae", "critic": SeparateCritic(), "gae_lambda": -0.1},
+            r"gae_lambda must lie in \[0, 1\], got -0.1",
+        ),
+        (
+            {"num_generations": 1},
+            "'grpo' compares the rollouts .*, got num_generations=1; use at least 2, or 'gae' with",
+        ),
+        (
+            {"num_generations": 1, "advantage_estimator": "rloo", "scale_rewards": "none"},
+            "'rloo' compares the rollouts of a prompt, got num_generations=1; use at least 2, or 'gae' with a critic",
+        ),
+        ({"advantage_estimator": "rloo"}, "'rloo' takes scale_rewards='none' or 'batch', got 'group'"),
+        ({"scale_rewards": "row"}, "scale_rewards must be 'group', 'batch' or 'none', got 'row'"),
+        ({"kl_target": 0.1, "beta": 0.1}, "kl_target=0.1 adapts a penalty in the reward; set kl_in_reward=True"),
+        ({"kl_target": 0.1, "kl_in_reward": True}, "kl_target=0.1 needs a positive beta to begin with, got 0"),
+        ({"kl_target": -1.0, "kl_in_reward": True, "beta": 0.1}, "kl_target must be positive, got -1.0"),
+        ({"delta": 2.0, "clip_ratio_c": 3.0}, "delta and clip_ratio_c both bound the loss of negative advantages"),
+        ({"loss_type": "cispo"}, "surrogate='cispo' needs epsilon_high"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        grpo("no model is loaded", **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- penalty
+
+
+def test_a_penalty_without_weight_loads_no_reference_and_costs_no_pass(model_folder, data_file, monkeypatch):
+    built = []
+    build = Policy.build
+    monkeypatch.setattr(Policy, "build", lambda *inputs, **options: built.append(inputs) or build(*inputs, **options))
+    spy = fit(grpo(model_folder, kl_in_reward=True), data_file)
+    assert len(built) == 1
+    assert not {"timing_s/ref", "timing_s/old_log_prob", "kl", "actor/reward_kl_penalty"} & set(spy.metrics[0])
+    fit(grpo(model_folder, kl_in_reward=True, beta=0.1), data_file)
+    assert len(built) == 3
+
+
+def test_a_penalty_in_the_reward_is_not_in_the_loss_besides(model_folder, data_file):
+    """Its weight goes into the advantages, which callbacks may change; without them nothing is left to learn from."""
+
+    class NoAdvantages(RolloutCallback):
+        def on_experience_end(self, trainer, pl_module, rollouts, experience):
+            experience.advantages = torch.zeros_like(experience.advantages)
+
+    changes = []
+    for kl_in_reward in (True, False):
+        module = grpo(model_folder, beta=0.5, kl_in_reward=kl_in_reward)
+        spy = fit(module, data_file, NoAdvantages())
+        pairs = zip(module.policy.model.parameters(), spy.starts[0].parameters(), strict=True)
+        changes.append(max(float((after - before).abs().max()) for after, before in pairs))
+    assert changes[0] == 0
+    assert changes[1] > 1e-3
+
+
+class EveryStep(L.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"{pl_module.step}.ckpt")
+
+
+@pytest.mark.parametrize("kl_target", [1e-3, 10.0], ids=["above the target", "below"])
+def test_the_weight_of_the_penalty_follows_its_target_and_survives_a_checkpoint(
+    model_folder, data_file, tmp_path, kl_target
+):
+    def module():
+        return grpo(model_folder, beta=0.2, kl_in_reward=True, kl_target=kl_target, kl_horizon=60)
+
+    full = module()
+    spy = fit(full, data_file, EveryStep(tmp_path), batch_size=2, max_epochs=2)
+    expected = KLCoefficient(0.2, kl_target, 60)
+    weights = []
+    for metrics in spy.metrics:
+        weights.append(expected.value)
+        assert metrics["actor/reward_kl_penalty_coeff"] == pytest.approx(expected.value)
+        expected.update(metrics["actor/reward_kl_penalty"], num_rows=2 * NUM_GENERATIONS)
+    assert full.kl_coefficient.value == pytest.approx(expected.value)
+    sign = 1 if kl_target == 1e-3 else -1
+    assert weights == pytest.approx([0.2 * (1 + sign * 0.02) ** step for step in range(4)])
+    resumed = module()
+    fit(resumed, data_file, ckpt_path=tmp_path / "2.ckpt", batch_size=2, max_epochs=2)
+    assert resumed.kl_coefficient.value == full.kl_coefficient.value
+
+
+def test_a_constant_weight_may_be_changed_on_resuming(model_folder, data_file, tmp_path):
+    """Only an adapted weight is part of the run; a constant one is a setting."""
+    fit(grpo(model_folder, beta=0.2, kl_in_reward=True), data_file, EveryStep(tmp_path))
+    resumed = grpo(model_folder, beta=0.1, kl_in_reward=True)
+    spy = fit(resumed, data_file, ckpt_path=tmp_path / "1.ckpt", max_epochs=2)
+    assert [metrics["actor/reward_kl_penalty_coeff"] for metrics in spy.metrics] == [0.1]
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+LOSSES = {
+    "wider above": ({"epsilon_high": 0.28}, PolicyLoss(0.2, 0.28)),
+    "delta": ({"delta": 1.25}, PolicyLoss(0.2, delta=1.25)),
+    "dual clip": ({"clip_ratio_c": 1.3}, PolicyLoss(0.2, clip_ratio_c=1.3)),
+    "GSPO": (
+        {"loss_type": "gspo", "epsilon": 3e-3, "epsilon_high": 4e-3},
+        PolicyLoss(3e-3, 4e-3, importance_sampling_level="sequence"),
+    ),
+    "LUSPO": (
+        {"loss_type": "luspo", "epsilon": 3e-3, "epsilon_high": 4e-3},
+        PolicyLoss(3e-3, 4e-3, importance_sampling_level="sequence"),
+    ),
+    "CISPO": ({"loss_type": "cispo", "epsilon_high": 1.1}, PolicyLoss(epsilon_high=1.1, surrogate="cispo")),
+}
+
+
+def loss_of_rows(per_row, loss_type):
+    """Losses of tokens, row by row, brought into one number."""
+    if loss_type == "gspo":
+        return sum(row.mean() for row in per_row) / len(per_row)
+    if loss_type == "luspo":
+        return sum(row.sum() for row in per_row) / len(per_row)
+    return sum(row.sum() for row in per_row) / sum(map(len, per_row))
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_settings_of_the_loss_reach_the_updates(model_folder, data_file, case):
+    """Three updates on the same rows, the later ones with ratios that are clipped."""
+    options, policy_loss = LOSSES[case]
+    loss_type = options.get("loss_type", "dapo")
+    lr = {"luspo": 0.02, "gspo": 0.1}.get(loss_type, 0.4)
+    module = grpo(model_folder, num_iterations=3, optimizer=partial(SGD, lr=lr), **options)
+    assert module.objective.policy_loss == policy_loss
+    spy = fit(module, data_file)
+    model = copy.deepcopy(spy.starts[0])
+    rewards = torch.tensor(small_tokens(spy.rollouts.response_ids)).view(-1, NUM_GENERATIONS)
+    advantages = ((rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)).flatten()
+    with torch.no_grad():
+        old = row_logprobs(model, spy.rollouts)
+    for _ in range(3):
+        per_row = [
+            policy_loss(new[None], before[None], advantage.expand(1, len(new)), torch.ones(1, len(new)).bool())[0][0]
+            for new, before, advantage in zip(row_logprobs(model, spy.rollouts), old, advantages, strict=True)
+        ]
+        update(model, loss_of_rows(per_row, loss_type), lr)
+    assert_same_change(module, model, spy.starts[0])
+    clipped = "actor/pg_clipfrac_lower" if case in ("delta", "dual clip") else "clip_ratio/high_mean"
+    assert spy.metrics[0][clipped] > 0
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_gradient_is_the_same_for_any_number_of_micro_batches(model_folder, data_file, monkeypatch, loss_type):
+    gradients = []
+    for count in (1, 2, 8):
+        plans = []
+
+        def plan(prompt_index, *arguments, count=count, plans=plans):
+            chunks = even_chunks(list(range(len(prompt_index))), count)
+            plans.append([MicroBatch(rows, False, num_tokens=1, num_real_tokens=1) for rows in chunks])
+            return plans[-1]
+
+        monkeypatch.setattr("lit_specrl.module.plan_micro_batches", plan)
+        module = grpo(model_folder, loss_type=loss_type, epsilon_high=0.2, beta=0.1, optimizer=partial(SGD, lr=1.0))
+        spy = fit(module, data_file)
+        assert {len(plan) for plan in plans} == {count}
+        pairs = zip(module.policy.model.named_parameters(), spy.starts[0].parameters(), strict=True)
+        gradients.append({name: before.detach() - after.detach() for (name, after), before in pairs})
+        gradients[-1]["loss"] = torch.tensor(spy.metrics[0]["loss"])
+    for others in gradients[1:]:
+        torch.testing.assert_close(others, gradients[0], rtol=1e-4, atol=1e-5)
+    assert max(float(gradient.abs().max()) for gradient in gradients[0].values()) > 1e-2
+
+
+def test_the_algorithm_without_a_paper_is_the_module_itself(model_folder, data_file):
+    """`GRPO` adds nothing to `RLVRModule`."""
+    options = {
+        "num_generations": NUM_GENERATIONS,
+        "max_completion_length": MAX_LENGTH,
+        "optimizer": partial(SGD, lr=0.1),
+    }
+    modules = [algorithm(model_folder, [small_tokens], **options) for algorithm in (GRPO, RLVRModule)]
+    for module in modules:
+        fit(module, data_file)
+    first, second = (module.policy.state_dict() for module in modules)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
