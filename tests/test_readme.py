@@ -43,7 +43,7 @@ def test_the_command_line_is_understood(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run([*arguments, "--print_config"])
     assert stop.value.code in (0, None)
-    assert "class_path: lit_specrl.GRPO" in capsys.readouterr().out
+    assert re.search("class_path: lit_specrl.(GRPO|DAPO|PPO)", capsys.readouterr().out)
 
 
 def test_the_programs_run_up_to_the_training(monkeypatch):

@@ -36,6 +36,30 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     },
 }
 """Tab of the custom scalars page -> chart -> names of the curves in it, as regular expressions."""
+CRITIC_LAYOUT = {
+    "critic": {
+        "value loss": ["Multiline", ["critic/vf_loss"]],
+        "explained variance": ["Multiline", ["critic/vf_explained_var"]],
+        "values and returns": ["Multiline", ["critic/(values|returns)/mean"]],
+        "clipped values": ["Multiline", ["critic/vf_clipfrac"]],
+    }
+}
+DYNAMIC_SAMPLING_LAYOUT = {
+    "dynamic sampling": {
+        "rounds": ["Multiline", ["dynamic_sampling/rounds"]],
+        "groups": ["Multiline", ["dynamic_sampling/.*_groups"]],
+    }
+}
+
+
+def layout_for(module: L.LightningModule) -> dict[str, dict[str, list[Any]]]:
+    """Tabs for what a module reports."""
+    layout = dict(LAYOUT)
+    if getattr(module, "critic", None) is not None:
+        layout |= CRITIC_LAYOUT
+    if getattr(module, "dynamic_sampling", False):
+        layout |= DYNAMIC_SAMPLING_LAYOUT
+    return layout
 
 
 class TensorBoardReport(RolloutCallback):
@@ -57,7 +81,7 @@ class TensorBoardReport(RolloutCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for writer in _writers(trainer):
-            writer.add_custom_scalars(LAYOUT)
+            writer.add_custom_scalars(layout_for(pl_module))
         settings = getattr(pl_module, "settings", None)
         if settings and trainer.logger is not None:
             trainer.logger.log_hyperparams(settings)

@@ -5,8 +5,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
+from lit_specrl import PPO
 from lit_specrl.callbacks import RolloutCallback, TensorBoardReport
 from lit_specrl.callbacks.tensorboard_report import LAYOUT, completions_table
+from lit_specrl.losses import KLCoefficient
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 
@@ -24,7 +26,7 @@ def report(module, data, make_trainer, tmp_path):
 
     def run(**options):
         lengths, logger = Lengths(), TensorBoardLogger(tmp_path, name="logs")
-        module.beta = options.pop("beta", 0.0)
+        module.kl_coefficient = KLCoefficient(options.pop("beta", 0.0))
         make_trainer(TensorBoardReport(**options), lengths, logger=logger, limit_val_batches=1.0).fit(
             module, datamodule=data
         )
@@ -43,6 +45,7 @@ def test_curves_have_the_names_of_trl_and_verl(report):
     assert set(events.Tags()["scalars"]) == {
         "actor/grad_norm",
         "actor/lr",
+        "actor/pg_clipfrac_lower",
         "actor/skipped_updates",
         "clip_ratio/high_mean",
         "clip_ratio/low_mean",
@@ -95,20 +98,41 @@ def test_curves_have_the_names_of_trl_and_verl(report):
     assert [event.value for event in events.Scalars("completions/mean_length")] == [sum(step) / 4 for step in lengths]
 
 
-def test_every_curve_of_the_layout_exists_and_every_chart_has_one(report):
-    events, _ = report(beta=0.1)
+def charts_of(events):
     layout = layout_pb2.Layout()
     (event,) = events.Tensors(metadata.CONFIG_SUMMARY_TAG)
     layout.ParseFromString(event.tensor_proto.string_val[0])
-    charts = {
+    return {
         category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
         for category in layout.category
     }
-    assert charts == {tab: {title: tags for title, (_, tags) in tabs.items()} for tab, tabs in LAYOUT.items()}
+
+
+def assert_every_chart_has_curves(events):
     curves = events.Tags()["scalars"]
-    for chart in (patterns for tab in charts.values() for patterns in tab.values()):
+    for chart in (patterns for tab in charts_of(events).values() for patterns in tab.values()):
         for pattern in chart:
             assert any(re.search(pattern, curve) for curve in curves), pattern
+
+
+def test_every_curve_of_the_layout_exists_and_every_chart_has_one(report):
+    events, _ = report(beta=0.1)
+    assert charts_of(events) == {
+        tab: {title: tags for title, (_, tags) in tabs.items()} for tab, tabs in LAYOUT.items()
+    }
+    assert_every_chart_has_curves(events)
+
+
+def test_a_critic_and_dynamic_sampling_have_charts_of_their_own(tiny_model, data, make_trainer, tmp_path):
+    def varied(completions, **columns):
+        return [float(len(set(text))) for text in completions]
+
+    module = PPO(tiny_model, [varied], num_generations=2, max_completion_length=6, dynamic_sampling=True, beta=0.1)
+    logger = TensorBoardLogger(tmp_path, name="logs")
+    make_trainer(TensorBoardReport(), logger=logger, limit_val_batches=1.0).fit(module, datamodule=data)
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0}).Reload()
+    assert set(charts_of(events)) == {*LAYOUT, "critic", "dynamic sampling"}
+    assert_every_chart_has_curves(events)
 
 
 def test_completions_and_lengths_are_shown_for_every_step(report):
