@@ -9,17 +9,22 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from lit_specrl.bench.logprobs import bench_logprobs
+from lit_specrl.bench.math_reward import bench_math_reward
 from lit_specrl.bench.report import Report
+from lit_specrl.bench.rollout.command import bench_rollout, rollout_command
 from lit_specrl.bench.shared_prompts import bench_shared_prompts
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "logprobs": bench_logprobs,
+    "math-reward": bench_math_reward,
     "shared-prompts": bench_shared_prompts,
 }
 
 
 def bench_command(arguments: list[str]) -> None:
     """`lit-specrl bench NAME [options] [--json FILE]`."""
+    if arguments[:1] == ["rollout"]:
+        return rollout_command(arguments[1:])  # takes the options of `lit-specrl fit` as well
     options = _parser().parse_args(arguments)
     name = options.subcommand
     settings = options[name].as_dict()
@@ -46,6 +51,8 @@ def _parser() -> ArgumentParser:
         options.add_function_arguments(benchmark)
         options.add_argument("--json", type=str | None, default=None, help="file for the numbers of the tables.")
         subcommands.add_subcommand(name, options, help=benchmark.__doc__.split("\n")[0])
+    assert bench_rollout.__doc__ is not None
+    subcommands.add_subcommand("rollout", ArgumentParser(), help=bench_rollout.__doc__.split("\n")[0])
     return parser
 
 

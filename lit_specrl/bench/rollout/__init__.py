@@ -1,0 +1,1 @@
+"""`lit-specrl bench rollout`: whether a callback pays, for the user's own model and data."""

@@ -1,0 +1,77 @@
+"""The user's configuration of `lit-specrl fit`, and what the runs of the benchmark make of it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import yaml
+
+Configuration = dict[str, Any]
+"""All settings of `fit`, defaults included, as `--print_config` prints them."""
+
+
+def fit_configuration(arguments: Sequence[str]) -> Configuration:
+    """What `lit-specrl fit` makes of its arguments. Wrong ones end the program, with the message of `fit`."""
+    from lit_specrl.cli import run  # here, because the command line imports the benchmarks
+
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python")
+            run(["fit", *arguments, "--print_config"])
+    except SystemExit as end:
+        if end.code:
+            raise
+    configuration: Configuration = yaml.safe_load(printed.getvalue())
+    if configuration["ckpt_path"] in ("last", "best", "hpc"):
+        raise ValueError(
+            f"--ckpt_path {configuration['ckpt_path']}: the runs would begin where others have stopped; give a file or leave it out"
+        )
+    callbacks = configuration["trainer"]["callbacks"] or []
+    configuration["trainer"]["callbacks"] = callbacks if isinstance(callbacks, list) else [callbacks]
+    return configuration
+
+
+def callback_names(configuration: Configuration) -> list[str]:
+    """Class names of the trainer's callbacks."""
+    return [_name(callback) for callback in configuration["trainer"]["callbacks"]]
+
+
+def without_callbacks(configuration: Configuration, names: Sequence[str]) -> Configuration:
+    """A copy without the named callbacks.
+
+    Raises:
+        ValueError: a callback that is not there.
+    """
+    present = callback_names(configuration)
+    for name in names:
+        if name not in present:
+            raise ValueError(
+                f"--without {name}: there is no such callback; trainer.callbacks has {', '.join(present) or 'none'}"
+            )
+    changed = copy.deepcopy(configuration)
+    changed["trainer"]["callbacks"] = [
+        callback for callback in changed["trainer"]["callbacks"] if _name(callback) not in names
+    ]
+    return changed
+
+
+def with_seed(configuration: Configuration, seed: int) -> Configuration:
+    """A copy whose module, data module and global generators have this seed, where they take one."""
+    changed = copy.deepcopy(configuration)
+    for section in ("model", "data"):
+        arguments = (changed[section] or {}).get("init_args") or {}
+        if "seed" in arguments:
+            arguments["seed"] = seed
+    if changed["seed_everything"] is not False:
+        changed["seed_everything"] = seed
+    return changed
+
+
+def _name(callback: dict[str, Any]) -> str:
+    return callback["class_path"].rpartition(".")[-1]

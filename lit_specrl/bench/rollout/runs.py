@@ -1,0 +1,105 @@
+"""The runs of the benchmark: a process and a folder for each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import xxhash
+import yaml
+
+from lit_specrl import __version__
+from lit_specrl.bench.rollout.configuration import Configuration, with_seed, without_callbacks
+from lit_specrl.bench.rollout.records import RunRecord
+
+Arm = Literal["without", "with"]
+_TAIL_LINES = 30  # of what a failed run has written
+
+
+class RunFailedError(Exception):
+    """A run that did not come to its end."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, with the callbacks in question or without them."""
+
+    seed: int
+    arm: Arm
+    configuration: Configuration
+    folder: Path
+
+    @property
+    def record_file(self) -> Path:
+        return self.folder / "run.json"
+
+    @property
+    def settings_hash(self) -> str:
+        """Of the configuration and of the code that runs it."""
+        settings = [self.configuration, __version__, torch.__version__]
+        return xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True).encode())
+
+    def finished(self) -> RunRecord | None:
+        """Its record, if it ran before.
+
+        Raises:
+            ValueError: the folder holds a run with other settings.
+        """
+        if not self.record_file.exists():
+            return None
+        record = RunRecord.load(self.record_file)
+        if record.settings_hash != self.settings_hash:
+            raise ValueError(f"{self.folder} holds a run with other settings or versions; take another --output")
+        return record
+
+    def execute(self) -> RunRecord:
+        """`lit-specrl fit` in a process of its own.
+
+        Raises:
+            RunFailedError: it failed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config_file, output, errors = (self.folder / name for name in ("config.yaml", "stdout.txt", "stderr.txt"))
+        config_file.write_text(yaml.safe_dump(self._recorded_configuration(), sort_keys=False), "utf-8")
+        command = [sys.executable, "-m", "lit_specrl.cli", "fit", "--config", str(config_file)]
+        with output.open("w") as stdout, errors.open("w") as stderr:
+            code = subprocess.run(command, stdout=stdout, stderr=stderr, check=False).returncode
+        if code or not self.record_file.exists():
+            self.record_file.unlink(missing_ok=True)
+            tail = errors.read_text("utf-8", "replace").splitlines()[-_TAIL_LINES:]
+            lines = "\n".join(["", *tail])
+            raise RunFailedError(
+                f"the run with seed {self.seed}, {self.arm}, ended with code {code}. Finished runs are kept: the same command goes on "
+                f"after them. The last lines of {errors}:{lines}"
+            )
+        return RunRecord.load(self.record_file)
+
+    def _recorded_configuration(self) -> Configuration:
+        recorder = {
+            "class_path": "lit_specrl.bench.rollout.recorder.RunRecorder",
+            "init_args": {"file": str(self.record_file.absolute()), "settings_hash": self.settings_hash},
+        }
+        trainer = self.configuration["trainer"]
+        return self.configuration | {
+            "trainer": trainer | {"callbacks": [recorder, *trainer["callbacks"]], "default_root_dir": str(self.folder)}
+        }
+
+
+def planned_runs(configuration: Configuration, names: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Run]:
+    """Two runs for each seed, the one without the callbacks first, then second, in turn.
+
+    Raises:
+        ValueError: a callback that is not there.
+    """
+    arms: dict[Arm, Configuration] = {"without": without_callbacks(configuration, names), "with": configuration}
+    runs = []
+    for index, seed in enumerate(seeds):
+        order: list[Arm] = ["without", "with"] if index % 2 == 0 else ["with", "without"]
+        runs += [Run(seed, arm, with_seed(arms[arm], seed), folder / f"seed-{seed}-{arm}") for arm in order]
+    return runs
