@@ -95,8 +95,16 @@ class RewardSet:
         for name, values in {"prompts": prompts, **columns}.items():
             if len(values) != len(completions):
                 raise ValueError(f"column {name!r} has {len(values)} rows, completions has {len(completions)}")
+        if not completions:
+            return self._nothing()
         scores = self._evaluate(prompts, completions, columns)
         return self._add_up([_checked(*pair, len(completions)) for pair in zip(self.rewards, scores, strict=True)])
+
+    def total(self, values: Sequence[float | None]) -> float | None:
+        """Weighted sum of the rewards of one row, in the order of `rewards`; `None` where none applies."""
+        if all(value is None for value in values):
+            return None
+        return _weighted_sum([reward.weight for reward in self.rewards], values)
 
     def close(self) -> None:
         """Close every reward and stop the event loop; the next call starts them again."""
@@ -126,6 +134,13 @@ class RewardSet:
     async def _watch(self, reward: Reward, score: Awaitable[Scores]) -> Scores:
         with warning_when_slow(reward, self.warn_after_s):
             return await score
+
+    def _nothing(self) -> RewardScores:
+        """Of no rows: no reward is asked, and every counter is 0."""
+        counters = {
+            f"rewards/{reward.name}/{name}": 0.0 for reward in self.rewards for name in [*reward.counters, "nonfinite"]
+        }
+        return RewardScores([reward.name for reward in self.rewards], [[] for _ in self.rewards], [], metrics=counters)
 
     def _add_up(self, checked: list[_Checked]) -> RewardScores:
         values = [column.values for column in checked]
