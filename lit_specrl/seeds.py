@@ -1,10 +1,12 @@
-"""One seed per rollout, decided by what the rollout is for."""
+"""One seed per rollout, decided by what the rollout is for, and the numbers drawn from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import xxhash
+from torch import Tensor
 
 
 def rollout_seeds(run_seed: int, purpose: str, uids: Sequence[str], num_generations: int) -> list[int]:
@@ -23,8 +25,24 @@ def rollout_seeds(run_seed: int, purpose: str, uids: Sequence[str], num_generati
         >>> rollout_seeds(0, "train/0", ["a"], 2) == rollout_seeds(0, "train/0", ["b", "a"], 2)[2:]
         True
     """
-    return [
-        xxhash.xxh3_64_intdigest(f"{run_seed}/{purpose}/{uid}/{sample}".encode()) >> 1  # engines take signed 64 bits
-        for uid in uids
-        for sample in range(num_generations)
+    return [_hash(f"{run_seed}/{purpose}/{uid}/{sample}") for uid in uids for sample in range(num_generations)]
+
+
+def row_uniforms(seeds: Sequence[int], length: int, purpose: str) -> Tensor:
+    """One uniform number per row and token, [N, length] float64: a row's draws do not depend on its neighbours.
+
+    Args:
+        seeds: [N] one seed per row.
+        length: numbers per row.
+        purpose: what they are for; the same seeds give independent numbers for another purpose.
+    """
+    generator = torch.Generator()
+    rows = [
+        torch.rand(length, generator=generator.manual_seed(_hash(f"{seed}/{purpose}")), dtype=torch.float64)
+        for seed in seeds
     ]
+    return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.float64)
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode()) >> 1  # engines and generators take signed 64 bits

@@ -11,11 +11,13 @@ Ragged data stays in lists; tensors appear where arithmetic on them starts (`Exp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
@@ -118,10 +120,22 @@ class RolloutRequest:
     """[N] one seed per row, drawn from the run's generator; equal seeds give equal responses."""
     policy_version: int
     """Number of optimizer steps behind the weights that shall generate."""
+    prefixes: list[list[int]] = field(default_factory=list)
+    """[N] or empty: response tokens that a row begins with; the engine goes on from there."""
+    drafts: dict[int, list[int]] = field(default_factory=dict)
+    """Row -> response tokens for the engine to verify first; it enters what `accept` keeps of them into `prefixes`."""
+    accept: Callable[[int, list[float]], int] | None = None
+    """(row, log-probs of its draft under the engine's weights) -> tokens to keep."""
+    expected_lengths: list[int] = field(default_factory=list)
+    """[N] or empty: how many tokens a row will probably still need; where not all rows fit, the longest start first."""
 
     @property
     def num_rows(self) -> int:
         return len(self.prompts) * self.sampling.num_generations
+
+    def prefix(self, row: int) -> list[int]:
+        """Response tokens that `row` begins with."""
+        return self.prefixes[row] if self.prefixes else []
 
     def prompt_index(self, row: int) -> int:
         """Index into the prompts of the prompt that `row` answers."""
@@ -139,6 +153,18 @@ class RolloutProgress:
     elapsed_s: float
 
 
+@dataclass(frozen=True)
+class KnownRow:
+    """What need not be found out again about a row that was taken over whole from an earlier step."""
+
+    policy_logprobs: NDArray[np.float32] | None = None
+    """[R] nats, under the policy that this step begins with; `None` where nobody computed them."""
+    rewards: dict[str, float | None] | None = None
+    """Unweighted rewards by function; `None` where they have to be asked for."""
+    reference_logprobs: NDArray[np.float32] | None = None
+    """[R] nats, under the reference; `None` where nobody computed them."""
+
+
 @dataclass
 class Rollouts:
     """Generated responses, one row each.
@@ -153,7 +179,8 @@ class Rollouts:
     response_ids: list[list[int]]
     """[N] ragged token ids, the end-of-text token included when it was generated."""
     sampling_logprobs: list[list[float]]
-    """[N] ragged, nats: log-prob of each token under the distribution it was sampled from (temperature applied)."""
+    """[N] ragged, nats: log-prob of each token under the distribution it was sampled from (temperature applied); NaN for
+    tokens of a prefix, which this engine did not sample."""
     finish_reasons: list[FinishReason]
     """[N] "stop" = end-of-text was generated, "length" = cut at `max_completion_length`."""
     policy_version: int
@@ -166,6 +193,8 @@ class Rollouts:
     """Unweighted rewards by function, [N] each, `None` where one does not apply; filled by the module."""
     total_rewards: list[float | None] = field(default_factory=list)
     """[N] weighted sum of the rewards that apply, `None` where none does; filled by the module."""
+    known: list[KnownRow | None] = field(default_factory=list)
+    """[N] or empty: what is known already about a row, `None` for rows that were generated."""
 
     def select_groups(self, groups: Sequence[int]) -> Rollouts:
         """The rows of the prompts at these indices, in that order."""
@@ -178,12 +207,16 @@ class Rollouts:
         return replace(
             self,
             request=replace(
-                self.request, prompts=self.prompts.select(groups), seeds=[self.request.seeds[row] for row in rows]
+                self.request,
+                prompts=self.prompts.select(groups),
+                seeds=pick(self.request.seeds),
+                prefixes=pick(self.request.prefixes),
             ),
             response_ids=pick(self.response_ids),
             sampling_logprobs=pick(self.sampling_logprobs),
             finish_reasons=pick(self.finish_reasons),
             texts=pick(self.texts),
+            known=pick(self.known),
             rewards={name: pick(values) for name, values in self.rewards.items()},
             total_rewards=pick(self.total_rewards),
         )
@@ -196,6 +229,7 @@ class Rollouts:
                 self.request,
                 prompts=self.prompts + other.prompts,
                 seeds=self.request.seeds + other.request.seeds,
+                prefixes=_joined(self.request.prefixes, other.request.prefixes, self.num_rows, other.num_rows, []),
             ),
             response_ids=self.response_ids + other.response_ids,
             sampling_logprobs=self.sampling_logprobs + other.sampling_logprobs,
@@ -204,6 +238,7 @@ class Rollouts:
             texts=self.texts + other.texts,
             rewards={name: values + other.rewards[name] for name, values in self.rewards.items()},
             total_rewards=self.total_rewards + other.total_rewards,
+            known=_joined(self.known, other.known, self.num_rows, other.num_rows, None),
         )
 
     @property
@@ -218,6 +253,15 @@ class Rollouts:
     def num_tokens(self) -> int:
         """Response tokens of all rows."""
         return sum(len(ids) for ids in self.response_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Response tokens that are no part of a prefix."""
+        return self.num_tokens - sum(len(prefix) for prefix in self.request.prefixes)
+
+    def known_row(self, row: int) -> KnownRow | None:
+        """What is known already about `row`."""
+        return self.known[row] if self.known else None
 
     @property
     def truncated(self) -> list[bool]:
@@ -240,6 +284,7 @@ class Experience:
         "advantages",
         "old_logprobs",
         "reference_logprobs",
+        "recorded_logprobs",
         "values",
         "returns",
     )
@@ -268,6 +313,8 @@ class Experience:
     """[N, R] float32, nats; `None` when the only update is on-policy and the training forward supplies them."""
     reference_logprobs: Tensor | None = None
     """[N, R] float32, nats; `None` without a KL penalty."""
+    recorded_logprobs: Tensor | None = None
+    """[N, R] float32, nats, under the policy that this step began with, from whichever pass found them; NaN where none did."""
     values: Tensor | None = None
     """[N, R] float32, what the critic expected before each token; `None` without a critic."""
     returns: Tensor | None = None
@@ -305,6 +352,16 @@ class Experience:
             rewards=self.rewards[rows],
         )
 
+    def record_logprobs(self, logprobs: Tensor, rows: list[int]) -> None:
+        """Enter log-probs under the policy that this step began with.
+
+        Args:
+            logprobs: [n, r] nats, r at most R.
+            rows: the n rows that they are of.
+        """
+        assert self.recorded_logprobs is not None
+        self.recorded_logprobs[rows, : logprobs.shape[1]] = logprobs
+
     def minibatches(self, count: int) -> list[Experience]:
         """`count` parts of equally many whole groups, in order."""
         if count == 1:
@@ -321,3 +378,10 @@ class Experience:
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+
+def _joined(first: list[Any], second: list[Any], num_first: int, num_second: int, absent: Any) -> list[Any]:
+    """Two lists behind one another; one that is empty stands for as many absent entries as the other's side has rows."""
+    if not first and not second:
+        return []
+    return (first or [absent] * num_first) + (second or [absent] * num_second)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lit_specrl.policy import Policy
-from lit_specrl.types import RolloutProgress, RolloutRequest, Rollouts
+from lit_specrl.types import FinishReason, RolloutProgress, RolloutRequest, Rollouts
 
 ProgressListener = Callable[[RolloutProgress], None]
+
+
+@dataclass
+class Continuation:
+    """What an engine adds to the prefix of a row."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
 
 
 class RolloutEngine(ABC):
@@ -23,6 +34,10 @@ class RolloutEngine(ABC):
 
     policy_version: int | None = None
     """Version of the weights that generate; `None` before the first `load_weights`."""
+    can_verify: bool = False
+    """Whether `generate` verifies the drafts of a request."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Token ids that end a response; set by `start`."""
 
     @abstractmethod
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
@@ -44,13 +59,63 @@ class RolloutEngine(ABC):
             version: policy version that the weights belong to.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def generate(self, request: RolloutRequest, on_progress: ProgressListener | None = None) -> Rollouts:
         """Sample one response for every row of the request, in the order of the rows.
 
+        A row goes on from its prefix; one whose prefix ends in a stop token, or is as long as a response may be, is complete and
+        costs nothing. Drafts of the request are verified first, where the engine can, and become prefixes.
+
         Raises:
             RuntimeError: the engine holds other weights than the request asks for.
+            ValueError: a prefix longer than a response may be, or drafts for an engine that cannot verify.
         """
+        self._check_version(request)
+        if request.drafts and not self.can_verify:
+            raise ValueError(f"{type(self).__name__} cannot verify drafts; verify with the policy, or use VLLMEngine")
+        if request.drafts and not request.prefixes:
+            request.prefixes = [[] for _ in range(request.num_rows)]
+        rows = [row for row in range(request.num_rows) if self.finish_reason(request, row) is None]
+        if request.expected_lengths:
+            rows.sort(key=lambda row: -request.expected_lengths[row])
+        meter = ProgressMeter(request.num_rows, on_progress)
+        meter.advance(0, request.num_rows - len(rows))
+        continued = dict(zip(rows, self.continue_rows(request, rows, meter) if rows else [], strict=True))
+        responses = [continued.get(row, Continuation()) for row in range(request.num_rows)]
+        complete = [self.finish_reason(request, row) for row in range(request.num_rows)]  # after verification
+        return Rollouts(
+            request=request,
+            response_ids=[request.prefix(row) + response.token_ids for row, response in enumerate(responses)],
+            sampling_logprobs=[
+                [torch.nan] * len(request.prefix(row)) + response.logprobs for row, response in enumerate(responses)
+            ],
+            finish_reasons=[
+                reason or response.finish_reason for reason, response in zip(complete, responses, strict=True)
+            ],
+            policy_version=request.policy_version,
+            elapsed_s=meter.elapsed_s,
+        )
+
+    @abstractmethod
+    def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
+        """Sample the rest of the given rows; prompts and prefixes are those of the request.
+
+        Args:
+            request: what is generated.
+            rows: rows that are not complete.
+            meter: to be told of every token and finished row.
+        """
+
+    def finish_reason(self, request: RolloutRequest, row: int) -> FinishReason | None:
+        """Why the prefix of a row is a whole response, or `None` where it is not."""
+        prefix, limit = request.prefix(row), request.sampling.max_completion_length
+        if len(prefix) > limit:
+            raise ValueError(
+                f"the prefix of row {row} has {len(prefix)} tokens, a response at most {limit}; cut it before generating"
+            )
+        if prefix and prefix[-1] in self.stop_token_ids:
+            return "stop"
+        return "length" if len(prefix) == limit else None
 
     def sleep(self) -> None:
         """Give memory back while the policy trains; nothing to do for engines that hold none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from lit_specrl.masking import pad_left
 from lit_specrl.policy import Policy
-from lit_specrl.rollout.engine import ProgressListener, ProgressMeter, RolloutEngine
-from lit_specrl.types import FinishReason, RolloutRequest, Rollouts, SamplingConfig
+from lit_specrl.rollout.engine import Continuation, ProgressMeter, RolloutEngine
+from lit_specrl.seeds import row_uniforms
+from lit_specrl.types import RolloutRequest, SamplingConfig
 
 _COMPACT_BELOW = 0.75  # drop finished rows from the cache when fewer than this fraction of its rows is active
 
@@ -35,63 +36,42 @@ class TransformersEngine(RolloutEngine):
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
         self.policy = policy
-        self.stop_token_ids = torch.tensor(sorted(stop_token_ids), dtype=torch.long)
+        self.stop_token_ids = frozenset(stop_token_ids)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.policy_version = version  # the policy's own weights are the ones that generate
 
-    @torch.no_grad()
-    def generate(self, request: RolloutRequest, on_progress: ProgressListener | None = None) -> Rollouts:
-        self._check_version(request)
+    def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         assert self.policy is not None
-        meter = ProgressMeter(request.num_rows, on_progress)
-        responses: list[_Response] = []
+        responses: list[Continuation] = []
         was_training = self.policy.training
         self.policy.eval()  # gradient checkpointing, where it is on, would switch the cache off
         try:
-            for start in range(0, request.num_rows, self.max_rows):
-                rows = range(start, min(start + self.max_rows, request.num_rows))
-                responses += self._generate_rows(request, rows, meter)
+            for start in range(0, len(rows), self.max_rows):
+                responses += self._continue_batch(request, rows[start : start + self.max_rows], meter)
         finally:
             self.policy.train(was_training)
-        return Rollouts(
-            request=request,
-            response_ids=[response.token_ids for response in responses],
-            sampling_logprobs=[response.logprobs for response in responses],
-            finish_reasons=[response.finish_reason for response in responses],
-            policy_version=request.policy_version,
-            elapsed_s=meter.elapsed_s,
-        )
+        return responses
 
     def shutdown(self) -> None:
         self.policy = self.policy_version = None
 
-    def _generate_rows(self, request: RolloutRequest, rows: range, meter: ProgressMeter) -> list[_Response]:
+    def _continue_batch(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         assert self.policy is not None
         model, device, sampling = self.policy.model, self.policy.device, request.sampling
-        stop_token_ids = self.stop_token_ids.to(device)
-        responses = [_Response() for _ in rows]
-        uniforms = _row_uniforms([request.seeds[row] for row in rows], sampling.max_completion_length)  # [n, R]
-
-        prompts = sorted({request.prompt_index(row) for row in rows})
-        prompt_ids, mask = pad_left([request.prompts.prompt_ids[index] for index in prompts])  # [b, P]
-        mask = mask.to(device)
-        prefill = model(
-            input_ids=prompt_ids.to(device),
-            attention_mask=mask.long(),
-            position_ids=(mask.long().cumsum(-1) - 1).clamp_min(0),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        spread = torch.tensor([prompts.index(request.prompt_index(row)) for row in rows], device=device)  # [n]
-        cache = prefill.past_key_values
-        cache.batch_select_indices(spread)
-        logits, mask = prefill.logits[spread, -1], mask[spread]  # [n, V], [n, P]
+        stop_token_ids = torch.tensor(sorted(self.stop_token_ids), dtype=torch.long, device=device)
+        responses = [Continuation() for _ in rows]
+        uniforms = row_uniforms(
+            [request.seeds[row] for row in rows], sampling.max_completion_length, "sampling"
+        )  # [n, R]
+        budgets = torch.tensor([sampling.max_completion_length - len(request.prefix(row)) for row in rows])  # [n]
+        logits, cache, mask = self._prefill(request, rows)  # [n, V], n rows of keys and values, [n, L]
         positions = mask.long().sum(-1)  # [n]
         slots = torch.arange(len(rows), device=device)  # response that each cache row belongs to
         active = torch.ones_like(slots, dtype=torch.bool)
+        budgets = budgets.to(device)
 
-        for step in range(sampling.max_completion_length):
+        for step in range(int(budgets.max())):
             tokens, logprobs = _sample(logits.float(), uniforms[slots.cpu(), step].to(device), sampling)  # [n], [n]
             stopped = torch.isin(tokens, stop_token_ids)
             for slot, token, logprob, is_active in zip(
@@ -102,10 +82,10 @@ class TransformersEngine(RolloutEngine):
                     responses[slot].logprobs.append(logprob)
             for slot in slots[active & stopped].tolist():
                 responses[slot].finish_reason = "stop"
-            last_step = step + 1 == sampling.max_completion_length
-            meter.advance(int(active.sum()), int(active.sum()) if last_step else int((active & stopped).sum()))
-            active &= ~stopped
-            if last_step or not active.any():
+            ended = stopped | (budgets[slots] == step + 1)
+            meter.advance(int(active.sum()), int((active & ended).sum()))
+            active &= ~ended
+            if not active.any():
                 break
             if active.float().mean() < _COMPACT_BELOW:
                 keep = active.nonzero().squeeze(-1)
@@ -123,19 +103,36 @@ class TransformersEngine(RolloutEngine):
             positions = positions + 1
         return responses
 
+    def _prefill(self, request: RolloutRequest, rows: list[int]) -> tuple[Tensor, Any, Tensor]:
+        """Logits of the first token to sample, keys and values of prompt and prefix, and which of them are real.
 
-@dataclass
-class _Response:
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
-
-
-def _row_uniforms(seeds: list[int], length: int) -> Tensor:
-    """One uniform number per row and token, [n, length] float64: a row's draws do not depend on its neighbours."""
-    return torch.stack(
-        [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    )
+        Each prompt is computed once for all of its rows, unless there are prefixes. Then every row is computed by itself: padding
+        between prompt and continuation would take up the window of models that attend to the last tokens only.
+        """
+        assert self.policy is not None
+        owners = [request.prompt_index(row) for row in rows]
+        beginnings = [
+            request.prompts.prompt_ids[owner] + request.prefix(row) for owner, row in zip(owners, rows, strict=True)
+        ]
+        spread = list(range(len(rows)))
+        if not any(request.prefix(row) for row in rows):
+            prompts = sorted(set(owners))
+            beginnings = [request.prompts.prompt_ids[owner] for owner in prompts]
+            spread = [prompts.index(owner) for owner in owners]
+        device = self.policy.device
+        ids, mask = pad_left(beginnings)  # [b, L]
+        mask = mask.to(device)
+        prefill = self.policy.model(
+            input_ids=ids.to(device),
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(-1) - 1).clamp_min(0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        index = torch.tensor(spread, device=device)  # [n]
+        cache = prefill.past_key_values
+        cache.batch_select_indices(index)
+        return prefill.logits[index, -1], cache, mask[index]
 
 
 def _sample(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -112,6 +112,14 @@ def _repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+class Job(NamedTuple):
+    """What the engine is asked to do for a row."""
+
+    token_ids: list[int]
+    params: Any
+    """`vllm.SamplingParams`; with `prompt_logprobs` the job is to score, and what it samples is thrown away."""
+
+
 class FinishedRow(NamedTuple):
     row: int
     token_ids: list[int]
@@ -128,37 +136,61 @@ class EngineStep(NamedTuple):
     elapsed_s: float
 
 
-def run(llm: Any, prompts: list[list[int]], sampling: list[Any]) -> Iterator[EngineStep]:
-    """Generate for all rows at once and yield after every step of the engine.
+def run(
+    llm: Any, jobs: Mapping[int, Job], follow_up: Callable[[int, list[float]], Job | None] | None = None
+) -> Iterator[EngineStep]:
+    """Work on all rows at once and yield after every step of the engine.
 
     Args:
         llm: from `build_llm`.
-        prompts: [N] token ids of each row.
-        sampling: [N] `vllm.SamplingParams` of each row.
+        jobs: by row, in the order in which they start where not all fit.
+        follow_up: (row, log-probs of all tokens of a scoring job but the first) -> the job that follows it at once, or `None` where the
+            row needs no more and is reported as finished.
     """
     engine = llm.llm_engine
     prefix = f"{time.monotonic_ns()}-"
-    for row, (token_ids, params) in enumerate(zip(prompts, sampling, strict=True)):
-        engine.add_request(f"{prefix}{row}", {"prompt_token_ids": token_ids}, params)
-    unfinished = {f"{prefix}{row}" for row in range(len(prompts))}
-    seen = [0] * len(prompts)
+    running: dict[str, tuple[int, Job]] = {}
+    seen: dict[str, int] = {}
+
+    def submit(row: int, job: Job) -> None:
+        name = f"{prefix}{row}-{len(seen)}"
+        engine.add_request(name, {"prompt_token_ids": job.token_ids}, job.params)
+        running[name], seen[name] = (row, job), 0
+
     try:
-        while unfinished:
+        for row, job in jobs.items():
+            submit(row, job)
+        while running:
             started_at = time.perf_counter()
             outputs = engine.step()
             elapsed_s = time.perf_counter() - started_at
             num_tokens, finished = 0, []
             for output in outputs:
-                row, completion = int(output.request_id.removeprefix(prefix)), output.outputs[0]
-                num_tokens += len(completion.token_ids) - seen[row]
-                seen[row] = len(completion.token_ids)
-                if output.finished:
-                    unfinished.discard(output.request_id)
+                (row, job), completion = running[output.request_id], output.outputs[0]
+                scores = job.params.prompt_logprobs is not None
+                if not scores:
+                    num_tokens += len(completion.token_ids) - seen[output.request_id]
+                    seen[output.request_id] = len(completion.token_ids)
+                if not output.finished:
+                    continue
+                del running[output.request_id]
+                if not scores:
                     finished.append(_finished_row(row, completion))
+                    continue
+                assert follow_up is not None
+                next_job = follow_up(row, _prompt_logprobs(job.token_ids, output.prompt_logprobs))
+                if next_job is None:
+                    finished.append(FinishedRow(row, [], [], "stop"))
+                else:
+                    submit(row, next_job)
             yield EngineStep(num_tokens, finished, elapsed_s)
     finally:
-        if unfinished:  # interrupted: leave an engine that can be used again
-            engine.abort_request(list(unfinished))
+        if running:  # interrupted: leave an engine that can be used again
+            engine.abort_request(list(running))
+
+
+def _prompt_logprobs(token_ids: list[int], entries: Any) -> list[float]:
+    return [entry[token].logprob for token, entry in zip(token_ids[1:], entries[1:], strict=True)]
 
 
 def _finished_row(row: int, completion: Any) -> FinishedRow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from lit_specrl.policy import Policy
 from lit_specrl.rollout import vllm_adapter
-from lit_specrl.rollout.engine import ProgressListener, ProgressMeter, RolloutEngine
-from lit_specrl.types import RolloutRequest, Rollouts
+from lit_specrl.rollout.engine import Continuation, ProgressMeter, RolloutEngine
+from lit_specrl.types import RolloutRequest
 
 _CPU_BATCHED_TOKENS = 4096  # prompt tokens of one engine step on a CPU
 _CPU_BLOCK_SIZE = 32  # tokens; under vLLM's own 128 the rows of a group seldom find their prompt in the KV prefix cache
@@ -32,6 +33,8 @@ class VLLMEngine(RolloutEngine):
             0 = nothing. Level 2 (drop the weights) is refused: it loses a drafter's weights without any error.
         options: further arguments of `vllm.LLM`.
     """
+
+    can_verify = True
 
     def __init__(
         self,
@@ -57,10 +60,11 @@ class VLLMEngine(RolloutEngine):
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
         self._on_gpu = policy.device.type == "cuda"
-        self.stop_token_ids = sorted(stop_token_ids)
+        self.stop_token_ids = frozenset(stop_token_ids)
+        positions = policy.model.config.get_text_config().max_position_embeddings
         options: dict[str, Any] = {
             "dtype": self.dtype,
-            "max_model_len": self.max_model_len or max_length,
+            "max_model_len": self.max_model_len or min(max_length + 1, positions),  # vLLM samples a token after scoring
             "max_num_seqs": self.max_num_seqs,
             "enforce_eager": not self._on_gpu if self.enforce_eager is None else self.enforce_eager,
         }
@@ -76,6 +80,7 @@ class VLLMEngine(RolloutEngine):
                 "gpu_memory_utilization": self.gpu_memory_utilization,
                 "enable_sleep_mode": self.sleep_level > 0,
             }
+        self._max_model_len: int = options["max_model_len"]
         with torch.autocast(policy.device.type, enabled=False):
             self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, **options | self.options)
 
@@ -84,47 +89,60 @@ class VLLMEngine(RolloutEngine):
         vllm_adapter.load_weights(self.llm, weights)
         self.policy_version = version
 
-    @torch.no_grad()
-    def generate(self, request: RolloutRequest, on_progress: ProgressListener | None = None) -> Rollouts:
-        self._check_version(request)
+    def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         self.wake_up()
-        meter = ProgressMeter(request.num_rows, on_progress)
-        prompts = [request.prompts.prompt_ids[request.prompt_index(row)] for row in range(request.num_rows)]
-        rows: dict[int, vllm_adapter.FinishedRow] = {}
+        finished: dict[int, vllm_adapter.FinishedRow] = {}
+        jobs = {row: self._first_job(request, row) for row in rows}
         # the trainer's autocast would silently change the dtype of the engine's own arithmetic
         with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False):
-            for step in vllm_adapter.run(self.llm, prompts, self._sampling_params(request)):
-                rows |= {finished.row: finished for finished in step.finished}
+            for step in vllm_adapter.run(self.llm, jobs, partial(self._after_verification, request)):
+                finished |= {row.row: row for row in step.finished}
                 meter.advance(step.num_tokens, len(step.finished))
-        ordered = [rows[row] for row in range(request.num_rows)]
-        return Rollouts(
-            request=request,
-            response_ids=[row.token_ids for row in ordered],
-            sampling_logprobs=[row.logprobs for row in ordered],
-            finish_reasons=["stop" if row.finish_reason == "stop" else "length" for row in ordered],
-            policy_version=request.policy_version,
-            elapsed_s=meter.elapsed_s,
-        )
+        return [
+            Continuation(
+                finished[row].token_ids,
+                finished[row].logprobs,
+                "stop" if finished[row].finish_reason == "stop" else "length",
+            )
+            for row in rows
+        ]
 
-    def _sampling_params(self, request: RolloutRequest) -> list[Any]:
+    def _first_job(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
+        from vllm import SamplingParams
+
+        prompt = request.prompts.prompt_ids[request.prompt_index(row)]
+        room = self._max_model_len - len(prompt) - 1  # less the token that vLLM samples after scoring
+        if row not in request.drafts or room < 1:
+            return self._generation(request, row)
+        request.drafts[row] = request.drafts[row][:room]
+        # scoring fills the KV prefix cache, in which the continuation then finds the verified prefix
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        return vllm_adapter.Job(prompt + request.drafts[row], params)
+
+    def _after_verification(self, request: RolloutRequest, row: int, logprobs: list[float]) -> vllm_adapter.Job | None:
+        """Enter the verified prefix of a row; the row goes on at once, whatever the others do."""
+        assert request.accept is not None
+        draft = request.drafts[row]
+        request.prefixes[row] = draft[: request.accept(row, logprobs[-len(draft) :])]
+        return None if self.finish_reason(request, row) else self._generation(request, row)
+
+    def _generation(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        sampling = request.sampling
-        return [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k or 0,
-                max_tokens=sampling.max_completion_length,
-                stop_token_ids=self.stop_token_ids,
-                seed=seed,
-                logprobs=0,  # of the sampled token
-                detokenize=False,
-                output_kind=RequestOutputKind.CUMULATIVE,
-            )
-            for seed in request.seeds
-        ]
+        sampling, prefix = request.sampling, request.prefix(row)
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
+            max_tokens=sampling.max_completion_length - len(prefix),
+            stop_token_ids=sorted(self.stop_token_ids),
+            seed=request.seeds[row],
+            logprobs=0,  # of the sampled token
+            detokenize=False,
+            output_kind=RequestOutputKind.CUMULATIVE,
+        )
+        return vllm_adapter.Job(request.prompts.prompt_ids[request.prompt_index(row)] + prefix, params)
 
     def sleep(self) -> None:
         if self.llm is not None and self._on_gpu and self.sleep_level and not self._asleep:

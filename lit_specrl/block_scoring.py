@@ -1,0 +1,115 @@
+"""Log-probs of responses block by block, for as long as anybody wants to know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_specrl.logprobs import token_logprobs
+from lit_specrl.policy import Policy
+
+Survivors = Callable[[Tensor, int, Tensor], Tensor]
+"""(rows [m], first column, log-probs [m, b]) -> [m] bool, True where the rest of the row is wanted too."""
+
+
+@torch.no_grad()
+def block_logprobs(
+    policy: Policy,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    prompt_index: Tensor,
+    response_ids: Tensor,
+    response_mask: Tensor,
+    survivors: Survivors,
+    block_length: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probs of response tokens; a row is left at the end of the first block after which nobody wants it.
+
+    Each prompt is computed once, whatever the number of its rows; keys and values stay from block to block.
+
+    Args:
+        policy: whose log-probs.
+        prompt_ids: [B, P] long, left-padded.
+        prompt_mask: [B, P] bool, True on prompt tokens.
+        prompt_index: [N] long, the prompt of each row.
+        response_ids: [N, R] long, right-padded.
+        response_mask: [N, R] bool, True on response tokens.
+        survivors: is asked after every block which rows go on.
+        block_length: tokens of a block.
+        temperature: softmax temperature.
+
+    Returns:
+        [N, R] float32, nats; NaN where a row was left, 0 on padding.
+    """
+    was_training = policy.training
+    policy.eval()  # gradient checkpointing, where it is on, would switch the cache off
+    try:
+        return _block_logprobs(
+            policy,
+            prompt_ids,
+            prompt_mask,
+            prompt_index,
+            response_ids,
+            response_mask,
+            survivors,
+            block_length,
+            temperature,
+        )
+    finally:
+        policy.train(was_training)
+
+
+def _block_logprobs(
+    policy: Policy,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    prompt_index: Tensor,
+    response_ids: Tensor,
+    response_mask: Tensor,
+    survivors: Survivors,
+    block_length: int,
+    temperature: float,
+) -> Tensor:
+    backbone: Any = policy.model.base_model
+    head = policy.model.get_output_embeddings().weight
+    result = torch.full(response_ids.shape, torch.nan, device=response_ids.device).masked_fill(~response_mask, 0)
+    prompt_pass = backbone(
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask.long(),
+        position_ids=(prompt_mask.long().cumsum(-1) - 1).clamp_min(0),
+        use_cache=True,
+    )
+    cache = prompt_pass.past_key_values
+    cache.batch_select_indices(prompt_index)
+    last = prompt_pass.last_hidden_state[
+        prompt_index, -1:
+    ]  # [N, 1, H], state that predicts the first column of a block
+    rows = torch.arange(len(response_ids), device=response_ids.device)  # rows that go on, [m]
+    for start in range(0, response_ids.shape[1], block_length):
+        stop = min(start + block_length, response_ids.shape[1])
+        known = torch.cat([prompt_mask[prompt_index[rows]], response_mask[rows, :stop]], dim=1)  # [m, P + stop]
+        hidden = backbone(
+            input_ids=response_ids[rows, start:stop],
+            attention_mask=known.long(),
+            position_ids=(known.long().cumsum(-1) - 1).clamp_min(0)[:, -(stop - start) :],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state  # [m, b, H]
+        states = torch.cat([last, hidden[:, :-1]], dim=1)  # [m, b, H]
+        mask = response_mask[rows, start:stop]  # [m, b]
+        logprobs, _ = token_logprobs(states[mask], head, response_ids[rows, start:stop][mask], temperature)
+        block = torch.zeros(mask.shape, device=logprobs.device).masked_scatter(mask, logprobs)  # [m, b]
+        result[rows, start:stop] = block
+        goes_on = survivors(rows, start, block) & (response_mask[rows].sum(-1) > stop)
+        if not goes_on.any():
+            break
+        keep = goes_on.nonzero().squeeze(-1)
+        last = hidden[keep, -1:]
+        if len(keep) < len(rows):
+            cache.batch_select_indices(keep)
+            rows = rows[keep]
+    return result
