@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lit_specrl.masking import pad_left, pad_right
 from lit_specrl.types import Experience, Rollouts
+
+
+def padded_rows(
+    prompt_ids: Sequence[Sequence[int]],
+    prompt_index: Sequence[int],
+    response_ids: Sequence[Sequence[int]],
+    policy_version: int = 0,
+) -> Experience:
+    """Pad prompts and responses; everything that is not known of them yet is zero.
+
+    Args:
+        prompt_ids: [B] ragged.
+        prompt_index: [N] the prompt of each row.
+        response_ids: [N] ragged.
+        policy_version: version of the weights that generated.
+    """
+    padded_prompts, prompt_mask = pad_left(prompt_ids)  # [B, P]
+    padded_responses, response_mask = pad_right(response_ids)  # [N, R]
+    return Experience(
+        prompt_ids=padded_prompts,
+        prompt_mask=prompt_mask,
+        prompt_index=torch.tensor(prompt_index, dtype=torch.long),
+        response_ids=padded_responses,
+        response_mask=response_mask,
+        loss_mask=response_mask,
+        sampling_logprobs=torch.zeros(response_mask.shape),
+        rewards=torch.zeros(len(response_ids)),
+        advantages=torch.zeros(response_mask.shape),
+        policy_version=policy_version,
+    )
 
 
 def padded_experience(rollouts: Rollouts, mask_truncated_completions: bool = False) -> Experience:
@@ -15,26 +47,15 @@ def padded_experience(rollouts: Rollouts, mask_truncated_completions: bool = Fal
         rollouts: N scored rows.
         mask_truncated_completions: leave rows that were cut at the length limit out of the loss.
     """
-    prompt_ids, prompt_mask = pad_left(rollouts.prompts.prompt_ids)  # [B, P]
-    response_ids, response_mask = pad_right(rollouts.response_ids)  # [N, R]
-    sampling_logprobs, _ = pad_right(rollouts.sampling_logprobs, dtype=torch.float32)  # [N, R]
-    loss_mask = response_mask
-    if mask_truncated_completions:
-        loss_mask = response_mask & ~torch.tensor(rollouts.truncated)[:, None]
-    return Experience(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        prompt_index=torch.tensor([rollouts.request.prompt_index(row) for row in range(rollouts.num_rows)]),
-        response_ids=response_ids,
-        response_mask=response_mask,
-        loss_mask=loss_mask,
-        sampling_logprobs=sampling_logprobs,
-        rewards=torch.tensor(
-            [torch.nan if reward is None else reward for reward in rollouts.total_rewards], dtype=torch.float32
-        ),
-        advantages=torch.zeros(response_mask.shape),
-        policy_version=rollouts.policy_version,
+    owners = [rollouts.request.prompt_index(row) for row in range(rollouts.num_rows)]
+    experience = padded_rows(rollouts.prompts.prompt_ids, owners, rollouts.response_ids, rollouts.policy_version)
+    experience.sampling_logprobs, _ = pad_right(rollouts.sampling_logprobs, dtype=torch.float32)  # [N, R]
+    experience.rewards = torch.tensor(
+        [torch.nan if reward is None else reward for reward in rollouts.total_rewards], dtype=torch.float32
     )
+    if mask_truncated_completions:
+        experience.loss_mask = experience.response_mask & ~torch.tensor(rollouts.truncated)[:, None]
+    return experience
 
 
 def active_rows(experience: Experience, every_row_matters: bool) -> list[int]:

@@ -6,10 +6,8 @@ Sums and counts travel, over micro-batches, rounds of generation and ranks, and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import reduce
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +15,6 @@ from torch import Tensor
 from lit_specrl.advantages import frac_reward_zero_std
 from lit_specrl.losses import ClipStatistics, MismatchStatistics, ValueClipStatistics
 from lit_specrl.types import Rollouts
-
-S = TypeVar("S", "RolloutStatistics", "UpdateStatistics", "CriticStatistics", "ValueStatistics")
-
-
-def total(parts: Sequence[S]) -> S:
-    """The sum of the statistics of several ranks or rounds."""
-    return reduce(lambda first, second: first + second, parts)
 
 
 @dataclass(frozen=True)
@@ -34,6 +25,8 @@ class RolloutStatistics:
     lengths: tuple[int, ...]
     """Response tokens of each row."""
     num_truncated: int
+    num_generated_tokens: int
+    """Response tokens that the engine sampled."""
     elapsed_s: float
     """Wall time of generation; of several ranks, added up."""
     total_rewards: tuple[float | None, ...]
@@ -47,6 +40,7 @@ class RolloutStatistics:
             num_generations=rollouts.request.sampling.num_generations,
             lengths=tuple(len(ids) for ids in rollouts.response_ids),
             num_truncated=sum(rollouts.truncated),
+            num_generated_tokens=rollouts.num_generated_tokens,
             elapsed_s=rollouts.elapsed_s,
             total_rewards=tuple(rollouts.total_rewards),
             rewards={name: tuple(values) for name, values in rollouts.rewards.items()},
@@ -61,6 +55,7 @@ class RolloutStatistics:
             num_generations=self.num_generations,
             lengths=self.lengths + other.lengths,
             num_truncated=self.num_truncated + other.num_truncated,
+            num_generated_tokens=self.num_generated_tokens + other.num_generated_tokens,
             elapsed_s=self.elapsed_s + other.elapsed_s,
             total_rewards=self.total_rewards + other.total_rewards,
             rewards={name: values + other.rewards[name] for name, values in self.rewards.items()},

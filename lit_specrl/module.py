@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -37,13 +36,13 @@ from lit_specrl.losses import (
     token_weights,
 )
 from lit_specrl.masking import masked_mean, masked_whiten
-from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics, total
-from lit_specrl.micro_batches import MicroBatch, plan_micro_batches
+from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics
 from lit_specrl.objective import Objective
-from lit_specrl.policy import Policy, TokenStatistics
+from lit_specrl.policy import Policy
 from lit_specrl.ranks import average_gradients, gather_objects, gather_rows, max_over_ranks, num_ranks, sum_over_ranks
 from lit_specrl.rewards import Reward
-from lit_specrl.rollout_module import RolloutModule
+from lit_specrl.scoring_module import ScoringModule
+from lit_specrl.sums import total
 from lit_specrl.types import Experience, PromptBatch, Rollouts, SamplingConfig
 
 AdvantageEstimator = Literal["grpo", "rloo", "gae"]
@@ -54,7 +53,7 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-class RLVRModule(RolloutModule):
+class RLVRModule(ScoringModule):
     """Reinforcement learning with verifiable rewards: generate, score, estimate advantages, update.
 
     Args:
@@ -158,11 +157,13 @@ class RLVRModule(RolloutModule):
     ) -> None:
         sampling = SamplingConfig(num_generations, max_completion_length, temperature, top_p, top_k)
         super().__init__(
-            model,
-            rewards,
-            sampling,
-            eval_sampling or SamplingConfig(1, max_completion_length, temperature, top_p, top_k),
-            seed,
+            model=model,
+            rewards=rewards,
+            sampling=sampling,
+            eval_sampling=eval_sampling or SamplingConfig(1, max_completion_length, temperature, top_p, top_k),
+            micro_batch_tokens=micro_batch_tokens,
+            lora=lora,
+            seed=seed,
         )
         self.automatic_optimization = False
         if temperature == 0:
@@ -218,10 +219,8 @@ class RLVRModule(RolloutModule):
         self.whiten_advantages = whiten_advantages
         self.num_iterations = num_iterations
         self.num_minibatches = num_minibatches
-        self.micro_batch_tokens = micro_batch_tokens
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
-        self.lora = lora
         self.model_options: dict[str, Any] = {
             "dtype": dtype,
             "attn_implementation": attn_implementation,
@@ -247,7 +246,6 @@ class RLVRModule(RolloutModule):
             "seed": seed,
         }  # for the logger's table of runs
 
-        self._frozen: list[Policy] = []  # the reference, kept out of checkpoints by not being a submodule
         self._policy_step = GradientStep("actor", max_grad_norm, max_skipped_updates)
         self._critic_step = GradientStep("critic", critic.max_grad_norm if critic else 1.0, max_skipped_updates)
         self._generated: list[RolloutStatistics] = []  # all rounds of the current step
@@ -280,7 +278,7 @@ class RLVRModule(RolloutModule):
         if self.kl_coefficient.value and self.lora is None:
             reference = Policy.build(self.model_name, **{**self.model_options, "gradient_checkpointing": False})
             self._frozen = [reference.requires_grad_(False).eval()]
-        if self._is_sharded:
+        if self.is_sharded:
             mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
             models: list[Policy | Critic] = [self.policy, *self._frozen, *([self.critic] if self.critic else [])]
             for shardable in models:
@@ -362,28 +360,36 @@ class RLVRModule(RolloutModule):
         if self.dynamic_sampling:
             spread = groups_with_spread(experience.rewards, self.sampling.num_generations)  # [B]
             experience.loss_mask = experience.loss_mask & spread[experience.prompt_index, None]
-        several_updates = self.num_iterations * self.num_minibatches > 1  # otherwise the training forward gives them
+        unknown = self._take_known_logprobs(experience, rollouts)
         shares_trunk = self.critic is not None and self.critic.shares_trunk
-        if several_updates or self.kl_in_reward or shares_trunk:
+        if self._several_updates or self.kl_in_reward or shares_trunk:
             with self.timer("old_log_prob"):
-                old = self.token_statistics(self.policy, experience)
-                experience.old_logprobs, experience.values = old.logprobs, old.values
+                rows = list(range(experience.num_rows)) if shares_trunk else unknown  # values are needed of all rows
+                old = self.token_statistics(self.policy, experience, rows)
+                experience.record_logprobs(old.logprobs[rows], rows)
+                experience.old_logprobs, experience.values = experience.recorded_logprobs, old.values
         if self.kl_coefficient.value:
             with self.timer("ref"):
-                experience.reference_logprobs = self.reference_logprobs(experience)
+                experience.reference_logprobs = self.reference_logprobs(experience, rollouts)
         if isinstance(self.critic, SeparateCritic):
             with self.timer("values"):
                 experience.values = self.token_values(self.critic, experience)
         self.estimate_advantages(experience)
         return experience
 
-    def reference_logprobs(self, experience: Experience) -> Tensor:
-        """Log-probs of all response tokens under the initial policy, [N, R]."""
-        if self.lora is None:
-            return self.token_statistics(self._frozen[0].to(self.device), experience).logprobs
-        assert self.policy is not None
-        with self.policy.adapters_disabled():
-            return self.token_statistics(self.policy, experience).logprobs
+    def _take_known_logprobs(self, experience: Experience, rollouts: Rollouts) -> list[int]:
+        """Enter the log-probs that are known already; returns the rows that remain."""
+        empty = torch.full_like(experience.sampling_logprobs, torch.nan)  # [N, R]
+        experience.recorded_logprobs = empty.masked_fill(~experience.response_mask, 0)
+        unknown = []
+        for row in range(rollouts.num_rows):
+            known = rollouts.known_row(row)
+            if known is None or known.policy_logprobs is None:
+                unknown.append(row)
+                continue
+            logprobs = torch.as_tensor(known.policy_logprobs, dtype=torch.float32, device=self.device)
+            experience.recorded_logprobs[row, : len(logprobs)] = logprobs
+        return unknown
 
     def estimate_advantages(self, experience: Experience) -> None:
         """Fill in the advantages, and with a critic the returns."""
@@ -427,29 +433,6 @@ class RLVRModule(RolloutModule):
         self.kl_coefficient.update(float(mean_kl), int(num_rows))
         return penalty
 
-    @torch.no_grad()
-    def token_statistics(self, policy: Policy | None, experience: Experience) -> TokenStatistics:
-        """Log-probs and entropies of all response tokens, [N, R], and values where the policy has a value head."""
-        assert policy is not None
-        found = TokenStatistics(*(torch.zeros_like(experience.sampling_logprobs) for _ in TokenStatistics._fields))
-        for micro_batch in self._plan(experience, list(range(experience.num_rows))):
-            part = experience.select(micro_batch.rows)
-            statistics = self._forward(policy, part, micro_batch)
-            for values, result in zip(statistics, found, strict=True):
-                if values is not None and result is not None:
-                    result[micro_batch.rows, : values.shape[1]] = values
-        return found if policy.value_head is not None else found._replace(values=None)
-
-    @torch.no_grad()
-    def token_values(self, critic: SeparateCritic, experience: Experience) -> Tensor:
-        """The critic's values of all response tokens, [N, R]."""
-        result = torch.zeros_like(experience.sampling_logprobs)
-        for micro_batch in self._plan(experience, list(range(experience.num_rows))):
-            part = experience.select(micro_batch.rows)
-            values = self._values(critic, part, micro_batch)
-            result[micro_batch.rows, : values.shape[1]] = values
-        return result
-
     # --------------------------------------------------------------------------------------------------------- updates
 
     def update_policy(self, experience: Experience) -> UpdateStatistics:
@@ -469,10 +452,9 @@ class RLVRModule(RolloutModule):
         with self.timer("update_actor"):
             for _, owner, _ in updated:
                 owner.zero_grad()
-            kl_coef = 0.0 if self.kl_in_reward else self.kl_coefficient.value
             weights = self._token_weights(experience, self.aggregation)
             value_weights = self._token_weights(experience, "token")
-            rows = active_rows(experience, every_row_matters=kl_coef > 0 or shared is not None)
+            rows = self.trained_rows(experience)
             update = UpdateStatistics(
                 num_updates=1,
                 trained_tokens=int((experience.prompt_lengths + experience.response_lengths)[rows].sum()),
@@ -482,8 +464,10 @@ class RLVRModule(RolloutModule):
                 part = experience.select(micro_batch.rows)
                 cut = micro_batch.rows, slice(part.response_ids.shape[1])
                 statistics = self._forward(self.policy, part, micro_batch)
-                per_token_loss, found = self.objective(statistics, part, kl_coef)  # [n, R]
+                per_token_loss, found = self.objective(statistics, part, self._kl_in_loss)  # [n, R]
                 loss = (per_token_loss * weights[cut]).sum()
+                if experience.old_logprobs is None:
+                    experience.record_logprobs(statistics.logprobs.detach(), micro_batch.rows)
                 if self._critic_warms_up:
                     loss = torch.zeros_like(loss)
                 if shared is not None:
@@ -523,6 +507,22 @@ class RLVRModule(RolloutModule):
             self._apply_gradient(self._critic_step, optimizer, self._critic_parameters)
 
     @property
+    def _several_updates(self) -> bool:
+        """Otherwise the training forward gives the old log-probs."""
+        return self.num_iterations * self.num_minibatches > 1
+
+    def trained_rows(self, experience: Experience) -> list[int]:
+        """Rows that the next update computes; of the others the gradient is zero."""
+        if self._critic_warms_up and not isinstance(self.critic, SharedTrunkCritic):
+            return []
+        every_row_matters = self._kl_in_loss > 0 or isinstance(self.critic, SharedTrunkCritic)
+        return active_rows(experience, every_row_matters)
+
+    @property
+    def _kl_in_loss(self) -> float:
+        return 0.0 if self.kl_in_reward else self.kl_coefficient.value
+
+    @property
     def _critic_warms_up(self) -> bool:
         return self.critic is not None and self.step < self.critic.warmup_steps
 
@@ -559,7 +559,7 @@ class RLVRModule(RolloutModule):
         self, gradient_step: GradientStep, optimizer: Any, parameters: list[torch.nn.Parameter]
     ) -> bool:
         """Update from the gradients of all ranks; says whether it was done."""
-        if not self._is_sharded:
+        if not self.is_sharded:
             average_gradients(parameters)
         applied, metrics = gradient_step(optimizer, parameters, self.step)
         self.step_metrics |= metrics
@@ -596,45 +596,6 @@ class RLVRModule(RolloutModule):
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
-    @property
-    def _is_sharded(self) -> bool:
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
-
-    def _plan(self, experience: Experience, rows: list[int]) -> list[MicroBatch]:
-        assert self.policy is not None
-        plan = plan_micro_batches(
-            experience.prompt_index[rows].tolist(),
-            experience.prompt_lengths[rows].tolist(),
-            experience.response_lengths[rows].tolist(),
-            self.micro_batch_tokens,
-            self.policy.can_share_prompts,
-        )
-        plan = [replace(part, rows=[rows[row] for row in part.rows]) for part in plan]
-        if self._is_sharded:  # ranks meet in every layer of every pass
-            plan += [replace(plan[-1], counts=False)] * (max_over_ranks(len(plan), self.device) - len(plan))
-        return plan
-
-    def _forward(self, policy: Policy, part: Experience, micro_batch: MicroBatch) -> TokenStatistics:
-        return policy(
-            part.prompt_ids,
-            part.prompt_mask,
-            part.prompt_index,
-            part.response_ids,
-            part.response_mask,
-            temperature=self.sampling.temperature,
-            share_prompts=micro_batch.share_prompts,
-        )
-
-    def _values(self, critic: SeparateCritic, part: Experience, micro_batch: MicroBatch) -> Tensor:
-        return critic(
-            part.prompt_ids,
-            part.prompt_mask,
-            part.prompt_index,
-            part.response_ids,
-            part.response_mask,
-            share_prompts=micro_batch.share_prompts,
-        )
-
     def _log_step(self, updates: UpdateStatistics, started_at: float) -> None:
         seconds = self.timer.pop()
         step_s = time.perf_counter() - started_at
@@ -648,7 +609,7 @@ class RLVRModule(RolloutModule):
             self.step_metrics |= total(gather_objects(total(self._critic_updates).to("cpu"))).metrics()
         self.step_metrics |= {f"timing_s/{stage}": value for stage, value in timings.items()}
         self.step_metrics["perf/rollout_tokens_per_s"] = (
-            sum(generated.lengths) / max(generated.elapsed_s, 1e-9) * num_ranks()
+            generated.num_generated_tokens / max(generated.elapsed_s, 1e-9) * num_ranks()
         )
         if "update_actor" in timings:
             self.step_metrics["perf/trained_tokens_per_s"] = (

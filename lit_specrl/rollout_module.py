@@ -122,30 +122,41 @@ class RolloutModule(L.LightningModule):
         return rollouts
 
     def score(self, rollouts: Rollouts) -> dict[str, float]:
-        """Ask every reward about every row; the answers go into `rollouts`.
+        """Ask every reward about every row whose rewards are not known already; the answers go into `rollouts`.
 
         Returns:
             What the rewards count, such as `rewards/math/timeouts`.
         """
         prompts, request = rollouts.prompts, rollouts.request
-        owners = [request.prompt_index(row) for row in range(rollouts.num_rows)]
-        names = {name for columns in prompts.columns for name in columns}
-        columns: dict[str, list[Any]] = {name: [prompts.columns[owner].get(name) for owner in owners] for name in names}
+        names = [reward.name for reward in self.rewards.rewards]
+        known = {
+            row: found.rewards
+            for row, found in enumerate(rollouts.known)
+            if found is not None and found.rewards is not None and list(found.rewards) == names
+        }
+        rows = [row for row in range(rollouts.num_rows) if row not in known]
+        owners = [request.prompt_index(row) for row in rows]
+        column_names = {name for columns in prompts.columns for name in columns}
+        columns: dict[str, list[Any]] = {
+            name: [prompts.columns[owner].get(name) for owner in owners] for name in column_names
+        }
         with self.timer("reward"):
             scores = self.rewards(
                 [prompts.prompts[owner] for owner in owners],
-                rollouts.texts,
+                [rollouts.texts[row] for row in rows],
                 **columns
                 | {
                     "answer": [prompts.answers[owner] for owner in owners],
                     "source": [prompts.sources[owner] for owner in owners],
-                    "completion_ids": rollouts.response_ids,
-                    "finish_reason": rollouts.finish_reasons,
+                    "completion_ids": [rollouts.response_ids[row] for row in rows],
+                    "finish_reason": [rollouts.finish_reasons[row] for row in rows],
                 },
             )
-        rollouts.rewards = dict(zip(scores.names, scores.values, strict=True))
-        scored = [any(value is not None for value in row) for row in zip(*scores.values, strict=True)]
-        rollouts.total_rewards = [total if known else None for total, known in zip(scores.total, scored, strict=True)]
+        asked = zip(rows, zip(*scores.values, strict=True), strict=True)
+        answers = known | {row: dict(zip(names, values, strict=True)) for row, values in asked}
+        entries = [answers[row] for row in range(rollouts.num_rows)]
+        rollouts.rewards = {name: [entry[name] for entry in entries] for name in names}
+        rollouts.total_rewards = [self.rewards.total([entry[name] for name in names]) for entry in entries]
         return scores.metrics
 
     # ------------------------------------------------------------------------------------------------------ evaluation

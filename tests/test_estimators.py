@@ -365,7 +365,7 @@ def test_the_gradient_is_the_same_for_any_number_of_micro_batches(model_folder, 
             plans.append([MicroBatch(rows, False, num_tokens=1, num_real_tokens=1) for rows in chunks])
             return plans[-1]
 
-        monkeypatch.setattr("lit_specrl.module.plan_micro_batches", plan)
+        monkeypatch.setattr("lit_specrl.scoring_module.plan_micro_batches", plan)
         module = grpo(model_folder, loss_type=loss_type, epsilon_high=0.2, beta=0.1, optimizer=partial(SGD, lr=1.0))
         spy = fit(module, data_file)
         assert {len(plan) for plan in plans} == {count}

@@ -75,6 +75,7 @@ def test_rollouts_become_rectangles(rollouts):
         "policy_version": 5,
         "old_logprobs": None,
         "reference_logprobs": None,
+        "recorded_logprobs": None,
         "values": None,
         "returns": None,
     }
@@ -136,6 +137,7 @@ def test_selected_rows_bring_their_prompts_and_no_padding_beyond_their_own(exper
         "policy_version": 5,
         "old_logprobs": close([[-0.5, -0.6, -0.7], [0.5, 0.4, 0.5]]),
         "reference_logprobs": None,
+        "recorded_logprobs": None,
         "values": None,
         "returns": None,
     }
@@ -198,6 +200,6 @@ def test_moving_copies_every_tensor(full_experience):
     moved = full_experience.to("meta")
     devices = {name: value.device.type for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
     assert set(devices.values()) == {"meta"}
-    assert len(devices) == 13
+    assert len(devices) == 14
     assert isinstance(moved, Experience)
     assert full_experience.prompt_ids.device.type == "cpu"

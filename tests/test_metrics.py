@@ -7,7 +7,8 @@ import torch
 
 from lit_specrl import metrics
 from lit_specrl.losses import ImportanceSampling, PolicyLoss, ValueClipStatistics, value_loss
-from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics, total
+from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics
+from lit_specrl.sums import total
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 

@@ -10,6 +10,8 @@ import lightning as L
 import pytest
 
 from lit_specrl import cli
+from lit_specrl.bench.command import bench_command
+from lit_specrl.bench.rollout.runs import Run, RunFailedError
 from lit_specrl.callbacks.tensorboard_report import LAYOUT
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +38,9 @@ def test_the_test_command_is_what_continuous_integration_runs():
     assert re.search(r"^make .*\btest\b", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", [command for command in commands("lit-specrl") if " --config recipes/" in command])
+@pytest.mark.parametrize(
+    "command", [command for command in commands("lit-specrl fit") if " --config recipes/" in command]
+)
 def test_the_command_line_is_understood(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     arguments = [argument for argument in shlex.split(command)[1:] if argument != "--print_config"]
@@ -44,6 +48,17 @@ def test_the_command_line_is_understood(command, monkeypatch, capsys):
         cli.run([*arguments, "--print_config"])
     assert stop.value.code in (0, None)
     assert re.search("class_path: lit_specrl.(GRPO|DAPO|PPO)", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", commands("lit-specrl bench rollout"))
+def test_the_benchmark_finds_its_callbacks(command, tmp_path, monkeypatch):
+    def stop(run):
+        raise RunFailedError(f"{run.arm} would start")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Run, "execute", stop)
+    with pytest.raises(SystemExit, match="without would start"):
+        bench_command([*shlex.split(command)[2:], f"--output={tmp_path}"])
 
 
 def test_the_programs_run_up_to_the_training(monkeypatch):

@@ -1,6 +1,7 @@
 """Callbacks around rollouts."""
 
 from lit_specrl.callbacks.completion_writer import CompletionWriter
+from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.progress_bar import RolloutProgressBar
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.callbacks.rollout_recorder import RolloutRecorder
@@ -10,6 +11,7 @@ from lit_specrl.callbacks.tensorboard_report import TensorBoardReport
 
 __all__ = [
     "CompletionWriter",
+    "PrefixCache",
     "RolloutCallback",
     "RolloutProgressBar",
     "RolloutRecorder",

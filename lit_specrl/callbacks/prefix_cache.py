@@ -1,0 +1,331 @@
+"""Rollouts that begin with what the policy said last time, as far as it would say it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import xxhash
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
+from lit_specrl.ranks import gather_objects
+from lit_specrl.rollout import TransformersEngine
+from lit_specrl.speculation import (
+    AcceptanceRule,
+    AdaptiveLenience,
+    CachedRollout,
+    FullReuse,
+    NoReuse,
+    RandomReuse,
+    RankFiles,
+    RatioAcceptance,
+    ReuseRound,
+    ReuseStatistics,
+    RolloutStore,
+    control_samples,
+    load_ranks,
+)
+from lit_specrl.sums import total
+from lit_specrl.types import Experience, RolloutRequest, Rollouts
+
+if TYPE_CHECKING:
+    from lit_specrl.module import RLVRModule
+
+Acceptance = Literal["ratio", "random", "full", "off"]
+USELESS_STEPS = 5
+"""Steps with drafts of which hardly anything was kept, after which the user hears of it."""
+
+
+class PrefixCache(RolloutCallback):
+    """Starts each rollout with the verified prefix of the response that the same prompt got last time (SPEC-RL).
+
+    Liu et al. 2025, arXiv 2509.23232. Last epoch's response is scored once under today's policy; tokens are kept while `u < lenience * target /
+    draft`, and the policy goes on from the first that is not. Not exact, not even at lenience 1: see `RatioAcceptance`. Validation and test
+    always generate afresh.
+
+    What the verification knows is not computed again: rows that were kept whole bring their rewards, log-probs and reference
+    log-probs along and never reach the engine.
+
+    Departs from the paper: uniforms are fresh in every step; `drift_bound` ends the compounding of lenience over epochs; a control group
+    shows what reuse does to the reward.
+
+    Args:
+        lenience: factor on the ratio; 1 is the plain ratio test. The paper's best: e^0.5 = 1.65 (GRPO), e^0.3 = 1.35 (PPO),
+            e^0.15 = 1.16 (DAPO).
+        acceptance: "ratio"; the paper's baselines "random" (a uniformly random cut) and "full" (everything); or "off".
+        drift_bound: a token is also rejected when it has lost more than this many nats since it was generated.
+        adaptive_lenience: steers the lenience so that the mean KL of reused tokens, in nats, holds its target; then `lenience` is unused.
+        control_fraction: share of each group that is generated afresh, to compare rewards with (`prefix_cache/reward_gap`).
+        reuse_rewards: take the rewards of rows that were kept whole from the cache. False for rewards that depend on the other rows of
+            the group, or are not the same for the same text.
+        verifier: "policy" scores drafts by the forward pass that training uses; "engine" lets vLLM score them, where a row goes on as soon as it
+            is verified and finds its prefix in the engine's KV prefix cache. Temperature 1 only.
+        block_length: tokens that are verified at a time; a draft is not looked at beyond the block in which it is rejected.
+        max_bytes: most memory for cached responses on each rank; the oldest make room.
+
+    Raises:
+        ValueError: an argument out of its range.
+        MisconfigurationException: from `setup`, for sampling with `top_p` or `top_k`, whose log-probs are not those of the ratio.
+    """
+
+    def __init__(
+        self,
+        lenience: float = 1.0,
+        acceptance: Acceptance = "ratio",
+        drift_bound: float | None = None,
+        adaptive_lenience: AdaptiveLenience | None = None,
+        control_fraction: float = 0.0,
+        reuse_rewards: bool = True,
+        verifier: Literal["policy", "engine"] = "policy",
+        block_length: int = 128,
+        max_bytes: int = 2**30,
+    ) -> None:
+        if adaptive_lenience is not None:
+            lenience = adaptive_lenience.value
+        self.rule = _rule(acceptance, lenience, drift_bound)
+        if adaptive_lenience is not None and acceptance != "ratio":
+            raise ValueError(f"adaptive_lenience steers acceptance='ratio', got {acceptance!r}")
+        if not 0 <= control_fraction < 1:
+            raise ValueError(f"control_fraction must lie in [0, 1), got {control_fraction}")
+        self.adaptive_lenience = adaptive_lenience
+        self.control_fraction = control_fraction
+        self.reuse_rewards = reuse_rewards
+        if block_length < 1:
+            raise ValueError(f"block_length must be at least 1 token, got {block_length}")
+        if verifier not in ("policy", "engine"):
+            raise ValueError(f"verifier must be 'policy' or 'engine', got {verifier!r}")
+        self.verifier = verifier
+        self.block_length = block_length
+        self.store = RolloutStore(max_bytes)
+        self._files = RankFiles()
+        self._rounds: list[ReuseRound] = []
+        self._trained: tuple[Rollouts, Experience]
+        self._other_ranks_included = False
+        self._num_useless = 0  # successive steps in which hardly anything was kept
+        self._rewards: list[float] = []  # of the steps since the last validation
+        self._validations: list[tuple[float, float]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        sampling = require_rlvr_module(self, pl_module).sampling
+        if self.verifier == "engine" and sampling.temperature != 1:
+            raise MisconfigurationException(
+                f"verifier='engine' scores at temperature 1, rollouts are sampled at {sampling.temperature}; use verifier='policy'"
+            )
+        if sampling.is_truncated and isinstance(self.rule, RatioAcceptance):
+            raise MisconfigurationException(
+                f"PrefixCache compares log-probs of the whole softmax, but rollouts are sampled with top_p={sampling.top_p} and "
+                f"top_k={sampling.top_k}; use top_p=1.0 without top_k, or acceptance='off'"
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._rounds = []
+
+    def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
+        if not trainer.training or isinstance(self.rule, NoReuse):
+            return
+        current = ReuseRound(request, self._find_drafts(request), self.rule)
+        if self.verifier == "engine" and self.rule.needs_logprobs:
+            current.hand_over()
+        else:
+            with pl_module.timer("verify"):
+                current.verify(partial(pl_module.response_logprobs, block_length=self.block_length))
+        request.expected_lengths = current.expected_lengths
+        self._rounds.append(current)
+
+    def on_rollout_end(self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts) -> None:
+        if self._rounds and self._rounds[-1].request is rollouts.request:
+            self._rounds[-1].rollouts = rollouts
+            rollouts.known = self._rounds[-1].known_rows(self.reuse_rewards, self.verifier == "policy")
+
+    def on_experience_end(
+        self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
+    ) -> None:
+        if not self._rounds:
+            return
+        if self.rule.needs_logprobs and self.verifier == "policy":
+            with pl_module.timer("old_log_prob"):
+                self._record_missing_logprobs(pl_module, rollouts, experience)
+        self._trained = rollouts, experience
+        found = [current.statistics(pl_module.step) for current in self._rounds]
+        statistics = total([total(rank) for rank in gather_objects(found)])
+        pl_module.step_metrics |= statistics.metrics() | self._lenience_metrics(statistics)
+        pl_module.step_metrics["prefix_cache/bytes"] = float(sum(gather_objects(self.store.num_bytes)))
+        self._warn_of_useless_drafts(statistics)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: RLVRModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the rollouts of the step, with the log-probs that the update has found."""
+        if not self._rounds:
+            return
+        rollouts, experience = self._trained
+        assert experience.recorded_logprobs is not None
+        recorded = experience.recorded_logprobs.cpu().numpy()
+        reference = None if experience.reference_logprobs is None else experience.reference_logprobs.cpu().numpy()
+        position = {seed: row for row, seed in enumerate(rollouts.request.seeds)}
+        for current in self._rounds:
+            self.store.put(current.cached_rows(pl_module.step - 1, position, recorded, reference))
+        self._rounds = []
+        self._rewards.append(pl_module.step_metrics["reward"])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
+        """Compare the reward of reused rollouts with the accuracy of fresh ones."""
+        accuracy = pl_module.evaluation.get("val_accuracy")
+        if accuracy is None or not self._rewards:
+            return
+        self._validations.append((sum(self._rewards) / len(self._rewards), accuracy))
+        self._rewards = []
+        if reward_outruns_accuracy(self._validations):
+            rank_zero_warn(
+                "training reward rises while validation accuracy falls: the reused rollouts may flatter the policy. Lower lenience, set "
+                "drift_bound, or compare with fresh rollouts by control_fraction"
+            )
+            self._validations = []
+
+    def _find_drafts(self, request: RolloutRequest) -> list[CachedRollout | None]:
+        size = request.sampling.num_generations
+        drafts: list[CachedRollout | None] = []
+        for group, uid in enumerate(request.prompts.uids):
+            control = control_samples(request.seeds[group * size : (group + 1) * size], self.control_fraction)
+            drafts += [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
+        return drafts
+
+    def _record_missing_logprobs(self, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience) -> None:
+        """Score what no other pass of this step will: rows that the update skips, and groups that were dropped."""
+        assert experience.recorded_logprobs is not None
+        unknown = experience.recorded_logprobs.isnan().any(-1)  # [N]
+        unknown[pl_module.trained_rows(experience)] = False
+        rows = unknown.nonzero().squeeze(-1).tolist()
+        logprobs = pl_module.token_statistics(pl_module.policy, experience, rows).logprobs
+        experience.record_logprobs(logprobs[rows], rows)
+        trained = set(rollouts.request.seeds)
+        for current in self._rounds:
+            current.score_dropped_rows(pl_module.response_logprobs, trained)
+
+    def _lenience_metrics(self, statistics: ReuseStatistics) -> dict[str, float]:
+        if not isinstance(self.rule, RatioAcceptance):
+            return {}
+        metrics = {"prefix_cache/lenience": self.rule.lenience}
+        if self.adaptive_lenience is not None and statistics.num_reused_tokens:
+            self._set_lenience(self.adaptive_lenience.update(statistics.kl))
+        return metrics
+
+    def _warn_of_useless_drafts(self, statistics: ReuseStatistics) -> None:
+        useless = statistics.num_drafts and statistics.num_reused_tokens < 0.02 * statistics.num_draft_tokens
+        self._num_useless = self._num_useless + 1 if useless else 0
+        if self._num_useless == USELESS_STEPS:
+            rank_zero_warn(
+                f"PrefixCache kept less than 2 % of the cached tokens in {USELESS_STEPS} steps: verification costs more than it saves. "
+                "The policy moves too far between two visits of a prompt; lower the learning rate, raise lenience, or leave PrefixCache out"
+            )
+
+    def _set_lenience(self, lenience: float) -> None:
+        assert isinstance(self.rule, RatioAcceptance)
+        self.rule = replace(self.rule, lenience=lenience)
+
+    # ---------------------------------------------------------------------------------------------------------- resume
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write each rank's cache into a file beside the checkpoints."""
+        module = require_rlvr_module(self, pl_module)
+        folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir).absolute()
+        self._files.save(
+            folder,
+            self.store,
+            self._identity(module),
+            step=module.step,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        checkpoint["prefix_cache"] = {
+            "folder": str(folder),
+            "step": module.step,
+            "world_size": trainer.world_size,
+            "max_completion_length": module.sampling.max_completion_length,
+            "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        state = checkpoint.get("prefix_cache")
+        if state is None:
+            rank_zero_warn("the checkpoint comes from a run without PrefixCache; its first epoch generates everything")
+            return
+        module = require_rlvr_module(self, pl_module)
+        if self.adaptive_lenience is not None and state["adaptive_lenience"] is not None:
+            self.adaptive_lenience.load_state_dict(state["adaptive_lenience"])
+            self._set_lenience(self.adaptive_lenience.value)
+        self._other_ranks_included = state["world_size"] != trainer.world_size
+        self.store = load_ranks(
+            [Path(str(trainer.ckpt_path)).parent, Path(state["folder"])],
+            range(state["world_size"]) if self._other_ranks_included else [trainer.global_rank],
+            self._identity(module),
+            step=state["step"],
+            world_size=state["world_size"],
+            max_bytes=self.store.max_bytes,
+        )
+        if state["max_completion_length"] != module.sampling.max_completion_length:  # rewards may depend on it
+            self.store.put([replace(row, reward=None, reward_values=None) for row in self.store])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
+        engine = pl_module.engine or TransformersEngine()  # what the module takes where it was given none
+        if self.verifier == "engine" and not engine.can_verify:
+            raise MisconfigurationException(
+                f"verifier='engine' needs SpeculativeRollout(engine=VLLMEngine()), found {type(engine).__name__}; "
+                "use verifier='policy'"
+            )
+        uids = getattr(trainer.train_dataloader, "uids", None)
+        if self._other_ranks_included and uids is not None:
+            own = set(uids)
+            self.store, _ = self.store.split(2, lambda uid: 0 if uid in own else 1)
+        self._other_ranks_included = False
+
+    def _identity(self, module: RLVRModule) -> dict[str, str]:
+        """What log-probs and token ids mean: another model, tokenizer or temperature makes them worthless."""
+        vocabulary = xxhash.xxh3_64_hexdigest(repr(sorted(module.tokenizer.get_vocab().items())).encode())
+        return {
+            "model": module.model_name,
+            "tokenizer": vocabulary,
+            "temperature": str(module.sampling.temperature),
+        }
+
+
+def reward_outruns_accuracy(validations: Sequence[tuple[float, float]]) -> bool:
+    """Whether training reward rose, and validation accuracy fell, from each of the last three validations to the next.
+
+    Args:
+        validations: (mean training reward since the validation before, accuracy), in order.
+
+    Example:
+        >>> reward_outruns_accuracy([(0.5, 0.40), (0.6, 0.38), (0.7, 0.35)])
+        True
+    """
+    latest = validations[-3:]
+    return len(latest) == 3 and all(
+        reward > reward_before and accuracy < accuracy_before
+        for (reward_before, accuracy_before), (reward, accuracy) in pairwise(latest)
+    )
+
+
+def _rule(acceptance: Acceptance, lenience: float, drift_bound: float | None) -> AcceptanceRule:
+    if acceptance == "ratio":
+        return RatioAcceptance(lenience, drift_bound)
+    if drift_bound is not None:
+        raise ValueError(
+            f"drift_bound={drift_bound} belongs to acceptance='ratio' and would be ignored by {acceptance!r}"
+        )
+    rules: dict[str, AcceptanceRule] = {"random": RandomReuse(), "full": FullReuse(), "off": NoReuse()}
+    if acceptance not in rules:
+        raise ValueError(f"acceptance must be 'ratio', 'random', 'full' or 'off', got {acceptance!r}")
+    return rules[acceptance]

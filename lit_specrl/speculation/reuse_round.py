@@ -1,0 +1,245 @@
+"""What becomes of the cached responses of one request: drafts, verified prefixes, rollouts, cached responses again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lit_specrl.seeds import row_uniforms
+from lit_specrl.speculation.acceptance import AcceptanceRule
+from lit_specrl.speculation.reuse_statistics import ReuseStatistics
+from lit_specrl.speculation.store import CachedRollout
+from lit_specrl.sums import total
+from lit_specrl.types import KnownRow, PromptBatch, RolloutRequest, Rollouts
+
+ScoreResponses = Callable[
+    [PromptBatch, Sequence[int], Sequence[Sequence[int]], Callable[[Tensor, int, Tensor], Tensor] | None], list[Tensor]
+]
+"""(prompts, prompt of each response, responses, who goes on after a block) -> log-probs of each; see `RLVRModule.response_logprobs`."""
+
+
+class ReuseRound:
+    """One request of a step: its drafts, what verification found, and what was generated."""
+
+    def __init__(self, request: RolloutRequest, drafts: list[CachedRollout | None], rule: AcceptanceRule) -> None:
+        self.request = request
+        self.drafts = drafts
+        self.rollouts: Rollouts
+        self.target_logprobs: dict[int, Tensor] = {}  # of verified drafts, by row
+        self.dropped_logprobs: dict[int, Tensor] = {}  # of rows that are not trained on, by row
+        self._rule = rule
+        limit = request.sampling.max_completion_length
+        present = {row: draft for row, draft in enumerate(drafts) if draft is not None}
+        self._rows = list(present)
+        self._position = {row: position for position, row in enumerate(present)}
+        self._ids = [draft.token_ids[:limit].tolist() for draft in present.values()]
+        self._draft_logprobs, self._mask = _padded(
+            [draft.draft_logprobs[:limit] for draft in present.values()]
+        )  # [n, R]
+        self._generation_logprobs, _ = _padded([draft.generation_logprobs[:limit] for draft in present.values()])
+        self._uniforms = row_uniforms([request.seeds[row] for row in present], self._mask.shape[1], "acceptance")
+
+    def verify(self, score: ScoreResponses) -> None:
+        """Find the verified prefix of each draft.
+
+        Args:
+            score: log-probs of responses under the current policy, block by block while they are wanted.
+        """
+        target_logprobs = self._draft_logprobs
+        if self._rule.needs_logprobs:
+            owners = [self.request.prompt_index(row) for row in self._rows]
+            # also without drafts: sharded ranks meet in every pass
+            scored = score(self.request.prompts, owners, self._ids, self._survivors)
+            self.target_logprobs = dict(zip(self._rows, scored, strict=True))
+            target_logprobs, _ = _padded([logprobs.numpy() for logprobs in scored])
+        lengths = self._accepted(torch.arange(len(self._rows)), 0, target_logprobs).tolist()
+        kept = dict(zip(self._rows, zip(self._ids, lengths, strict=True), strict=True))
+        self.request.prefixes = [
+            kept[row][0][: kept[row][1]] if row in kept else [] for row in range(self.request.num_rows)
+        ]
+
+    def hand_over(self) -> None:
+        """Let the engine verify, and go on with each row as soon as it is verified."""
+
+        def accept(row: int, logprobs: list[float]) -> int:
+            self.target_logprobs[row] = torch.tensor(logprobs)
+            at = torch.tensor([self._position[row]])
+            return int(self._accepted(at, 0, self.target_logprobs[row][None]))
+
+        self.request.drafts = dict(zip(self._rows, self._ids, strict=True))
+        self.request.accept = accept
+
+    def _accepted(self, rows: Tensor, start: int, target_logprobs: Tensor) -> Tensor:
+        """Leading tokens of a block that are kept, [m].
+
+        Args:
+            rows: [m] among the rows with a draft.
+            start: first column of the block.
+            target_logprobs: [m, b] of the block.
+        """
+        cut = rows.cpu(), slice(start, start + target_logprobs.shape[1])
+        return self._rule(
+            target_logprobs.cpu(),
+            self._draft_logprobs[cut],
+            self._generation_logprobs[cut],
+            self._mask[cut],
+            self._uniforms[cut],
+        )
+
+    def _survivors(self, rows: Tensor, start: int, target_logprobs: Tensor) -> Tensor:
+        stop = start + target_logprobs.shape[1]
+        kept = self._accepted(rows, start, target_logprobs)
+        return (kept == self._mask[rows.cpu(), start:stop].sum(-1)).to(rows.device)
+
+    @property
+    def verified_lengths(self) -> list[int]:
+        """Tokens taken over, [N]."""
+        return [len(self.request.prefix(row)) for row in range(self.request.num_rows)]
+
+    @property
+    def expected_lengths(self) -> list[int]:
+        """Tokens that each row will probably still need: the rest of its draft, or as many as drafts have on average."""
+        lengths = [len(draft) for draft in self.drafts if draft is not None]
+        mean = sum(lengths) // max(1, len(lengths))
+        return [
+            mean if draft is None else len(draft) - length
+            for draft, length in zip(self.drafts, self.verified_lengths, strict=True)
+        ]
+
+    def is_complete(self, row: int) -> bool:
+        """Whether the whole response was taken over."""
+        return 0 < len(self.request.prefix(row)) == len(self.rollouts.response_ids[row])
+
+    def known_rows(self, reuse_rewards: bool, scored_by_policy: bool) -> list[KnownRow | None]:
+        """What need not be found out again, [N]."""
+        return [
+            self._known(row, draft, reuse_rewards, scored_by_policy)
+            if draft is not None and self.is_complete(row)
+            else None
+            for row, draft in enumerate(self.drafts)
+        ]
+
+    def _known(self, row: int, draft: CachedRollout, reuse_rewards: bool, scored_by_policy: bool) -> KnownRow:
+        length = len(self.request.prefix(row))
+        whole = length == len(draft)
+        return KnownRow(
+            policy_logprobs=self.target_logprobs[row][:length].numpy()
+            if scored_by_policy and row in self.target_logprobs
+            else None,
+            rewards=draft.reward_values if reuse_rewards and whole else None,
+            reference_logprobs=None if draft.reference_logprobs is None else draft.reference_logprobs[:length],
+        )
+
+    def score_dropped_rows(self, score: ScoreResponses, trained: set[int]) -> None:
+        """Log-probs of the rows that no update will see.
+
+        Args:
+            score: as for `verify`.
+            trained: seeds of the rows that one will see.
+        """
+        dropped = [row for row, seed in enumerate(self.request.seeds) if seed not in trained]
+        whole = {
+            row: self.target_logprobs[row] for row in dropped if self.is_complete(row) and row in self.target_logprobs
+        }
+        rest = [row for row in dropped if row not in whole]
+        owners = [self.request.prompt_index(row) for row in rest]
+        scored = score(self.request.prompts, owners, [self.rollouts.response_ids[row] for row in rest], None)
+        self.dropped_logprobs = whole | dict(zip(rest, scored, strict=True))
+
+    def cached_rows(
+        self, step: int, position: dict[int, int], recorded: NDArray[Any], reference: NDArray[Any] | None
+    ) -> Iterator[CachedRollout]:
+        """The rows as they are kept.
+
+        Args:
+            step: training step.
+            position: row of the experience that a seed belongs to.
+            recorded: [N, R] log-probs of the experience under the policy that the step began with.
+            reference: [N, R] its reference log-probs.
+        """
+        size = self.request.sampling.num_generations
+        for row, token_ids in enumerate(self.rollouts.response_ids):
+            at, draft, length = position.get(self.request.seeds[row]), self.drafts[row], len(self.request.prefix(row))
+            if self.request.accept is not None:  # both sides of the next ratio must come from the engine
+                logprobs = np.array(self.rollouts.sampling_logprobs[row], np.float32)
+                if row in self.target_logprobs:
+                    logprobs[:length] = self.target_logprobs[row][:length].numpy()
+            elif at is not None:
+                logprobs = recorded[at, : len(token_ids)]
+            elif row in self.dropped_logprobs:
+                logprobs = self.dropped_logprobs[row].numpy()[: len(token_ids)]
+            else:
+                logprobs = np.full(len(token_ids), np.nan, np.float32)
+            generation_logprobs = logprobs.copy()
+            if draft is not None:
+                generation_logprobs[:length] = draft.generation_logprobs[:length]
+            yield CachedRollout(
+                uid=self.request.prompts.uids[self.request.prompt_index(row)],
+                sample=row % size,
+                token_ids=np.array(token_ids),
+                draft_logprobs=logprobs,
+                generation_logprobs=generation_logprobs,
+                finish_reason=self.rollouts.finish_reasons[row],
+                policy_version=self.request.policy_version,
+                step=step,
+                reward=self.rollouts.total_rewards[row],
+                reward_values={name: values[row] for name, values in self.rollouts.rewards.items()},
+                reference_logprobs=None if reference is None or at is None else reference[at, : len(token_ids)],
+            )
+
+    def statistics(self, step: int) -> ReuseStatistics:
+        """What was reused; `step` is the current one."""
+        verified_lengths = self.verified_lengths
+        return total(
+            [
+                ReuseStatistics.of_group(
+                    step,
+                    self.drafts[rows],
+                    verified_lengths[rows],
+                    [len(ids) for ids in self.rollouts.response_ids[rows]],
+                    [self.target_logprobs.get(row) for row in range(rows.start, rows.stop)],
+                    self.rollouts.total_rewards[rows],
+                )
+                for rows in self._groups
+            ]
+        )
+
+    @property
+    def _groups(self) -> list[slice]:
+        size = self.request.sampling.num_generations
+        return [slice(start, start + size) for start in range(0, len(self.drafts), size)]
+
+
+def control_samples(seeds: Sequence[int], fraction: float) -> set[int]:
+    """Samples of a group that are generated afresh: others in every step, because seeds are.
+
+    Args:
+        seeds: [G] of the group's rows.
+        fraction: share of them; at least one where it is positive and the group has several, and never all of those.
+
+    Example:
+        >>> control_samples([31, 12, 77, 54], 0.25)
+        {1}
+    """
+    if not fraction:
+        return set()
+    if len(seeds) == 1:
+        return {0} if float(row_uniforms(seeds, 1, "control")) < fraction else set()
+    count = min(
+        max(1, round(fraction * len(seeds))), len(seeds) - 1
+    )  # reused and fresh rows are compared within a group
+    return set(sorted(range(len(seeds)), key=lambda sample: seeds[sample])[:count])
+
+
+def _padded(rows: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
+    """Ragged rows of log-probs as a rectangle [n, R] and its mask."""
+    if not rows:
+        return torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.bool)
+    lengths = [len(row) for row in rows]
+    values = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+    return values, torch.arange(values.shape[1]) < torch.tensor(lengths)[:, None]

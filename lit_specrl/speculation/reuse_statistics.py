@@ -1,0 +1,118 @@
+"""How much was reused, and what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lit_specrl.speculation.store import CachedRollout
+
+
+@dataclass(frozen=True)
+class ReuseStatistics:
+    """Sums over rows; those of several groups, rounds and ranks are added up and divided once."""
+
+    num_rows: int = 0
+    num_tokens: int = 0
+    """Response tokens of all rows."""
+    num_drafts: int = 0
+    """Rows that had a draft."""
+    num_draft_tokens: int = 0
+    num_reused_tokens: int = 0
+    num_whole: int = 0
+    """Rows that were taken over whole."""
+    age_sum: int = 0
+    """Steps since the drafts were stored."""
+    num_scored: int = 0
+    """Reused tokens with log-probs."""
+    drift_sum: float = 0.0
+    """Of abs(log-prob now - when generated) over them, nats."""
+    kl_sum: float = 0.0
+    """Of exp(d) - d - 1, d = log-prob now - at the last verification, over them, nats."""
+    num_pairs: int = 0
+    """Groups with scored rows both reused and fresh."""
+    gap_sum: float = 0.0
+    """Of mean reward of reused rows - mean reward of fresh rows, over them."""
+
+    @classmethod
+    def of_group(
+        cls,
+        step: int,
+        drafts: Sequence[CachedRollout | None],
+        verified_lengths: Sequence[int],
+        response_lengths: Sequence[int],
+        target_logprobs: Sequence[Tensor | None],
+        rewards: Sequence[float | None],
+    ) -> ReuseStatistics:
+        """Count the G rows of a prompt.
+
+        Args:
+            step: training step.
+            drafts: [G] `None` where a row had none.
+            verified_lengths: [G] tokens taken over.
+            response_lengths: [G] tokens of the finished responses.
+            target_logprobs: [G] log-probs of the draft under today's policy, `None` where they were not needed.
+            rewards: [G] total rewards.
+        """
+        scored = [
+            (logprobs[:length], draft.draft_logprobs[:length], draft.generation_logprobs[:length])
+            for draft, length, logprobs in zip(drafts, verified_lengths, target_logprobs, strict=True)
+            if draft is not None and logprobs is not None and length
+        ]
+        drift_sum = kl_sum = 0.0
+        for now, verified, generated in scored:
+            drift_sum += float((now - torch.from_numpy(generated)).abs().sum())
+            difference = now - torch.from_numpy(verified)
+            kl_sum += float((difference.expm1() - difference).sum())
+        gap = _reward_gap(drafts, rewards)
+        return cls(
+            num_rows=len(drafts),
+            num_tokens=sum(response_lengths),
+            num_drafts=sum(draft is not None for draft in drafts),
+            num_draft_tokens=sum(len(draft) for draft in drafts if draft is not None),
+            num_reused_tokens=sum(verified_lengths),
+            num_whole=sum(0 < kept == length for kept, length in zip(verified_lengths, response_lengths, strict=True)),
+            age_sum=sum(step - draft.step for draft in drafts if draft is not None),
+            num_scored=sum(len(now) for now, _, _ in scored),
+            drift_sum=drift_sum,
+            kl_sum=kl_sum,
+            num_pairs=int(gap is not None),
+            gap_sum=gap or 0.0,
+        )
+
+    def __add__(self, other: ReuseStatistics) -> ReuseStatistics:
+        return ReuseStatistics(
+            **{entry.name: getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)}
+        )
+
+    @property
+    def kl(self) -> float:
+        """Mean over the reused tokens, nats: how far the policy has moved from what it verified last time."""
+        return self.kl_sum / max(1, self.num_scored)
+
+    def metrics(self) -> dict[str, float]:
+        metrics = {
+            "hit_fraction": self.num_drafts / max(1, self.num_rows),
+            "reuse_fraction": self.num_reused_tokens / max(1, self.num_tokens),
+            "full_reuse_fraction": self.num_whole / max(1, self.num_rows),
+            "verified_length_mean": self.num_reused_tokens / max(1, self.num_drafts),
+            "draft_length_mean": self.num_draft_tokens / max(1, self.num_drafts),
+            "generated_tokens": float(self.num_tokens - self.num_reused_tokens),
+            "saved_tokens": float(self.num_reused_tokens),
+            "age": self.age_sum / max(1, self.num_drafts),
+        }
+        if self.num_scored:
+            metrics |= {"drift": self.drift_sum / self.num_scored, "kl": self.kl}
+        if self.num_pairs:
+            metrics["reward_gap"] = self.gap_sum / self.num_pairs
+        return {f"prefix_cache/{name}": value for name, value in metrics.items()}
+
+
+def _reward_gap(drafts: Sequence[CachedRollout | None], rewards: Sequence[float | None]) -> float | None:
+    pairs = list(zip(drafts, rewards, strict=True))
+    reused = [reward for draft, reward in pairs if draft is not None and reward is not None]
+    fresh = [reward for draft, reward in pairs if draft is None and reward is not None]
+    return sum(reused) / len(reused) - sum(fresh) / len(fresh) if reused and fresh else None

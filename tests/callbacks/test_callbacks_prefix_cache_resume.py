@@ -1,0 +1,368 @@
+"""PrefixCache over the end of a process: checkpoints, what lies beside them, and what may have changed in between."""
+
+import shutil
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from reuse_runs import (
+    GROUP,
+    MAX_LENGTH,
+    QUESTIONS,
+    STEPS,
+    assert_identical,
+    fit,
+    grpo,
+    last_responses,
+    questions,
+    rows_of,
+    small_tokens,
+    spread_but_why,
+    weights_of,
+    with_many_stops,
+)
+
+from lit_specrl import DAPO, PPO, SeparateCritic
+from lit_specrl.callbacks import PrefixCache, RolloutCallback
+from lit_specrl.speculation import AdaptiveLenience
+
+EVERYTHING = float("inf")  # a lenience
+ADAM = partial(torch.optim.AdamW, lr=3e-3)
+COMMON = {"num_generations": GROUP, "max_completion_length": MAX_LENGTH, "optimizer": ADAM}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tmp_path_factory):
+    return with_many_stops(tiny_model, tmp_path_factory.mktemp("resume") / "model")
+
+
+@pytest.fixture
+def run(model_folder, tmp_path):
+    """Train on the questions for three epochs; returns the module, what happened, and the cache."""
+
+    def run(*callbacks, cache=None, module=None, data=None, ckpt_path=None, **options):
+        cache, module = cache or PrefixCache(), module or grpo(model_folder, optimizer=ADAM)
+        options = {"max_epochs": 3, "default_root_dir": tmp_path / "root"} | options
+        trace = fit(module, data or questions(tmp_path), cache, *callbacks, ckpt_path=ckpt_path, **options)
+        return module, trace, cache
+
+    return run
+
+
+@pytest.fixture
+def saved(run, tmp_path):
+    """The folder of a run of one epoch with a checkpoint after each step, the run itself, and its last checkpoint."""
+    _, trace, _ = run(every_step(tmp_path / "saved"), max_epochs=1)
+    return tmp_path / "saved", trace, tmp_path / "saved" / f"step={STEPS}.ckpt"
+
+
+def every_step(folder, **options):
+    return ModelCheckpoint(folder, filename="{step}", **{"every_n_train_steps": 1, "save_top_k": -1} | options)
+
+
+def contents(cache):
+    """All that a cache holds, as plain values."""
+    return [
+        {
+            name: getattr(row, name).tolist() if isinstance(getattr(row, name), np.ndarray) else getattr(row, name)
+            for name in type(row).__slots__
+        }
+        for row in cache.store
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- exact resume
+
+RUNS = {
+    "GRPO": (partial(grpo, optimizer=ADAM), PrefixCache),
+    "GRPO, KL": (partial(grpo, optimizer=ADAM, beta=0.1), partial(PrefixCache, 1.5, control_fraction=0.25)),
+    "adaptive lenience": (
+        partial(grpo, optimizer=ADAM),
+        lambda: PrefixCache(adaptive_lenience=AdaptiveLenience(target=10.0)),
+    ),
+    "DAPO": (lambda model: DAPO(model, [spread_but_why], overlong_buffer=0, **COMMON), PrefixCache),
+    "PPO": (lambda model: PPO(model, [small_tokens], SeparateCritic(optimizer=ADAM), beta=0.1, **COMMON), PrefixCache),
+    "evicting": (partial(grpo, optimizer=ADAM), partial(PrefixCache, max_bytes=12_000)),
+    "random": (partial(grpo, optimizer=ADAM), partial(PrefixCache, acceptance="random")),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resumed_run_equals_the_uninterrupted_one(run, model_folder, tmp_path, recwarn, name):
+    """Six steps in three epochs, resumed inside an epoch and at the ends of two; a fresh cache is filled from the file."""
+    make, make_cache = RUNS[name]
+    full, trace, cache = run(every_step(tmp_path), cache=make_cache(), module=make(model_folder))
+    assert sum(trace.of_cache("saved_tokens")) > 0
+    for step in (1, 2, 3, 4):
+        resumed, rest, loaded = run(
+            cache=make_cache(), module=make(model_folder), ckpt_path=tmp_path / f"step={step}.ckpt"
+        )
+        assert rest.tokens == trace.tokens[step:]
+        assert rest.learned == trace.learned[step:]
+        assert_identical(weights_of(resumed), weights_of(full))
+        assert contents(loaded) == contents(cache)
+    assert not [warning for warning in recwarn if "prefix cache" in str(warning.message)]
+    if name == "adaptive lenience":
+        assert len(set(trace.of_cache("lenience")[2:])) == 4  # another one in each step that is resumed
+
+
+@pytest.mark.parametrize("way", ["folder moved", "folder copied", "checkpoint alone copied"])
+def test_the_cache_is_found_when_the_checkpoint_has_moved(run, saved, tmp_path, recwarn, way):
+    folder, _, checkpoint = saved
+    _, expected, _ = run(ckpt_path=checkpoint)
+    elsewhere = tmp_path / "elsewhere"
+    if way == "checkpoint alone copied":
+        elsewhere.mkdir()
+        shutil.copy(checkpoint, elsewhere)
+    else:
+        shutil.copytree(folder, elsewhere)
+        if way == "folder moved":
+            shutil.rmtree(folder)
+    _, trace, _ = run(ckpt_path=elsewhere / checkpoint.name)
+    assert trace.of_cache("hit_fraction") == [1.0] * 2 * STEPS
+    assert trace.tokens == expected.tokens
+    assert not [warning for warning in recwarn if "prefix cache" in str(warning.message)]
+
+
+# ---------------------------------------------------------------------------------------- caches beside the checkpoints
+
+
+def cache_files(folder):
+    return sorted(path.name for path in (folder / "prefix_cache").iterdir())
+
+
+def resume_all(run, folder):
+    """Resume each checkpoint of the folder; returns the warnings about caches, by checkpoint."""
+    found = {}
+    for checkpoint in sorted(folder.glob("*.ckpt")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(ckpt_path=checkpoint, max_epochs=4)
+        found[checkpoint.name] = [str(entry.message) for entry in caught if "prefix cache" in str(entry.message)]
+    return found
+
+
+class Scores(RolloutCallback):
+    """Logs the given scores, one a step."""
+
+    def __init__(self, scores):
+        self.scores = iter(scores)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.log("score", next(self.scores))
+
+
+def test_the_best_checkpoints_keep_their_caches(run, tmp_path):
+    """Files were deleted by age: the best checkpoint, of the first step, lost its own to those of later steps."""
+    best = every_step(tmp_path / "best", save_top_k=2, monitor="score", mode="max")
+    run(Scores([0.9, 0.1, 0.2, 0.3, 0.4, 0.5]), best)
+    assert resume_all(run, tmp_path / "best") == {"step=1.ckpt": [], "step=6.ckpt": []}
+
+
+def test_checkpoints_saved_by_hand_keep_their_caches(run, tmp_path):
+    """Where no ModelCheckpoint told of their number, the last two caches stayed."""
+
+    class ByHand(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.save_checkpoint(tmp_path / "by hand" / f"{pl_module.step}.ckpt")
+
+    run(ByHand())
+    found = resume_all(run, tmp_path / "by hand")
+    assert found == {f"{step}.ckpt": [] for step in range(1, 3 * STEPS + 1)}
+
+
+def test_a_new_run_in_the_folder_of_a_longer_one_keeps_its_cache(run, tmp_path, recwarn):
+    """Its first file had the lowest step, was taken for the oldest, and was deleted as soon as it was written."""
+    run(every_step(tmp_path / "same", save_top_k=1))
+    run(every_step(tmp_path / "same", save_top_k=1), max_steps=1)
+    _, trace, _ = run(ckpt_path=tmp_path / "same" / "step=1.ckpt", max_epochs=2)
+    assert trace.of_cache("hit_fraction") == [0.0, 1.0, 1.0]
+    assert not [warning for warning in recwarn if "prefix cache" in str(warning.message)]
+
+
+def test_caches_do_not_pile_up(run, tmp_path):
+    run(every_step(tmp_path / "last", save_top_k=1), max_epochs=4)
+    assert [path.name for path in (tmp_path / "last").glob("*.ckpt")] == ["step=8.ckpt"]
+    files = cache_files(tmp_path / "last")
+    assert "step-00000008-rank0-of-1.safetensors" in files and len(files) <= 3
+
+
+# ------------------------------------------------------------------------------------------------------- unusable files
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (flip_a_bit, {}, r"not used: damaged \(its checksum does not match"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), {}, "not used: damaged"),
+        (Path.unlink, {}, "No such file"),
+        (lambda path: None, {"temperature": 0.7}, "not used: foreign .*temperature: expected '0.7', found '1.0'"),
+    ],
+    ids=["a bit flipped", "cut", "missing", "another temperature"],
+)
+def test_an_unusable_cache_is_set_aside_and_the_run_goes_on(run, saved, model_folder, spoil, options, message):
+    folder, _, checkpoint = saved
+    path = folder / "prefix_cache" / f"step-{STEPS:08d}-rank0-of-1.safetensors"
+    spoil(path)
+    existed = path.exists()
+    with pytest.warns(
+        UserWarning, match=f"cache of rank 0 cannot be used, its prompts are generated afresh.*{message}"
+    ):
+        _, trace, _ = run(module=grpo(model_folder, optimizer=ADAM, **options), ckpt_path=checkpoint)
+    assert trace.of_cache("hit_fraction") == [0.0] * STEPS + [1.0] * STEPS
+    assert not path.exists()
+    assert path.with_name(f"{path.name}.rejected").exists() is existed
+
+
+def test_a_cache_of_another_model_is_set_aside(run, saved, model_folder, tmp_path):
+    _, _, checkpoint = saved
+    shutil.copytree(model_folder, tmp_path / "other")
+    with pytest.warns(UserWarning, match="not used: foreign .*model: expected '.*other'"):
+        _, trace, _ = run(module=grpo(str(tmp_path / "other"), optimizer=ADAM), ckpt_path=checkpoint)
+    assert trace.of_cache("hit_fraction") == [0.0] * STEPS + [1.0] * STEPS
+
+
+def test_evaluating_a_checkpoint_leaves_its_cache_alone(saved, model_folder, tmp_path):
+    """Testing at another temperature found a foreign cache and set the one of the training run aside."""
+    folder, _, checkpoint = saved
+    before = cache_files(folder)
+    data = questions(tmp_path)
+    data.sources["test"] = data.sources["train"]
+    trainer = L.Trainer(accelerator="cpu", callbacks=[PrefixCache()], logger=False, enable_progress_bar=False)
+    trainer.test(grpo(model_folder, temperature=0.7), datamodule=data, ckpt_path=checkpoint)
+    assert cache_files(folder) == before
+
+
+def test_a_checkpoint_of_a_run_without_a_cache_is_told_of(run, model_folder, tmp_path):
+    fit(grpo(model_folder, optimizer=ADAM), questions(tmp_path), every_step(tmp_path / "plain"))
+    with pytest.warns(UserWarning, match="comes from a run without PrefixCache; its first epoch generates everything"):
+        _, trace, _ = run(ckpt_path=tmp_path / "plain" / f"step={STEPS}.ckpt")
+    assert trace.of_cache("hit_fraction") == [0.0] * STEPS + [1.0] * STEPS
+
+
+def test_a_run_goes_on_without_the_cache(run, saved, model_folder, tmp_path):
+    """Leaving a callback out may make a run slower, never wrong."""
+    _, _, checkpoint = saved
+    trace = fit(grpo(model_folder, optimizer=ADAM), questions(tmp_path), ckpt_path=checkpoint, max_epochs=2)
+    assert len(trace.metrics) == STEPS
+
+
+# ---------------------------------------------------------------------------------------------------- changed settings
+
+
+def resumed_rows(trace, before):
+    """(prefix, response, finish reason, what the sample said before the resume) of all rows of the first epoch."""
+    said = last_responses(before)
+    return [
+        (rollouts.request.prefix(row), rollouts.response_ids[row], rollouts.finish_reasons[row], said.get(key))
+        for (rollouts,) in trace.rounds[:STEPS]
+        for row, key in enumerate(rows_of(rollouts))
+    ]
+
+
+class Asked:
+    """`small_tokens` that keeps how many rows it was asked about."""
+
+    __name__ = "small_tokens"
+
+    def __init__(self):
+        self.num_rows = []
+
+    def __call__(self, completion_ids, **columns):
+        self.num_rows.append(len(completion_ids))
+        return small_tokens(completion_ids)
+
+
+@pytest.mark.parametrize("length", [MAX_LENGTH // 2, MAX_LENGTH, MAX_LENGTH + 6])
+def test_another_length_limit_cuts_or_continues_what_is_cached(run, saved, model_folder, length):
+    """Rewards may depend on the limit and are asked for again; `finish_reason` and lengths are those of the new limit."""
+    _, before, checkpoint = saved
+    asked = Asked()
+    module = grpo(model_folder, [asked], max_completion_length=length, optimizer=ADAM)
+    _, trace, _ = run(cache=PrefixCache(EVERYTHING), module=module, ckpt_path=checkpoint)
+    reasons = set()
+    for prefix, response, reason, said in resumed_rows(trace, before):
+        assert prefix == said[:length]
+        was_stopped = len(said) < MAX_LENGTH or 2 <= said[-1] < 14
+        assert (response == prefix) is (was_stopped or length <= MAX_LENGTH)
+        assert len(response) <= length
+        assert reason == ("stop" if 2 <= response[-1] < 14 else "length")
+        reasons.add((was_stopped, reason))
+    assert (False, "length") in reasons and (True, "stop") in reasons
+    num_asked = [count for count in asked.num_rows if count]
+    changed = length != MAX_LENGTH
+    assert num_asked == [2 * GROUP] * STEPS * changed  # known again in the second epoch
+    assert min(trace.of_cache("reuse_fraction")[STEPS:]) == 1.0
+
+
+@pytest.mark.parametrize(("before_size", "size"), [(2, 4), (4, 2)])
+def test_another_group_size_uses_the_rows_that_are_there(run, model_folder, tmp_path, before_size, size):
+    def module(num_generations):
+        return grpo(model_folder, num_generations=num_generations, optimizer=ADAM)
+
+    _, before, _ = run(every_step(tmp_path), module=module(before_size), max_epochs=1)
+    _, trace, _ = run(cache=PrefixCache(EVERYTHING), module=module(size), ckpt_path=tmp_path / f"step={STEPS}.ckpt")
+    for prefix, response, _, said in resumed_rows(trace, before):
+        assert prefix == (said or [])
+        assert said is None or response == said
+    assert trace.of_cache("hit_fraction") == [min(1.0, before_size / size)] * STEPS + [1.0] * STEPS
+
+
+def test_a_grown_data_set_reuses_what_is_there(run, saved, tmp_path):
+    _, before, checkpoint = saved
+    data = questions(tmp_path, ["New?", *QUESTIONS, "Newer?"])
+    cache = PrefixCache(EVERYTHING)
+    with pytest.warns(UserWarning, match="order of prompts differs"):
+        _, trace, _ = run(cache=cache, data=data, ckpt_path=checkpoint, max_epochs=4)
+    said = last_responses(before)
+    seen = set()
+    for (rollouts,) in trace.rounds:
+        for row, key in enumerate(rows_of(rollouts)):
+            if key not in seen:
+                assert rollouts.request.prefix(row) == said.get(key, [])
+                seen.add(key)
+    assert len(seen) == 6 * GROUP and len(seen & said.keys()) == 4 * GROUP
+    assert {hits for hits in trace.of_cache("hit_fraction")} >= {0.5, 1.0}
+
+
+def test_another_batch_size_finds_the_same_responses(run, saved, tmp_path):
+    _, before, checkpoint = saved
+    with pytest.warns(UserWarning, match="batch_size 2 -> 4"):
+        _, trace, _ = run(cache=PrefixCache(EVERYTHING), data=questions(tmp_path, batch_size=4), ckpt_path=checkpoint)
+    (rollouts,) = trace.rounds[0]
+    assert rollouts.response_ids == [last_responses(before)[key] for key in rows_of(rollouts)]
+
+
+def test_a_smaller_limit_of_bytes_evicts_while_loading(run, saved):
+    _, _, checkpoint = saved
+    _, trace, cache = run(cache=PrefixCache(EVERYTHING, max_bytes=8_000), ckpt_path=checkpoint)
+    assert cache.store.num_bytes <= 8_000
+    assert trace.metrics[0]["prefix_cache/bytes"] <= 8_000
+    assert trace.of_cache("hit_fraction")[0] == 0.0  # the rows of the first step were the oldest
+
+
+# --------------------------------------------------------------------------------------------------------------- kill -9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(model_folder, tmp_path):
+    """Each time it goes on from its newest checkpoint, with a whole cache."""
+    program = Path(__file__).with_name("killed_while_training.py")
+    outcome = subprocess.run(
+        [sys.executable, program, model_folder, tmp_path], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert outcome.returncode == 0, outcome.stderr[-5000:]
+    assert int(outcome.stdout.split()[-1]) >= 3  # kills that found the run in the middle

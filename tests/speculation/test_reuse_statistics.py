@@ -1,0 +1,136 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nan
+
+from lit_specrl.speculation import ReuseStatistics
+from lit_specrl.sums import total
+
+
+@pytest.fixture
+def groups(cached):
+    """Two prompts with two rows each, in step 7.
+
+    First prompt: a draft of which two of three tokens were kept, and a fresh row. Second: a draft that was kept whole without being
+    scored and never rewarded, and one that was rejected at once.
+    """
+    draft_logprobs, generation_logprobs = np.float32([-1, -1, -1]), np.float32([-0.25, -0.25, -0.25])
+    scored = cached(token_ids=[8, 8, 8], step=5, draft_logprobs=draft_logprobs, generation_logprobs=generation_logprobs)
+    return [
+        ReuseStatistics.of_group(
+            step=7,
+            drafts=[scored, None],
+            verified_lengths=[2, 0],
+            response_lengths=[4, 3],
+            target_logprobs=[torch.tensor([-0.5, -2.0, nan]), None],
+            rewards=[1.0, 0.25],
+        ),
+        ReuseStatistics.of_group(
+            step=7,
+            drafts=[cached(token_ids=[8, 2], step=6), cached(token_ids=[8, 8, 2], step=4)],
+            verified_lengths=[2, 0],
+            response_lengths=[2, 1],
+            target_logprobs=[None, torch.tensor([-9.0, nan, nan])],
+            rewards=[None, 0.5],
+        ),
+    ]
+
+
+KL_SUM = (math.exp(0.5) - 1 - 0.5) + (math.exp(-1) - 1 + 1)  # the two kept tokens gained 0.5 and lost 1 nat
+
+
+def test_the_rows_of_a_prompt_are_counted(groups):
+    assert [dataclasses.asdict(group) for group in groups] == [
+        pytest.approx(
+            {
+                "num_rows": 2,
+                "num_tokens": 7,
+                "num_drafts": 1,
+                "num_draft_tokens": 3,
+                "num_reused_tokens": 2,
+                "num_whole": 0,
+                "age_sum": 2,
+                "num_scored": 2,
+                "drift_sum": 0.25 + 1.75,
+                "kl_sum": KL_SUM,
+                "num_pairs": 1,
+                "gap_sum": 0.75,
+            }
+        ),
+        {
+            "num_rows": 2,
+            "num_tokens": 3,
+            "num_drafts": 2,
+            "num_draft_tokens": 5,
+            "num_reused_tokens": 2,
+            "num_whole": 1,
+            "age_sum": 1 + 3,
+            "num_scored": 0,
+            "drift_sum": 0.0,
+            "kl_sum": 0.0,
+            "num_pairs": 0,
+            "gap_sum": 0.0,
+        },
+    ]
+
+
+def test_sums_are_divided_once_at_the_end(groups):
+    assert total(groups).metrics() == pytest.approx(
+        {
+            "prefix_cache/hit_fraction": 3 / 4,
+            "prefix_cache/reuse_fraction": 4 / 10,
+            "prefix_cache/full_reuse_fraction": 1 / 4,
+            "prefix_cache/verified_length_mean": 4 / 3,
+            "prefix_cache/draft_length_mean": 8 / 3,
+            "prefix_cache/generated_tokens": 6.0,
+            "prefix_cache/saved_tokens": 4.0,
+            "prefix_cache/age": 6 / 3,
+            "prefix_cache/drift": 2.0 / 2,
+            "prefix_cache/kl": KL_SUM / 2,
+            "prefix_cache/reward_gap": 0.75,
+        }
+    )
+    assert total(groups).kl == pytest.approx(KL_SUM / 2)
+
+
+def test_the_first_epoch_has_nothing_to_say_of_drift_and_reward():
+    nothing = ReuseStatistics.of_group(0, [None, None], [0, 0], [3, 4], [None, None], [1.0, 0.0])
+    assert nothing.metrics() == {
+        "prefix_cache/hit_fraction": 0.0,
+        "prefix_cache/reuse_fraction": 0.0,
+        "prefix_cache/full_reuse_fraction": 0.0,
+        "prefix_cache/verified_length_mean": 0.0,
+        "prefix_cache/draft_length_mean": 0.0,
+        "prefix_cache/generated_tokens": 7.0,
+        "prefix_cache/saved_tokens": 0.0,
+        "prefix_cache/age": 0.0,
+    }
+    assert nothing.kl == 0
+
+
+def test_the_empty_sum_has_metrics_too():
+    assert set(ReuseStatistics().metrics().values()) == {0.0}
+
+
+def test_the_reward_gap_is_between_the_means_of_drafted_and_fresh_rows(cached):
+    """Rejected drafts count as drafted: otherwise the comparison would pick the rows that the policy likes."""
+    draft = cached(token_ids=[8])
+    groups = [
+        ReuseStatistics.of_group(1, drafts, [0] * 4, [1] * 4, [None] * 4, rewards)
+        for drafts, rewards in [
+            ([draft, draft, None, None], [1.0, 0.0, 0.0, None]),
+            ([draft, None, None, None], [0.0, 1.0, 0.0, 1.0]),
+            ([draft, draft, None, None], [1.0, 1.0, None, None]),
+        ]
+    ]
+    assert [(group.num_pairs, group.gap_sum) for group in groups] == [(1, 0.5), (1, -2 / 3), (0, 0.0)]
+    assert total(groups).metrics()["prefix_cache/reward_gap"] == pytest.approx((0.5 - 2 / 3) / 2)
+
+
+def test_an_unchanged_policy_has_no_kl(cached):
+    draft = cached(token_ids=[8, 2])
+    same = ReuseStatistics.of_group(1, [draft], [2], [2], [torch.from_numpy(draft.draft_logprobs)], [1.0])
+    assert (same.kl, same.num_scored) == (0.0, 2)
