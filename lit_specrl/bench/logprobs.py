@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -150,9 +152,21 @@ def _worker(problem: Problem) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(
         max_workers=1,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(torch.get_num_threads(),),
+        initializer=_prepare_worker,
+        initargs=(torch.get_num_threads(), os.getpid()),
     )
+
+
+def _prepare_worker(num_threads: int, parent: int) -> None:
+    """Take as many threads as the parent, and end with it: it may be killed, and a gigabyte would stay behind."""
+    torch.set_num_threads(num_threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _first_pass(workers: dict[str, ProcessPoolExecutor], name: str, problem: Problem) -> _Measurement:
