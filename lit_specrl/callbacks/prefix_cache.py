@@ -238,7 +238,7 @@ class PrefixCache(RolloutCallback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write each rank's cache into a file beside the checkpoints."""
         module = require_rlvr_module(self, pl_module)
-        folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir).absolute()
+        folder = _checkpoint_folder(trainer)
         self._files.save(
             folder,
             self.store,
@@ -254,6 +254,9 @@ class PrefixCache(RolloutCallback):
             "max_completion_length": module.sampling.max_completion_length,
             "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
         }
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._files.prune(_checkpoint_folder(trainer))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -275,6 +278,13 @@ class PrefixCache(RolloutCallback):
             world_size=state["world_size"],
             max_bytes=self.store.max_bytes,
         )
+        if not self._other_ranks_included:
+            self._files.adopt(
+                Path(str(trainer.ckpt_path)),
+                step=state["step"],
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
         if state["max_completion_length"] != module.sampling.max_completion_length:  # rewards may depend on it
             self.store.put([replace(row, reward=None, reward_values=None) for row in self.store])
 
@@ -301,6 +311,10 @@ class PrefixCache(RolloutCallback):
         }
 
 
+def _checkpoint_folder(trainer: L.Trainer) -> Path:
+    return Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir).absolute()
+
+
 def reward_outruns_accuracy(validations: Sequence[tuple[float, float]]) -> bool:
     """Whether training reward rose, and validation accuracy fell, from each of the last three validations to the next.
 
@@ -321,6 +335,8 @@ def reward_outruns_accuracy(validations: Sequence[tuple[float, float]]) -> bool:
 def _rule(acceptance: Acceptance, lenience: float, drift_bound: float | None) -> AcceptanceRule:
     if acceptance == "ratio":
         return RatioAcceptance(lenience, drift_bound)
+    if lenience != 1:
+        rank_zero_warn(f"lenience={lenience} belongs to acceptance='ratio' and is ignored by {acceptance!r}")
     if drift_bound is not None:
         raise ValueError(
             f"drift_bound={drift_bound} belongs to acceptance='ratio' and would be ignored by {acceptance!r}"

@@ -28,7 +28,7 @@ class RankFiles:
     def save(
         self, folder: Path, store: RolloutStore, identity: dict[str, str], *, step: int, rank: int, world_size: int
     ) -> None:
-        """Write the cache, then delete those whose checkpoints are gone.
+        """Delete the caches whose checkpoints are gone, and write this one.
 
         Args:
             folder: where the checkpoints are; the caches are in a folder of their own in it.
@@ -38,18 +38,34 @@ class RankFiles:
             rank: this rank.
             world_size: number of ranks.
         """
+        self.prune(folder)
         path = _path(folder, step, rank, world_size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        present = {(checkpoint, checkpoint.stat().st_mtime_ns) for checkpoint in folder.glob("*.ckpt")}
+        store.save(path, identity)
+        self._latest = path
+        self._checkpoints.setdefault(path, set())
+
+    def prune(self, folder: Path) -> None:
+        """Delete the caches whose checkpoints were in the folder and are gone."""
+        present = _present(folder)
         if self._latest is not None:
             self._checkpoints[self._latest] |= present - self._seen
-        store.save(path, identity)
-        self._latest, self._seen = path, present
-        self._checkpoints.setdefault(path, set())
-        gone = [file for file, own in self._checkpoints.items() if own and not own & present and file != path]
-        for file in gone:
+        self._latest, self._seen = None, present
+        for file in [file for file, own in self._checkpoints.items() if own and not any(map(_still_there, own))]:
             file.unlink(missing_ok=True)
             del self._checkpoints[file]
+
+    def adopt(self, checkpoint: Path, *, step: int, rank: int, world_size: int) -> None:
+        """Remember the cache that a resumed run was saved with, so that it goes with its checkpoint.
+
+        Args:
+            checkpoint: that the run was resumed from.
+            step: training step of the checkpoint.
+            rank: this rank.
+            world_size: number of ranks at that time.
+        """
+        own = {entry for entry in _present(checkpoint.parent) if entry[0].name == checkpoint.name}
+        self._checkpoints[_path(checkpoint.parent.absolute(), step, rank, world_size)] = own
 
 
 def load_ranks(
@@ -87,3 +103,21 @@ def load_ranks(
 
 def _path(folder: Path, step: int, rank: int, world_size: int) -> Path:
     return folder / FOLDER / f"step-{step:08d}-rank{rank}-of-{world_size}.safetensors"
+
+
+def _present(folder: Path) -> set[tuple[Path, int]]:
+    """Checkpoints of a folder with the time of their last change; not links to nothing, nor what another rank deletes just now."""
+    times = {checkpoint: _changed_at(checkpoint) for checkpoint in folder.absolute().glob("*.ckpt")}
+    return {(checkpoint, changed_at) for checkpoint, changed_at in times.items() if changed_at is not None}
+
+
+def _still_there(entry: tuple[Path, int]) -> bool:
+    checkpoint, changed_at = entry
+    return _changed_at(checkpoint) == changed_at
+
+
+def _changed_at(checkpoint: Path) -> int | None:
+    try:
+        return checkpoint.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

@@ -1,10 +1,23 @@
 """PrefixCache with vLLM: drafts verified by the policy and by the engine come to the same in float32."""
 
+import json
+import shutil
 from functools import partial
 
 import pytest
 import torch
-from reuse_runs import GROUP, QUESTIONS, STEPS, fit, grpo, questions, rows_of, spread_but_why, with_many_stops
+from reuse_runs import (
+    GROUP,
+    MAX_LENGTH,
+    QUESTIONS,
+    STEPS,
+    fit,
+    grpo,
+    questions,
+    rows_of,
+    spread_but_why,
+    with_many_stops,
+)
 
 from lit_specrl import DAPO
 from lit_specrl.callbacks import PrefixCache, RolloutCallback, SpeculativeRollout
@@ -134,7 +147,9 @@ def test_log_probs_of_the_engine_are_kept_as_it_reported_them(traces):
 
 
 def dapo(model, **options):
-    return DAPO(model, [spread_but_why], num_generations=GROUP, max_completion_length=12, overlong_buffer=0, **options)
+    return DAPO(
+        model, [spread_but_why], num_generations=GROUP, max_completion_length=MAX_LENGTH, overlong_buffer=0, **options
+    )
 
 
 def test_dropped_groups_are_verified_by_the_engine_too(run):
@@ -146,12 +161,29 @@ def test_dropped_groups_are_verified_by_the_engine_too(run):
 
 
 @pytest.mark.parametrize("model_folder", ["Llama"], indirect=True)
-def test_the_longest_draft_of_the_longest_prompt_can_be_scored(model_folder, tmp_path):
-    """vLLM wants room for one more token than it is given, also where it shall only score: "longer than the maximum model length"."""
-    module = grpo(model_folder, optimizer=partial(torch.optim.SGD, lr=0.0))
+@pytest.mark.parametrize("num_spare_positions", [100, 0])
+def test_the_longest_draft_of_the_longest_prompt_can_be_scored(model_folder, tmp_path, num_spare_positions):
+    """vLLM wants room for one token more, also where it shall only score: "longer than the maximum model length".
+
+    Where the model has no position left, the last token of such a draft is generated again.
+    """
+    module = grpo(model_folder)
     num_tokens = max(len(module.tokenizer(question)["input_ids"]) for question in QUESTIONS) + 3  # of the template
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = num_tokens + MAX_LENGTH + num_spare_positions
+    (folder / "config.json").write_text(json.dumps(config))
+
     data = questions(tmp_path, max_prompt_length=num_tokens)
     engine = VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1)
+    module = grpo(str(folder), optimizer=partial(torch.optim.SGD, lr=0.0))
     trace = fit(module, data, PrefixCache(verifier="engine"), SpeculativeRollout(engine), max_epochs=2)
     assert data.num_dropped == {"train": 0}
-    assert trace.of_cache("reuse_fraction")[STEPS:] == [1.0] * STEPS
+    longest = sum(
+        len(rollouts.prompts.prompt_ids[row // GROUP]) + len(ids) == num_tokens + MAX_LENGTH
+        for (rollouts,) in trace.rounds[:STEPS]
+        for row, ids in enumerate(rollouts.response_ids)
+    )
+    assert longest > 0
+    assert sum(trace.of_cache("generated_tokens")[STEPS:]) == (0 if num_spare_positions else longest)
+    assert trace.of_cache("hit_fraction")[STEPS:] == [1.0] * STEPS

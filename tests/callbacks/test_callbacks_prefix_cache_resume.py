@@ -194,6 +194,26 @@ def test_caches_do_not_pile_up(run, tmp_path):
     assert "step-00000008-rank0-of-1.safetensors" in files and len(files) <= 3
 
 
+def test_caches_do_not_pile_up_over_restarts(run, tmp_path):
+    """Lightning keeps each checkpoint that a run was resumed from; caches of those it deletes are of no use to anybody."""
+    folder, checkpoint = tmp_path / "restarted", None
+    for step in (3, 6, 9, 12):
+        run(every_step(folder, save_top_k=1), ckpt_path=checkpoint, max_epochs=-1, max_steps=step)
+        checkpoint = folder / f"step={step}.ckpt"
+    assert len(cache_files(folder)) <= len(list(folder.glob("*.ckpt"))) + 2
+
+
+def test_a_checkpoint_that_is_a_broken_link_disturbs_nobody(run, tmp_path):
+    """With `save_last="link"` a kill between the removal of a checkpoint and the new link leaves one behind."""
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    (folder / "last.ckpt").symlink_to(folder / "step=0.ckpt")
+    _, trace, _ = run(every_step(folder, save_top_k=1, save_last="link"))
+    assert len(trace.metrics) == 3 * STEPS
+    _, rest, _ = run(ckpt_path=folder / "last.ckpt", max_epochs=4)
+    assert rest.of_cache("hit_fraction") == [1.0] * STEPS
+
+
 # ------------------------------------------------------------------------------------------------------- unusable files
 
 
