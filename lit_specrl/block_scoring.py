@@ -45,71 +45,43 @@ def block_logprobs(
     Returns:
         [N, R] float32, nats; NaN where a row was left, 0 on padding.
     """
-    was_training = policy.training
-    policy.eval()  # gradient checkpointing, where it is on, would switch the cache off
-    try:
-        return _block_logprobs(
-            policy,
-            prompt_ids,
-            prompt_mask,
-            prompt_index,
-            response_ids,
-            response_mask,
-            survivors,
-            block_length,
-            temperature,
-        )
-    finally:
-        policy.train(was_training)
-
-
-def _block_logprobs(
-    policy: Policy,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    prompt_index: Tensor,
-    response_ids: Tensor,
-    response_mask: Tensor,
-    survivors: Survivors,
-    block_length: int,
-    temperature: float,
-) -> Tensor:
-    backbone: Any = policy.model.base_model
-    head = policy.model.get_output_embeddings().weight
-    result = torch.full(response_ids.shape, torch.nan, device=response_ids.device).masked_fill(~response_mask, 0)
-    prompt_pass = backbone(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask.long(),
-        position_ids=(prompt_mask.long().cumsum(-1) - 1).clamp_min(0),
-        use_cache=True,
-    )
-    cache = prompt_pass.past_key_values
-    cache.batch_select_indices(prompt_index)
-    last = prompt_pass.last_hidden_state[
-        prompt_index, -1:
-    ]  # [N, 1, H], state that predicts the first column of a block
-    rows = torch.arange(len(response_ids), device=response_ids.device)  # rows that go on, [m]
-    for start in range(0, response_ids.shape[1], block_length):
-        stop = min(start + block_length, response_ids.shape[1])
-        known = torch.cat([prompt_mask[prompt_index[rows]], response_mask[rows, :stop]], dim=1)  # [m, P + stop]
-        hidden = backbone(
-            input_ids=response_ids[rows, start:stop],
-            attention_mask=known.long(),
-            position_ids=(known.long().cumsum(-1) - 1).clamp_min(0)[:, -(stop - start) :],
-            past_key_values=cache,
+    with policy.evaluating():
+        backbone: Any = policy.model.base_model
+        head = policy.model.get_output_embeddings().weight
+        result = torch.full(response_ids.shape, torch.nan, device=response_ids.device).masked_fill(~response_mask, 0)
+        prompt_pass = backbone(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask.long(),
+            position_ids=(prompt_mask.long().cumsum(-1) - 1).clamp_min(0),
             use_cache=True,
-        ).last_hidden_state  # [m, b, H]
-        states = torch.cat([last, hidden[:, :-1]], dim=1)  # [m, b, H]
-        mask = response_mask[rows, start:stop]  # [m, b]
-        logprobs, _ = token_logprobs(states[mask], head, response_ids[rows, start:stop][mask], temperature)
-        block = torch.zeros(mask.shape, device=logprobs.device).masked_scatter(mask, logprobs)  # [m, b]
-        result[rows, start:stop] = block
-        goes_on = survivors(rows, start, block) & (response_mask[rows].sum(-1) > stop)
-        if not goes_on.any():
-            break
-        keep = goes_on.nonzero().squeeze(-1)
-        last = hidden[keep, -1:]
-        if len(keep) < len(rows):
-            cache.batch_select_indices(keep)
-            rows = rows[keep]
-    return result
+        )
+        cache = prompt_pass.past_key_values
+        cache.batch_select_indices(prompt_index)
+        last = prompt_pass.last_hidden_state[
+            prompt_index, -1:
+        ]  # [N, 1, H], state that predicts the first column of a block
+        rows = torch.arange(len(response_ids), device=response_ids.device)  # rows that go on, [m]
+        for start in range(0, response_ids.shape[1], block_length):
+            stop = min(start + block_length, response_ids.shape[1])
+            known = torch.cat([prompt_mask[prompt_index[rows]], response_mask[rows, :stop]], dim=1)  # [m, P + stop]
+            hidden = backbone(
+                input_ids=response_ids[rows, start:stop],
+                attention_mask=known.long(),
+                position_ids=(known.long().cumsum(-1) - 1).clamp_min(0)[:, -(stop - start) :],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state  # [m, b, H]
+            states = torch.cat([last, hidden[:, :-1]], dim=1)  # [m, b, H]
+            mask = response_mask[rows, start:stop]  # [m, b]
+            logprobs, _ = token_logprobs(states[mask], head, response_ids[rows, start:stop][mask], temperature)
+            block = torch.zeros(mask.shape, device=logprobs.device).masked_scatter(mask, logprobs)  # [m, b]
+            result[rows, start:stop] = block
+            goes_on = survivors(rows, start, block) & (response_mask[rows].sum(-1) > stop)
+            if not goes_on.any():
+                break
+            keep = goes_on.nonzero().squeeze(-1)
+            last = hidden[keep, -1:]
+            if len(keep) < len(rows):
+                cache.batch_select_indices(keep)
+                rows = rows[keep]
+        return result

@@ -453,7 +453,7 @@ class RLVRModule(ScoringModule):
             for _, owner, _ in updated:
                 owner.zero_grad()
             weights = self._token_weights(experience, self.aggregation)
-            value_weights = self._token_weights(experience, "token")
+            value_weights = weights if shared is None else self._token_weights(experience, "token")
             rows = self.trained_rows(experience)
             update = UpdateStatistics(
                 num_updates=1,
@@ -474,7 +474,8 @@ class RLVRModule(ScoringModule):
                     assert statistics.values is not None
                     per_token_value_loss, critic_found = shared.loss(statistics.values, part)  # [n, R]
                     loss = loss + shared.coefficient * (per_token_value_loss * value_weights[cut]).sum()
-                    self._critic_updates.append(critic_found)
+                    if micro_batch.counts:
+                        self._critic_updates.append(critic_found)
                 self._backward(loss * micro_batch.counts)
                 if micro_batch.counts:
                     update += replace(

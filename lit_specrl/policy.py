@@ -159,6 +159,16 @@ class Policy(nn.Module):
         shard_by_layer(self, self.model.base_model.layers, mesh)  # type: ignore[union-attr, arg-type]
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, keys and values can be kept: gradient checkpointing, where it is on, would switch the cache off in training mode."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+    @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
         """Inside, the policy is the model that its adapters were added to, bit for bit.
 

@@ -89,7 +89,9 @@ class PromptBatch:
 
     def select(self, indices: Sequence[int]) -> PromptBatch:
         """The prompts at these indices, in that order."""
-        chosen: dict[str, Any] = {name: [rows[i] for i in indices] for name, rows in self._columns().items()}
+        chosen: dict[str, Any] = {
+            name: [rows[i] for i in indices] if rows else [] for name, rows in vars(self).items() if name != "sampling"
+        }
         return replace(self, **chosen)
 
     def __add__(self, other: PromptBatch) -> PromptBatch:

@@ -81,7 +81,7 @@ def test_selected_groups_bring_all_of_their_rows():
                 prompts=["c?", "a?"],
                 answers=["c!", "a!"],
                 sources=["consonants", "vowels"],
-                columns=[{}, {}],
+                columns=[],
             ),
             SamplingConfig(2, 3),
             seeds=[104, 105, 100, 101],

@@ -71,6 +71,11 @@ class PromptLoader:
         self._ordered_epoch: int | None = None  # epoch that `_order` belongs to
 
     @property
+    def uids(self) -> list[str]:
+        """Identities of the prompts that this rank owns."""
+        return self._prompts.uids
+
+    @property
     def num_left_over(self) -> int:
         """Prompts of all ranks that sit out an epoch that is handed out in batches alone."""
         return self.num_prompts % self.batch_size

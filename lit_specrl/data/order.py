@@ -5,6 +5,7 @@ All pure functions; ownership and shuffling depend on the uids alone, not on the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import xxhash
@@ -66,12 +67,4 @@ def take(prompts: PromptBatch, indices: list[int], sampling: SamplingConfig | No
         indices: which ones.
         sampling: becomes `sampling` of the result.
     """
-    return PromptBatch(
-        uids=[prompts.uids[i] for i in indices],
-        prompt_ids=[prompts.prompt_ids[i] for i in indices],
-        prompts=[prompts.prompts[i] for i in indices],
-        answers=[prompts.answers[i] for i in indices],
-        sources=[prompts.sources[i] for i in indices],
-        columns=[prompts.columns[i] for i in indices] if prompts.columns else [],
-        sampling=sampling,
-    )
+    return replace(prompts.select(indices), sampling=sampling)

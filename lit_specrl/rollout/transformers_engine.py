@@ -44,13 +44,9 @@ class TransformersEngine(RolloutEngine):
     def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         assert self.policy is not None
         responses: list[Continuation] = []
-        was_training = self.policy.training
-        self.policy.eval()  # gradient checkpointing, where it is on, would switch the cache off
-        try:
+        with self.policy.evaluating():
             for start in range(0, len(rows), self.max_rows):
                 responses += self._continue_batch(request, rows[start : start + self.max_rows], meter)
-        finally:
-            self.policy.train(was_training)
         return responses
 
     def shutdown(self) -> None:

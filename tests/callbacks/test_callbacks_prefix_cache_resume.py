@@ -1,5 +1,6 @@
 """PrefixCache over the end of a process: checkpoints, what lies beside them, and what may have changed in between."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from reuse_runs import (
 
 from lit_specrl import DAPO, PPO, SeparateCritic
 from lit_specrl.callbacks import PrefixCache, RolloutCallback
-from lit_specrl.speculation import AdaptiveLenience
+from lit_specrl.speculation import AdaptiveLenience, RolloutStore
 
 EVERYTHING = float("inf")  # a lenience
 ADAM = partial(torch.optim.AdamW, lr=3e-3)
@@ -372,6 +373,26 @@ def test_a_smaller_limit_of_bytes_evicts_while_loading(run, saved):
     assert cache.store.num_bytes <= 8_000
     assert trace.metrics[0]["prefix_cache/bytes"] <= 8_000
     assert trace.of_cache("hit_fraction")[0] == 0.0  # the rows of the first step were the oldest
+
+
+def test_caches_of_two_ranks_become_one_and_prompts_of_nobody_leave(run, saved):
+    """The loader had no `uids`, so that every rank of a resumed run kept the caches of all."""
+    folder, _, checkpoint = saved
+    files = folder / "prefix_cache"
+    path = files / f"step-{STEPS:08d}-rank0-of-1.safetensors"
+    identity = PrefixCache()._identity(grpo(torch.load(checkpoint, weights_only=True)["rlvr"]["model"]))
+    whole = RolloutStore.load(path, identity)
+    first, second = whole.split(2, lambda uid: int(uid > sorted({row.uid for row in whole})[1]))
+    stranger = dataclasses.replace(next(iter(whole)), uid="stranger")
+    second.put([stranger])
+    first.save(files / f"step-{STEPS:08d}-rank0-of-2.safetensors", identity)
+    second.save(files / f"step-{STEPS:08d}-rank1-of-2.safetensors", identity)
+    content = torch.load(checkpoint, weights_only=True)
+    content["prefix_cache"]["world_size"] = 2
+    torch.save(content, checkpoint)
+    _, trace, cache = run(ckpt_path=checkpoint)
+    assert trace.of_cache("hit_fraction") == [1.0] * 2 * STEPS
+    assert {row.uid for row in cache.store} == {row.uid for row in whole}
 
 
 # --------------------------------------------------------------------------------------------------------------- kill -9

@@ -289,3 +289,11 @@ def test_too_few_prompts_are_refused(make_prompts):
         PromptLoader(make_prompts("abc"), 4)
     with pytest.raises(ValueError, match=r"1 prompts are fewer than 2 ranks; add data"):
         EvaluationLoader(make_prompts("a"), 2, world_size=2)
+
+
+def test_ranks_tell_which_prompts_are_theirs(make_prompts):
+    """PrefixCache sorts the caches of a former run by it; it asked for a name that the loader did not have."""
+    prompts = make_prompts(list("abcdefghij"))
+    shares = [PromptLoader(prompts, batch_size=2, rank=rank, world_size=2).uids for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == sorted(prompts.uids)
+    assert len(shares[0]) == len(shares[1]) == 5
