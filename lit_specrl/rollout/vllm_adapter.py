@@ -117,7 +117,27 @@ class Job(NamedTuple):
 
     token_ids: list[int]
     params: Any
-    """`vllm.SamplingParams`; with `prompt_logprobs` the job is to score, and what it samples is thrown away."""
+    """`vllm.SamplingParams`."""
+    num_scored: int = 0
+    """Tokens at the end of `token_ids` whose log-probs are wanted; then what the job samples is thrown away. See `scoring_job`."""
+
+
+def scoring_job(token_ids: list[int], num_scored: int, read_cache: bool = True) -> Job:
+    """Have the last `num_scored` tokens scored.
+
+    vLLM computes no log-probs where it finds the KV of a token in its prefix cache, and therefore does not look there for a request that wants
+    some. Ours wants none of the prompt's, so it looks: the rows of a group compute their prompt once.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        prompt_logprobs=0,
+        detokenize=False,
+        skip_reading_prefix_cache=not read_cache,
+    )
+    return Job(token_ids, params, num_scored)
 
 
 class FinishedRow(NamedTuple):
@@ -144,8 +164,8 @@ def run(
     Args:
         llm: from `build_llm`.
         jobs: by row, in the order in which they start where not all fit.
-        follow_up: (row, log-probs of all tokens of a scoring job but the first) -> the job that follows it at once, or `None` where the
-            row needs no more and is reported as finished.
+        follow_up: (row, log-probs of the scored tokens) -> the job that follows a scoring job at once, or `None` where the row needs no
+            more and is reported as finished.
     """
     engine = llm.llm_engine
     prefix = f"{time.monotonic_ns()}-"
@@ -167,18 +187,20 @@ def run(
             num_tokens, finished = 0, []
             for output in outputs:
                 (row, job), completion = running[output.request_id], output.outputs[0]
-                scores = job.params.prompt_logprobs is not None
-                if not scores:
+                if not job.num_scored:
                     num_tokens += len(completion.token_ids) - seen[output.request_id]
                     seen[output.request_id] = len(completion.token_ids)
                 if not output.finished:
                     continue
                 del running[output.request_id]
-                if not scores:
+                if not job.num_scored:
                     finished.append(_finished_row(row, completion))
                     continue
+                if output.num_cached_tokens >= len(job.token_ids) - job.num_scored:  # the cache held a part of what was to be scored
+                    submit(row, scoring_job(job.token_ids, job.num_scored, read_cache=False))
+                    continue
                 assert follow_up is not None
-                next_job = follow_up(row, _prompt_logprobs(job.token_ids, output.prompt_logprobs))
+                next_job = follow_up(row, _last_logprobs(job, output.prompt_logprobs))
                 if next_job is None:
                     finished.append(FinishedRow(row, [], [], "stop"))
                 else:
@@ -189,8 +211,9 @@ def run(
             engine.abort_request(list(running))
 
 
-def _prompt_logprobs(token_ids: list[int], entries: Any) -> list[float]:
-    return [entry[token].logprob for token, entry in zip(token_ids[1:], entries[1:], strict=True)]
+def _last_logprobs(job: Job, entries: Any) -> list[float]:
+    last = slice(-job.num_scored, None)  # the entries before may be missing, or those of tokens that were not computed
+    return [entry[token].logprob for token, entry in zip(job.token_ids[last], entries[last], strict=True)]
 
 
 def _finished_row(row: int, completion: Any) -> FinishedRow:

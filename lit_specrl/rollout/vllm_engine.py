@@ -108,22 +108,19 @@ class VLLMEngine(RolloutEngine):
         ]
 
     def _first_job(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
-        from vllm import SamplingParams
-
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
         room = self._max_model_len - len(prompt) - 1  # less the token that vLLM samples after scoring
         if row not in request.drafts or room < 1:
             return self._generation(request, row)
         request.drafts[row] = request.drafts[row][:room]
         # scoring fills the KV prefix cache, in which the continuation then finds the verified prefix
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        return vllm_adapter.Job(prompt + request.drafts[row], params)
+        return vllm_adapter.scoring_job(prompt + request.drafts[row], len(request.drafts[row]))
 
     def _after_verification(self, request: RolloutRequest, row: int, logprobs: list[float]) -> vllm_adapter.Job | None:
         """Enter the verified prefix of a row; the row goes on at once, whatever the others do."""
         assert request.accept is not None
         draft = request.drafts[row]
-        request.prefixes[row] = draft[: request.accept(row, logprobs[-len(draft) :])]
+        request.prefixes[row] = draft[: request.accept(row, logprobs)]
         return None if self.finish_reason(request, row) else self._generation(request, row)
 
     def _generation(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:

@@ -63,6 +63,31 @@ def test_accept_sees_the_policys_logprobs_of_each_draft_once(colocated, prompts)
 
 
 @with_engines(VLLM)
+@pytest.mark.parametrize("prompt_length", [31, 32, 33, 70])
+def test_a_prompt_is_computed_once_for_its_drafts_and_no_logprob_is_lost_by_it(colocated, prompt_length, monkeypatch):
+    """Half of the drafts are the same, so that the KV cache holds blocks that are to be scored; no draft alone would tell."""
+    prompt, cached = [5 + position % 60 for position in range(prompt_length)], []
+    drafts = drafts_of([50, 50, 40, 60])
+    drafts |= {row + 4: draft for row, draft in drafts.items()}
+    step = colocated.engine.llm.llm_engine.step
+
+    def spied():
+        outputs = step()
+        cached.extend(output.num_cached_tokens for output in outputs if output.finished)
+        return outputs
+
+    monkeypatch.setattr(colocated.engine.llm.llm_engine, "step", spied)
+    seen = handed_over(colocated, [prompt], drafts, group=8, length=64)
+    exact = {row: next_token_logprobs(colocated.policy, prompt + draft, 1.0) for row, draft in drafts.items()}
+    for row, logprobs in seen:
+        expected = exact[row][prompt_length - 1 : -1].gather(-1, torch.tensor(drafts[row])[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
+    assert sorted(row for row, _ in seen) == list(drafts)
+    whole_blocks = prompt_length // 32 * 32
+    assert whole_blocks == 0 or cached.count(whole_blocks) >= 3
+
+
+@with_engines(VLLM)
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_rows_go_on_as_from_a_prefix_that_was_given(colocated, prompts, temperature):
     """All, none and some of a draft, mixed with rows that have none; no draw lies on a boundary here."""
