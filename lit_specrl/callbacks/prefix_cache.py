@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lit_specrl.module import RLVRModule
 
 Acceptance = Literal["ratio", "random", "full", "off"]
+_NOT_OF_THE_ARCHITECTURE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 USELESS_STEPS = 5
 """Steps with drafts of which hardly anything was kept, after which the user hears of it."""
 
@@ -251,6 +252,7 @@ class PrefixCache(RolloutCallback):
             "folder": str(folder),
             "step": module.step,
             "world_size": trainer.world_size,
+            "model": module.model_name,
             "max_completion_length": module.sampling.max_completion_length,
             "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
         }
@@ -287,6 +289,10 @@ class PrefixCache(RolloutCallback):
             )
         if state["max_completion_length"] != module.sampling.max_completion_length:  # rewards may depend on it
             self.store.put([replace(row, reward=None, reward_values=None) for row in self.store])
+        if (
+            state["model"] != module.model_name
+        ):  # then the reference may be another one, though the policy is the checkpoint's
+            self.store.put([replace(row, reference_logprobs=None) for row in self.store])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
         engine = pl_module.engine or TransformersEngine()  # what the module takes where it was given none
@@ -302,17 +308,26 @@ class PrefixCache(RolloutCallback):
         self._other_ranks_included = False
 
     def _identity(self, module: RLVRModule) -> dict[str, str]:
-        """What log-probs and token ids mean: another model, tokenizer or temperature makes them worthless."""
-        vocabulary = xxhash.xxh3_64_hexdigest(repr(sorted(module.tokenizer.get_vocab().items())).encode())
+        """What log-probs and token ids mean: another architecture, tokenizer or temperature makes them worthless.
+
+        The name of the model is no part of it: a folder may be moved, and the weights are the checkpoint's.
+        """
+        assert module.policy is not None
+        config = module.policy.model.config.to_dict()
+        architecture = {name: value for name, value in config.items() if name not in _NOT_OF_THE_ARCHITECTURE}
         return {
-            "model": module.model_name,
-            "tokenizer": vocabulary,
+            "architecture": _digest(sorted(architecture.items(), key=str)),
+            "tokenizer": _digest(sorted(module.tokenizer.get_vocab().items())),
             "temperature": str(module.sampling.temperature),
         }
 
 
 def _checkpoint_folder(trainer: L.Trainer) -> Path:
     return Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir).absolute()
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(repr(value).encode())
 
 
 def reward_outruns_accuracy(validations: Sequence[tuple[float, float]]) -> bool:

@@ -196,7 +196,9 @@ def run(
                 if not job.num_scored:
                     finished.append(_finished_row(row, completion))
                     continue
-                if output.num_cached_tokens >= len(job.token_ids) - job.num_scored:  # the cache held a part of what was to be scored
+                if (
+                    output.num_cached_tokens >= len(job.token_ids) - job.num_scored
+                ):  # the cache held a part of what was to be scored
                     submit(row, scoring_job(job.token_ids, job.num_scored, read_cache=False))
                     continue
                 assert follow_up is not None

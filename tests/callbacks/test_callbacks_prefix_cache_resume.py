@@ -1,6 +1,7 @@
 """PrefixCache over the end of a process: checkpoints, what lies beside them, and what may have changed in between."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from reuse_runs import (
 
 from lit_specrl import DAPO, PPO, SeparateCritic
 from lit_specrl.callbacks import PrefixCache, RolloutCallback
+from lit_specrl.policy import Policy
 from lit_specrl.speculation import AdaptiveLenience, RolloutStore
 
 EVERYTHING = float("inf")  # a lenience
@@ -248,12 +250,26 @@ def test_an_unusable_cache_is_set_aside_and_the_run_goes_on(run, saved, model_fo
     assert path.with_name(f"{path.name}.rejected").exists() is existed
 
 
-def test_a_cache_of_another_model_is_set_aside(run, saved, model_folder, tmp_path):
+def test_a_cache_of_another_architecture_is_set_aside(run, saved, model_folder, tmp_path):
     _, _, checkpoint = saved
-    shutil.copytree(model_folder, tmp_path / "other")
-    with pytest.warns(UserWarning, match="not used: foreign .*model: expected '.*other'"):
-        _, trace, _ = run(module=grpo(str(tmp_path / "other"), optimizer=ADAM), ckpt_path=checkpoint)
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.warns(UserWarning, match="not used: foreign .*architecture: expected '"):
+        _, trace, _ = run(module=grpo(str(other), optimizer=ADAM), ckpt_path=checkpoint)
     assert trace.of_cache("hit_fraction") == [0.0] * STEPS + [1.0] * STEPS
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_a_moved_model_keeps_its_cache_but_not_what_may_be_another_references(run, model_folder, tmp_path, is_moved):
+    run(every_step(tmp_path / "saved"), module=grpo(model_folder, optimizer=ADAM, beta=0.1), max_epochs=1)
+    folder = shutil.copytree(model_folder, tmp_path / "moved") if is_moved else model_folder
+    module, loaded = grpo(str(folder), optimizer=ADAM, beta=0.1), []
+    watched = PrefixCache()
+    watched.on_train_start = lambda *_: loaded.extend(watched.store)
+    _, trace, _ = run(module=module, cache=watched, ckpt_path=tmp_path / "saved" / f"step={STEPS}.ckpt")
+    assert trace.of_cache("hit_fraction") == [1.0] * 2 * STEPS
+    assert {row.reference_logprobs is None for row in loaded} == {is_moved}
 
 
 def test_evaluating_a_checkpoint_leaves_its_cache_alone(saved, model_folder, tmp_path):
@@ -380,7 +396,9 @@ def test_caches_of_two_ranks_become_one_and_prompts_of_nobody_leave(run, saved):
     folder, _, checkpoint = saved
     files = folder / "prefix_cache"
     path = files / f"step-{STEPS:08d}-rank0-of-1.safetensors"
-    identity = PrefixCache()._identity(grpo(torch.load(checkpoint, weights_only=True)["rlvr"]["model"]))
+    module = grpo(torch.load(checkpoint, weights_only=True)["rlvr"]["model"])
+    module.policy = Policy.build(module.model_name)
+    identity = PrefixCache()._identity(module)
     whole = RolloutStore.load(path, identity)
     first, second = whole.split(2, lambda uid: int(uid > sorted({row.uid for row in whole})[1]))
     stranger = dataclasses.replace(next(iter(whole)), uid="stranger")
