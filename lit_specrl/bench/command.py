@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from lit_specrl.bench.logprobs import bench_logprobs
 from lit_specrl.bench.math_reward import bench_math_reward
+from lit_specrl.bench.prefix_cache import bench_prefix_cache
 from lit_specrl.bench.report import Report
 from lit_specrl.bench.rollout.command import bench_rollout, rollout_command
 from lit_specrl.bench.shared_prompts import bench_shared_prompts
@@ -17,14 +18,17 @@ from lit_specrl.bench.shared_prompts import bench_shared_prompts
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "logprobs": bench_logprobs,
     "math-reward": bench_math_reward,
+    "prefix-cache": bench_prefix_cache,
     "shared-prompts": bench_shared_prompts,
 }
 
 
 def bench_command(arguments: list[str]) -> None:
-    """`lit-specrl bench NAME [options] [--json FILE]`."""
+    """`lit-specrl bench NAME [options] [--json FILE]`; without a name, `rollout`."""
     if arguments[:1] == ["rollout"]:
         return rollout_command(arguments[1:])  # takes the options of `lit-specrl fit` as well
+    if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
+        return rollout_command(arguments)
     options = _parser().parse_args(arguments)
     name = options.subcommand
     settings = options[name].as_dict()

@@ -1,5 +1,6 @@
 import copy
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -405,7 +406,7 @@ def test_interruption_says_how_to_go_on(config, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", interrupt)
     with pytest.raises(SystemExit, match=r"interrupted\. Finished runs are kept: the same command goes on after them"):
-        bench_command(["rollout", f"--config={config}", "--without=PrefixCache"])
+        bench_command([f"--config={config}", "--without=PrefixCache"])  # the name may be left out
 
 
 def test_a_failed_run_ends_the_bench_with_its_last_lines_and_keeps_the_others(config, processes):
@@ -418,3 +419,24 @@ def test_a_failed_run_ends_the_bench_with_its_last_lines_and_keeps_the_others(co
     assert Path("out/seed-0-without/run.json").exists()
     assert not Path("out/seed-0-with/run.json").exists()
     assert len(processes) == 2
+
+
+def test_termination_takes_the_present_run_along(config, processes):
+    """The run went on by itself, on all cores, while its bench was started again."""
+    command = [
+        sys.executable,
+        "-m",
+        "lit_specrl.cli",
+        "bench",
+        "rollout",
+        f"--config={config}",
+        "--without=PrefixCache",
+    ]
+    with subprocess.Popen([*command, "--trainer.max_epochs=100000"]) as bench:
+        children = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
+        while not (run := children.read_text().split()):
+            assert bench.poll() is None
+            time.sleep(0.1)
+        bench.terminate()
+        assert bench.wait(30) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{run[0]}").exists()

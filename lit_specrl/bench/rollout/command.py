@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -127,6 +128,7 @@ def rollout_command(arguments: list[str]) -> None:
     options, fit_arguments = _parser().parse_known_args(
         arguments
     )  # jsonargparse could not leave the options of `fit` over
+    signal.signal(signal.SIGTERM, _stop)
     try:
         report = bench_rollout(
             fit_arguments,
@@ -142,6 +144,11 @@ def rollout_command(arguments: list[str]) -> None:
         raise SystemExit(f"lit-specrl bench rollout: {message}") from None
     (Path(options.output) / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", "utf-8")
     report.print()
+
+
+def _stop(number: int, frame: object) -> None:
+    """End by an exception, which takes the present run along."""
+    raise SystemExit(128 + number)
 
 
 def _parser() -> ArgumentParser:
