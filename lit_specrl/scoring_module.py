@@ -100,15 +100,7 @@ class ScoringModule(RolloutModule):
                 return survivors(rows[local], start, block)
 
             logprobs = block_logprobs(
-                self.policy,
-                part.prompt_ids,
-                part.prompt_mask,
-                part.prompt_index,
-                part.response_ids,
-                part.response_mask,
-                local_survivors,
-                block_length,
-                self.sampling.temperature,
+                self.policy, *part.inputs, local_survivors, block_length, self.sampling.temperature
             )
             result[micro_batch.rows, : logprobs.shape[1]] = logprobs
         return result
@@ -163,22 +155,7 @@ class ScoringModule(RolloutModule):
         return [replace(part, rows=[rows[row] for row in part.rows]) for part in plan]
 
     def _forward(self, policy: Policy, part: Experience, micro_batch: MicroBatch) -> TokenStatistics:
-        return policy(
-            part.prompt_ids,
-            part.prompt_mask,
-            part.prompt_index,
-            part.response_ids,
-            part.response_mask,
-            temperature=self.sampling.temperature,
-            share_prompts=micro_batch.share_prompts,
-        )
+        return policy(*part.inputs, temperature=self.sampling.temperature, share_prompts=micro_batch.share_prompts)
 
     def _values(self, critic: SeparateCritic, part: Experience, micro_batch: MicroBatch) -> Tensor:
-        return critic(
-            part.prompt_ids,
-            part.prompt_mask,
-            part.prompt_index,
-            part.response_ids,
-            part.response_mask,
-            share_prompts=micro_batch.share_prompts,
-        )
+        return critic(*part.inputs, share_prompts=micro_batch.share_prompts)

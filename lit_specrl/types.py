@@ -336,6 +336,11 @@ class Experience:
         """[N] response tokens of each row."""
         return self.response_mask.sum(-1)
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What policy and critic are given: prompts and their mask, the prompt of each row, responses and their mask."""
+        return self.prompt_ids, self.prompt_mask, self.prompt_index, self.response_ids, self.response_mask
+
     def select(self, rows: list[int]) -> Experience:
         """The given rows with their prompts, padded no further than these rows need."""
         prompts, prompt_index = self.prompt_index[rows].unique(return_inverse=True)

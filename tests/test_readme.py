@@ -50,7 +50,7 @@ def test_the_command_line_is_understood(command, monkeypatch, capsys):
     assert re.search("class_path: lit_specrl.(GRPO|DAPO|PPO)", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("command", commands("lit-specrl bench rollout"))
+@pytest.mark.parametrize("command", commands("lit-specrl bench --config"))
 def test_the_benchmark_finds_its_callbacks(command, tmp_path, monkeypatch):
     def stop(run):
         raise RunFailedError(f"{run.arm} would start")

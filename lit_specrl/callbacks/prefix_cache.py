@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
 from lit_specrl.ranks import gather_objects
 from lit_specrl.rollout import TransformersEngine
+from lit_specrl.seeds import row_uniforms
 from lit_specrl.speculation import (
     AcceptanceRule,
     AdaptiveLenience,
@@ -43,6 +45,8 @@ Acceptance = Literal["ratio", "random", "full", "off"]
 _NOT_OF_THE_ARCHITECTURE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 USELESS_STEPS = 5
 """Steps with drafts of which hardly anything was kept, after which the user hears of it."""
+STALE_STEPS = 10
+"""Steps in which hardly anything was generated, after which the user hears of it."""
 
 
 class PrefixCache(RolloutCallback):
@@ -51,6 +55,10 @@ class PrefixCache(RolloutCallback):
     Liu et al. 2025, arXiv 2509.23232. Last epoch's response is scored once under today's policy; tokens are kept while `u < lenience * target /
     draft`, and the policy goes on from the first that is not. Not exact, not even at lenience 1: see `RatioAcceptance`. Validation and test
     always generate afresh.
+
+    Where the policy moves little between two visits of a prompt, a lenience above 1 keeps nearly everything, epoch after epoch, and the policy is
+    trained on the same few responses for ever. `max_reuses` renews them; as all prompts are visited equally often, they are renewed in the
+    same epoch, which costs less than a few long responses in every step.
 
     What the verification knows is not computed again: rows that were kept whole bring their rewards, log-probs and reference
     log-probs along and never reach the engine.
@@ -63,7 +71,9 @@ class PrefixCache(RolloutCallback):
             e^0.15 = 1.16 (DAPO).
         acceptance: "ratio"; the paper's baselines "random" (a uniformly random cut) and "full" (everything); or "off".
         drift_bound: a token is also rejected when it has lost more than this many nats since it was generated.
-        adaptive_lenience: steers the lenience so that the mean KL of reused tokens, in nats, holds its target; then `lenience` is unused.
+        adaptive_lenience: steers the lenience, and the share of groups that reuse, so that the mean KL of reused tokens, in nats, holds its
+            target; then `lenience` is unused.
+        max_reuses: how often in a row a response may be a draft before its prompt is answered afresh; `None` for ever.
         control_fraction: share of each group that is generated afresh, to compare rewards with (`prefix_cache/reward_gap`).
         reuse_rewards: take the rewards of rows that were kept whole from the cache. False for rewards that depend on the other rows of
             the group, or are not the same for the same text.
@@ -83,6 +93,7 @@ class PrefixCache(RolloutCallback):
         acceptance: Acceptance = "ratio",
         drift_bound: float | None = None,
         adaptive_lenience: AdaptiveLenience | None = None,
+        max_reuses: int | None = None,
         control_fraction: float = 0.0,
         reuse_rewards: bool = True,
         verifier: Literal["policy", "engine"] = "policy",
@@ -94,9 +105,12 @@ class PrefixCache(RolloutCallback):
         self.rule = _rule(acceptance, lenience, drift_bound)
         if adaptive_lenience is not None and acceptance != "ratio":
             raise ValueError(f"adaptive_lenience steers acceptance='ratio', got {acceptance!r}")
+        if max_reuses is not None and max_reuses < 1:
+            raise ValueError(f"max_reuses must be at least 1, got {max_reuses}; use acceptance='off' to reuse nothing")
         if not 0 <= control_fraction < 1:
             raise ValueError(f"control_fraction must lie in [0, 1), got {control_fraction}")
         self.adaptive_lenience = adaptive_lenience
+        self.max_reuses = math.inf if max_reuses is None else max_reuses
         self.control_fraction = control_fraction
         self.reuse_rewards = reuse_rewards
         if block_length < 1:
@@ -110,7 +124,7 @@ class PrefixCache(RolloutCallback):
         self._rounds: list[ReuseRound] = []
         self._trained: tuple[Rollouts, Experience]
         self._other_ranks_included = False
-        self._num_useless = 0  # successive steps in which hardly anything was kept
+        self._num_useless = self._num_stale = 0  # successive steps in which hardly anything was kept, or generated
         self._rewards: list[float] = []  # of the steps since the last validation
         self._validations: list[tuple[float, float]] = []
 
@@ -162,6 +176,7 @@ class PrefixCache(RolloutCallback):
         pl_module.step_metrics |= statistics.metrics() | self._lenience_metrics(statistics)
         pl_module.step_metrics["prefix_cache/bytes"] = float(sum(gather_objects(self.store.num_bytes)))
         self._warn_of_useless_drafts(statistics)
+        self._warn_of_stale_responses(statistics)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: RLVRModule, outputs: Any, batch: Any, batch_idx: int
@@ -195,10 +210,16 @@ class PrefixCache(RolloutCallback):
 
     def _find_drafts(self, request: RolloutRequest) -> list[CachedRollout | None]:
         size = request.sampling.num_generations
+        fraction = self.adaptive_lenience.fraction if self.adaptive_lenience else 1.0
         drafts: list[CachedRollout | None] = []
         for group, uid in enumerate(request.prompts.uids):
-            control = control_samples(request.seeds[group * size : (group + 1) * size], self.control_fraction)
-            drafts += [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
+            seeds = request.seeds[group * size : (group + 1) * size]
+            if fraction < 1 and float(row_uniforms(seeds[:1], 1, "reuse")) >= fraction:
+                drafts += [None] * size
+                continue
+            control = control_samples(seeds, self.control_fraction)
+            cached = [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
+            drafts += [row if row is not None and row.num_reuses < self.max_reuses else None for row in cached]
         return drafts
 
     def _record_missing_logprobs(self, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience) -> None:
@@ -217,8 +238,12 @@ class PrefixCache(RolloutCallback):
         if not isinstance(self.rule, RatioAcceptance):
             return {}
         metrics = {"prefix_cache/lenience": self.rule.lenience}
-        if self.adaptive_lenience is not None and statistics.num_reused_tokens:
-            self._set_lenience(self.adaptive_lenience.update(statistics.kl))
+        if self.adaptive_lenience is None:
+            return metrics
+        metrics["prefix_cache/draft_fraction"] = self.adaptive_lenience.fraction
+        if statistics.num_drafts:  # drafts of which nothing was kept have strayed furthest
+            observed = statistics.kl if statistics.num_reused_tokens else math.inf
+            self._set_lenience(self.adaptive_lenience.update(observed))
         return metrics
 
     def _warn_of_useless_drafts(self, statistics: ReuseStatistics) -> None:
@@ -228,6 +253,15 @@ class PrefixCache(RolloutCallback):
             rank_zero_warn(
                 f"PrefixCache kept less than 2 % of the cached tokens in {USELESS_STEPS} steps: verification costs more than it saves. "
                 "The policy moves too far between two visits of a prompt; lower the learning rate, raise lenience, or leave PrefixCache out"
+            )
+
+    def _warn_of_stale_responses(self, statistics: ReuseStatistics) -> None:
+        stale = statistics.num_reused_tokens > 0.98 * statistics.num_tokens
+        self._num_stale = self._num_stale + 1 if stale else 0
+        if self._num_stale == STALE_STEPS:
+            rank_zero_warn(
+                f"PrefixCache kept more than 98 % of all tokens in {STALE_STEPS} steps: the policy learns from the same responses again and again. "
+                "Set max_reuses to answer the prompts afresh now and then, or lower lenience"
             )
 
     def _set_lenience(self, lenience: float) -> None:
@@ -289,9 +323,7 @@ class PrefixCache(RolloutCallback):
             )
         if state["max_completion_length"] != module.sampling.max_completion_length:  # rewards may depend on it
             self.store.put([replace(row, reward=None, reward_values=None) for row in self.store])
-        if (
-            state["model"] != module.model_name
-        ):  # then the reference may be another one, though the policy is the checkpoint's
+        if state["model"] != module.model_name:  # the policy is the checkpoint's, but the reference may be another one
             self.store.put([replace(row, reference_logprobs=None) for row in self.store])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]

@@ -196,9 +196,8 @@ def run(
                 if not job.num_scored:
                     finished.append(_finished_row(row, completion))
                     continue
-                if (
-                    output.num_cached_tokens >= len(job.token_ids) - job.num_scored
-                ):  # the cache held a part of what was to be scored
+                num_unscored = len(job.token_ids) - job.num_scored
+                if output.num_cached_tokens >= num_unscored:  # the cache held a part of what was to be scored
                     submit(row, scoring_job(job.token_ids, job.num_scored, read_cache=False))
                     continue
                 assert follow_up is not None

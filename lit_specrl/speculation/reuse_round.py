@@ -187,6 +187,7 @@ class ReuseRound:
                 finish_reason=self.rollouts.finish_reasons[row],
                 policy_version=self.request.policy_version,
                 step=step,
+                num_reuses=0 if draft is None else draft.num_reuses + 1,
                 reward=self.rollouts.total_rewards[row],
                 reward_values={name: values[row] for name, values in self.rollouts.rewards.items()},
                 reference_logprobs=None if reference is None or at is None else reference[at, : len(token_ids)],

@@ -15,16 +15,15 @@ from torch import Tensor
 from lit_specrl.speculation.tensor_file import read_tensor_file, set_aside, write_tensor_file
 from lit_specrl.types import FinishReason
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _TOKEN_DTYPES = {
     "token_ids": np.int32,
     "draft_logprobs": np.float32,
     "generation_logprobs": np.float32,
     "reference_logprobs": np.float32,
-    "values": np.float32,
 }
-_ROW_FIELDS = ("uid", "sample", "reward", "reward_values", "finish_reason", "policy_version", "step")
+_ROW_FIELDS = ("uid", "sample", "reward", "reward_values", "finish_reason", "policy_version", "step", "num_reuses")
 # What Python holds for a row beside the tokens; tests measure that the sum is right.
 _ROW_BYTES = 520
 _ARRAY_BYTES = 112
@@ -59,21 +58,21 @@ class CachedRollout:
     """Version of the weights that `draft_logprobs` belong to."""
     step: int
     """Training step of the last write; its age is today's step minus this."""
+    num_reuses: int = 0
+    """Steps in a row in which the response was a draft; 0 when it was generated afresh."""
     reward: float | None = None
     """Weighted sum over the reward functions; `None` where nobody could score."""
     reward_values: dict[str, float | None] | None = None
     """Unweighted rewards by function, `None` where one does not apply; `None` as a whole when not kept."""
     reference_logprobs: NDArray[np.float32] | None = None
     """[T] nats, under the reference model."""
-    values: NDArray[np.float32] | None = None
-    """[T] the critic's estimate before each token."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the row: 12 bytes a token, 4 more for each optional array, and about 900 for the row itself."""
+        """Memory of the row: 12 bytes a token, 4 more with reference log-probs, and about 900 for the row itself."""
         arrays = (getattr(self, name) for name in _TOKEN_DTYPES)
         return _ROW_BYTES + sum(_ARRAY_BYTES + array.nbytes for array in arrays if array is not None)
 
@@ -190,7 +189,6 @@ class RolloutStore:
             "num_evicted": self.num_evicted,
             "lengths": [len(row) for row in rows],
             "has_reference_logprobs": [row.reference_logprobs is not None for row in rows],
-            "has_values": [row.values is not None for row in rows],
             **{name: [getattr(row, name) for row in rows] for name in _ROW_FIELDS},
         }
         return tensors, metadata

@@ -599,9 +599,29 @@ def test_adaptive_lenience_follows_the_kl_that_is_reported(run):
     controller = AdaptiveLenience(target=0.2)
     for metrics in trace.metrics:
         assert metrics["prefix_cache/lenience"] == controller.value
-        if metrics["prefix_cache/saved_tokens"]:
-            controller.update(metrics["prefix_cache/kl"])
+        if metrics["prefix_cache/hit_fraction"]:
+            controller.update(metrics.get("prefix_cache/kl", math.inf))
     assert len(set(trace.of_cache("lenience"))) > 2
+
+
+def test_a_policy_that_moves_too_fast_reuses_in_fewer_and_fewer_groups(run):
+    """Groups have drafts for all of their rows or for none; those without are neither verified nor cut."""
+    controller = AdaptiveLenience(target=1e-9, rate=0.4, min_fraction=0.1)
+    _, trace = run(PrefixCache(adaptive_lenience=controller), max_epochs=8)
+    fractions = trace.of_cache("draft_fraction")
+    assert fractions[: STEPS + 1] == [1.0] * (STEPS + 1)
+    assert fractions[-1] == pytest.approx(0.1)
+    hits = trace.of_cache("hit_fraction")
+    assert hits[STEPS] == 1.0 > sum(hits[-2 * STEPS :]) / (2 * STEPS)
+    assert trace.of_cache("lenience") == [1.0] * len(hits)
+
+
+@pytest.mark.parametrize(
+    ("max_reuses", "expected"), [(1, [0, 1, 0, 1, 0, 1]), (2, [0, 1, 1, 0, 1, 1]), (None, [0, 1, 1, 1, 1, 1])]
+)
+def test_responses_are_renewed_after_so_many_reuses_in_the_same_epoch(run, max_reuses, expected):
+    _, trace = run(PrefixCache(lenience=20.0, max_reuses=max_reuses), max_epochs=6)
+    assert trace.of_cache("hit_fraction") == [float(hit) for hit in expected for _ in range(STEPS)]
 
 
 def test_drift_bound_ends_what_lenience_would_keep(run):
@@ -613,6 +633,15 @@ def test_drift_bound_ends_what_lenience_would_keep(run):
 
 
 # ------------------------------------------------------------------------------------------------------------ warnings
+
+
+@pytest.mark.parametrize(("max_reuses", "num_warnings"), [(None, 1), (2, 0)])
+def test_responses_that_are_never_renewed_are_warned_about_once(run, max_reuses, num_warnings):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, trace = run(PrefixCache(lenience=math.inf, max_reuses=max_reuses), max_epochs=1 + -(-12 // STEPS))
+    assert trace.of_cache("reuse_fraction")[STEPS] == 1.0
+    assert sum("kept more than 98 %" in str(warning.message) for warning in caught) == num_warnings
 
 
 def test_drafts_of_which_nothing_is_kept_are_warned_about_once(run):
@@ -681,6 +710,7 @@ def test_rewards_that_rise_while_accuracy_falls_are_warned_about(run, model_fold
         ({"drift_bound": -1.0}, r"drift_bound must not be negative, got -1\.0"),
         ({"drift_bound": 1.0, "acceptance": "full"}, r"drift_bound=1\.0 belongs to acceptance='ratio'.*by 'full'"),
         ({"acceptance": "greedy"}, "acceptance must be 'ratio', 'random', 'full' or 'off', got 'greedy'"),
+        ({"max_reuses": 0}, "max_reuses must be at least 1, got 0; use acceptance='off'"),
         (
             {"adaptive_lenience": AdaptiveLenience(0.1), "acceptance": "random"},
             "adaptive_lenience steers acceptance='ratio', got 'random'",

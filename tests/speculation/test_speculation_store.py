@@ -30,10 +30,10 @@ def test_gives_back_what_was_put(cached, plain):
             "finish_reason": "stop",
             "policy_version": 4,
             "step": 4,
+            "num_reuses": 0,
             "reward": 0.5,
             "reward_values": {"exact": 0.5, "format": None},
             "reference_logprobs": None,
-            "values": None,
         }
     ]
     assert store.get("a", 1) is next(iter(store))
@@ -65,7 +65,7 @@ def test_rows_are_copies_in_compact_types(cached):
     ("fields", "message"),
     [
         ({"draft_logprobs": np.zeros(3)}, "one entry per token, .*'draft_logprobs': .3,.*for uid 'bad'"),
-        ({"values": np.zeros(1)}, "one entry per token"),
+        ({"reference_logprobs": np.zeros(1)}, "one entry per token"),
         ({"finish_reason": "eos"}, "finish_reason must be 'stop' or 'length', got 'eos'"),
     ],
 )
@@ -99,7 +99,7 @@ def test_counted_bytes_are_the_bytes_held(cached, num_tokens, optional):
     Within a tenth, for Python reuses up to 2000 freed tuples that were there before the tracing began.
     """
     num_rows, array = 1000, np.zeros(num_tokens)
-    fields = {"reference_logprobs": array, "values": array} if optional else {}
+    fields = {"reference_logprobs": array} if optional else {}
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     store = RolloutStore()
@@ -117,9 +117,9 @@ def test_tensors_hold_the_whole_state(varied_rows, plain):
     store = store_of(varied_rows)
     store.num_evicted = 5
     tensors, metadata = store.to_tensors()
-    assert {name: tensor.tolist() for name, tensor in tensors.items() if "ids" in name or name == "values"} == {
+    assert {name: tensors[name].tolist() for name in ("token_ids", "reference_logprobs")} == {
         "token_ids": [8, 2, 8, 8, 8, 5],
-        "values": [0.5, 0.25, 0.125],
+        "reference_logprobs": [-1.5],
     }
     restored = RolloutStore.from_tensors(tensors, metadata, max_bytes=10**6)
     assert plain(restored) == plain(store)
@@ -141,7 +141,7 @@ def test_tensors_survive_a_checkpoint_that_loads_weights_only(varied_rows, plain
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 1 was expected, got 2"),
+        ({"version": 1}, "version 2 was expected, got 1"),
         ({"lengths": [2, 3, 0, 2]}, "do not add up to the 6 tokens"),
         ({"step": [1, 2]}, "all columns must have 4 rows"),
     ],

@@ -61,9 +61,9 @@ def test_a_missing_file_is_not_a_damaged_one(tmp_path):
 
 
 def test_an_unknown_version_is_set_aside(store, path):
-    write_tensor_file(path, *store.to_tensors(), IDENTITY, version=2)
+    write_tensor_file(path, *store.to_tensors(), IDENTITY, version=3)
     error = rejection(path)
-    assert (error.reason, error.detail) == ("unknown version", "expected version 1, found 2")
+    assert (error.reason, error.detail) == ("unknown version", "expected version 2, found 3")
 
 
 def test_a_safetensors_file_of_something_else_is_set_aside(store, path):
@@ -72,7 +72,7 @@ def test_a_safetensors_file_of_something_else_is_set_aside(store, path):
 
 
 def test_a_sound_file_without_the_state_of_a_store_is_set_aside(store, path):
-    write_tensor_file(path, {}, {"version": 1}, IDENTITY, version=1)
+    write_tensor_file(path, {}, {"version": 2}, IDENTITY, version=2)
     assert rejection(path).reason == "damaged"
 
 
