@@ -90,6 +90,11 @@ RUNS = {
         partial(grpo, optimizer=ADAM),
         lambda: PrefixCache(adaptive_lenience=AdaptiveLenience(target=10.0)),
     ),
+    "fewer groups": (
+        partial(grpo, optimizer=ADAM),
+        lambda: PrefixCache(adaptive_lenience=AdaptiveLenience(target=1e-9, rate=1.0, min_fraction=0.4)),
+    ),
+    "renewed": (partial(grpo, optimizer=ADAM), partial(PrefixCache, max_reuses=1)),
     "DAPO": (lambda model: DAPO(model, [spread_but_why], overlong_buffer=0, **COMMON), PrefixCache),
     "PPO": (lambda model: PPO(model, [small_tokens], SeparateCritic(optimizer=ADAM), beta=0.1, **COMMON), PrefixCache),
     "evicting": (partial(grpo, optimizer=ADAM), partial(PrefixCache, max_bytes=12_000)),
