@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
     from lit_specrl.module import RLVRModule
 
 Acceptance = Literal["ratio", "random", "full", "off"]
-_NOT_OF_THE_ARCHITECTURE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+_NOT_OF_THE_ARCHITECTURE = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype"),
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+}
 USELESS_STEPS = 5
 """Steps with drafts of which hardly anything was kept, after which the user hears of it."""
 STALE_STEPS = 10
@@ -58,7 +62,8 @@ class PrefixCache(RolloutCallback):
 
     Where the policy moves little between two visits of a prompt, a lenience above 1 keeps nearly everything, epoch after epoch, and the policy is
     trained on the same few responses for ever. `max_reuses` renews them; as all prompts are visited equally often, they are renewed in the
-    same epoch, which costs less than a few long responses in every step.
+    same epoch, which costs less than a few long responses in every step (rows that a control group or `adaptive_lenience` has answered afresh
+    in between are renewed later than the others).
 
     What the verification knows is not computed again: rows that were kept whole bring their rewards, log-probs and reference
     log-probs along and never reach the engine.
@@ -348,8 +353,8 @@ class PrefixCache(RolloutCallback):
         config = module.policy.model.config.to_dict()
         architecture = {name: value for name, value in config.items() if name not in _NOT_OF_THE_ARCHITECTURE}
         return {
-            "architecture": _digest(sorted(architecture.items(), key=str)),
-            "tokenizer": _digest(sorted(module.tokenizer.get_vocab().items())),
+            "architecture": _digest(architecture),
+            "tokenizer": _digest(module.tokenizer.get_vocab()),
             "temperature": str(module.sampling.temperature),
         }
 
@@ -358,8 +363,9 @@ def _checkpoint_folder(trainer: L.Trainer) -> Path:
     return Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir).absolute()
 
 
-def _digest(value: Any) -> str:
-    return xxhash.xxh3_64_hexdigest(repr(value).encode())
+def _digest(value: dict[str, Any]) -> str:
+    """The same for the same content, in whatever order it was written."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
 
 
 def reward_outruns_accuracy(validations: Sequence[tuple[float, float]]) -> bool:
