@@ -376,6 +376,7 @@ def test_a_tiny_model_with_and_without_the_prefix_cache(config, processes, capsy
     assert same == [step["generated_tokens"] for step in with_callbacks["steps"][:2]]  # nothing to reuse yet
     generated = [sum(step["generated_tokens"] for step in run["steps"][2:]) for run in (without, with_callbacks)]
     assert generated[1] < generated[0]
+    assert not [*Path("out").rglob("*.ckpt"), *Path("out").rglob("*.safetensors")]
 
     bench_command(arguments)  # finds both runs
     assert len(processes) == 2
@@ -385,6 +386,22 @@ def test_a_tiny_model_with_and_without_the_prefix_cache(config, processes, capsy
     ):
         bench_command([*arguments, "--model.init_args.beta=0.1"])
     assert len(processes) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "enabled"),
+    [
+        ([], False),
+        (["--trainer.enable_checkpointing=true"], True),
+        (["--trainer.callbacks+=ModelCheckpoint"], None),
+    ],
+)
+def test_runs_save_checkpoints_only_if_they_were_asked_for(config, tmp_path, monkeypatch, asked, enabled):
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: subprocess.CompletedProcess([], 1))
+    run, _ = planned_runs(fit_configuration([f"--config={config}", *asked]), ["PrefixCache"], [0], tmp_path)
+    with pytest.raises(RunFailedError):
+        run.execute()
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["trainer"]["enable_checkpointing"] is enabled
 
 
 def test_numbers_of_a_run_that_fails_at_its_end_are_not_kept(config, tmp_path, monkeypatch):

@@ -54,7 +54,8 @@ def bench_rollout(
 
     The folder holds each run's configuration, output and `run.json` with the numbers of every step, and
     at the end `report.json` and `report.png` (with matplotlib). Finished runs are not repeated by the
-    same command. Logs and checkpoints go there as well, unless the configuration names other places.
+    same command. Logs go there as well, unless the configuration names another place. Runs save no
+    checkpoints, unless the configuration asks for them.
 
     Args:
         fit_arguments: configs and overrides, as for `lit-specrl fit`.

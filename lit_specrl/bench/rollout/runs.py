@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import xxhash
 import yaml
+from lightning.pytorch.callbacks import Checkpoint
 
 from lit_specrl import __version__
 from lit_specrl.bench.rollout.configuration import Configuration, with_seed, without_callbacks
@@ -86,9 +88,14 @@ class Run:
             "init_args": {"file": str(self.record_file.absolute()), "settings_hash": self.settings_hash},
         }
         trainer = self.configuration["trainer"]
-        return self.configuration | {
-            "trainer": trainer | {"callbacks": [recorder, *trainer["callbacks"]], "default_root_dir": str(self.folder)}
-        }
+        changed: Configuration = {"callbacks": [recorder, *trainer["callbacks"]], "default_root_dir": str(self.folder)}
+        if trainer["enable_checkpointing"] is None and not any(map(_saves_checkpoints, trainer["callbacks"])):
+            changed["enable_checkpointing"] = False  # gigabytes for each run, which nobody reads
+        return self.configuration | {"trainer": trainer | changed}
+
+
+def _saves_checkpoints(callback: dict[str, Any]) -> bool:
+    return issubclass(pkgutil.resolve_name(callback["class_path"]), Checkpoint)
 
 
 def planned_runs(configuration: Configuration, names: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Run]:
