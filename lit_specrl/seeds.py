@@ -44,5 +44,19 @@ def row_uniforms(seeds: Sequence[int], length: int, purpose: str) -> Tensor:
     return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.float64)
 
 
+def token_uniforms(seeds: Sequence[int], positions: Sequence[int], purpose: str) -> Tensor:
+    """One uniform number [N] float64 for each token that is sampled, decided by its row's seed and its position.
+
+    Nothing that happened before, and nothing that is sampled beside it, changes it.
+
+    Args:
+        seeds: [N] seed of the token's row.
+        positions: [N] place of the token in its row.
+        purpose: what the number is for.
+    """
+    numbers = [_hash(f"{seed}/{position}/{purpose}") for seed, position in zip(seeds, positions, strict=True)]
+    return (torch.tensor(numbers, dtype=torch.long) >> 10).double() / 2**53  # 53 of the 63 bits
+
+
 def _hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode()) >> 1  # engines and generators take signed 64 bits
