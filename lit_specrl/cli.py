@@ -9,7 +9,7 @@ from lit_specrl.environment import check_torchvision
 
 check_torchvision()  # before transformers, whose own message would be about another class
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI  # noqa: E402
 
 # Imported for their side effect: the CLI takes short names of classes that are imported.
 import lit_specrl.algorithms  # noqa: E402
@@ -30,12 +30,26 @@ _MISLEADING_WARNINGS = [
 
 
 class LitSpecRLCLI(LightningCLI):
-    """The command line: any `RLVRModule`, any data module, and three callbacks that every run has."""
+    """The command line: any `RLVRModule`, any data module, and three callbacks that every run has.
+
+    A callback of this library that a later file or option names again takes the place of the earlier one.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RolloutProgressBar, "progress_bar")
         parser.add_lightning_class_args(TensorBoardReport, "tensorboard")
         parser.add_lightning_class_args(CompletionWriter, "completions")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        trainer = self.config[self.config.subcommand].trainer
+        if isinstance(trainer.callbacks, list):
+            last = {callback.class_path: callback for callback in trainer.callbacks}
+            trainer.callbacks = [
+                callback
+                for callback in trainer.callbacks
+                if not callback.class_path.startswith("lit_specrl.") or last[callback.class_path] is callback
+            ]
 
 
 def run(arguments: list[str] | None = None) -> LitSpecRLCLI:

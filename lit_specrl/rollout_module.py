@@ -114,7 +114,7 @@ class RolloutModule(L.LightningModule):
         seeds = rollout_seeds(self.seed, purpose, prompts.uids, sampling.num_generations)
         request = RolloutRequest(prompts, sampling, seeds, self.policy_version)
         self._hook("on_rollout_start", request)
-        engine = self._current_engine()
+        engine = self.current_engine()
         with self.timer("gen"):
             rollouts = engine.generate(request, on_progress=self._report_progress)
             rollouts.texts = self.tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
@@ -233,7 +233,7 @@ class RolloutModule(L.LightningModule):
     def _datamodule(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
 
-    def _current_engine(self) -> RolloutEngine:
+    def current_engine(self) -> RolloutEngine:
         """The engine, started and holding the weights of the current policy."""
         assert self.policy is not None
         if self.engine is None:

@@ -128,6 +128,8 @@ class RolloutRequest:
     """Row -> response tokens for the engine to verify first; it enters what `accept` keeps of them into `prefixes`."""
     accept: Callable[[int, list[float]], int] | None = None
     """(row, log-probs of its draft under the engine's weights) -> tokens to keep."""
+    past_responses: dict[int, list[int]] = field(default_factory=dict)
+    """Row -> its response of the last visit, in which `HistoryDrafter` looks for what may come; not part of the new one."""
     expected_lengths: list[int] = field(default_factory=list)
     """[N] or empty: how many tokens a row will probably still need; where not all rows fit, the longest start first."""
 

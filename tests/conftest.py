@@ -63,6 +63,16 @@ def tiny_model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def make_llama(tmp_path_factory):
+    """Makes folders of Llamas that differ from the tiny model in some settings."""
+
+    def make(**settings) -> str:
+        return save_model(tmp_path_factory.mktemp("llama"), LlamaConfig(**SHAPE | settings, tie_word_embeddings=False))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory) -> str:
     """Folder of a two-layer Qwen3 with tied embeddings."""
     return save_model(tmp_path_factory.mktemp("tiny-qwen"), Qwen3Config(**SHAPE, tie_word_embeddings=True))

@@ -101,6 +101,20 @@ def test_config_opens_with_a_command(config):
         assert (ROOT / name).is_file()
 
 
+def test_a_callback_that_is_named_again_takes_the_place_of_the_first(fitted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = [ROOT / f"configs/callbacks/{name}.yaml" for name in ("prefix_cache", "speculation")]
+    extra = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=LearningRateMonitor"]
+    run([*config_arguments(ROOT / "recipes/math500_grpo.yaml", *blocks), *extra, *ONE_CPU])
+    [(trainer, _, _)] = fitted
+    names = [type(callback).__name__ for callback in trainer.callbacks]
+    assert [names.count(name) for name in ("PrefixCache", "SpeculativeRollout", "AdaptiveScheduler")] == [1, 1, 1]
+    assert names.count("LearningRateMonitor") == 2  # not ours to judge
+    caches = {type(callback).__name__: callback for callback in trainer.callbacks}
+    assert caches["PrefixCache"].max_reuses == 2
+    assert type(caches["SpeculativeRollout"].drafter).__name__ == "HistoryDrafter"
+
+
 def test_short_names_of_classes_are_enough(fitted, tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {

@@ -14,12 +14,14 @@ from lit_specrl.bench.prefix_cache import bench_prefix_cache
 from lit_specrl.bench.report import Report
 from lit_specrl.bench.rollout.command import bench_rollout, rollout_command
 from lit_specrl.bench.shared_prompts import bench_shared_prompts
+from lit_specrl.bench.speculation import bench_speculation
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "logprobs": bench_logprobs,
     "math-reward": bench_math_reward,
     "prefix-cache": bench_prefix_cache,
     "shared-prompts": bench_shared_prompts,
+    "speculation": bench_speculation,
 }
 
 

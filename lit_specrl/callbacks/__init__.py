@@ -1,5 +1,6 @@
 """Callbacks around rollouts."""
 
+from lit_specrl.callbacks.adaptive_scheduler import AdaptiveScheduler
 from lit_specrl.callbacks.completion_writer import CompletionWriter
 from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.progress_bar import RolloutProgressBar
@@ -10,6 +11,7 @@ from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.callbacks.tensorboard_report import TensorBoardReport
 
 __all__ = [
+    "AdaptiveScheduler",
     "CompletionWriter",
     "PrefixCache",
     "RolloutCallback",

@@ -17,9 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
 from lit_specrl.ranks import gather_objects
-from lit_specrl.rollout import TransformersEngine
+from lit_specrl.rollout import HistoryDrafter, TransformersEngine
 from lit_specrl.seeds import row_uniforms
 from lit_specrl.speculation import (
     AcceptanceRule,
@@ -74,7 +74,8 @@ class PrefixCache(RolloutCallback):
     Args:
         lenience: factor on the ratio; 1 is the plain ratio test. The paper's best: e^0.5 = 1.65 (GRPO), e^0.3 = 1.35 (PPO),
             e^0.15 = 1.16 (DAPO).
-        acceptance: "ratio"; the paper's baselines "random" (a uniformly random cut) and "full" (everything); or "off".
+        acceptance: "ratio"; the paper's baselines "random" (a uniformly random cut) and "full" (everything); or "off", where responses are kept
+            for a `HistoryDrafter` alone.
         drift_bound: a token is also rejected when it has lost more than this many nats since it was generated.
         adaptive_lenience: steers the lenience, and the share of groups that reuse, so that the mean KL of reused tokens, in nats, holds its
             target; then `lenience` is unused.
@@ -135,6 +136,7 @@ class PrefixCache(RolloutCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         sampling = require_rlvr_module(self, pl_module).sampling
+        require_only_one(self, trainer)
         if self.verifier == "engine" and sampling.temperature != 1:
             raise MisconfigurationException(
                 f"verifier='engine' scores at temperature 1, rollouts are sampled at {sampling.temperature}; use verifier='policy'"
@@ -151,8 +153,11 @@ class PrefixCache(RolloutCallback):
         self._rounds = []
 
     def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
-        if not trainer.training or isinstance(self.rule, NoReuse):
+        keeps_history = isinstance(getattr(pl_module.engine, "drafter", None), HistoryDrafter)
+        if not trainer.training or (isinstance(self.rule, NoReuse) and not keeps_history):
             return
+        if keeps_history:
+            request.past_responses = self._past_responses(request)
         current = ReuseRound(request, self._find_drafts(request), self.rule)
         if self.verifier == "engine" and self.rule.needs_logprobs:
             current.hand_over()
@@ -213,8 +218,18 @@ class PrefixCache(RolloutCallback):
             )
             self._validations = []
 
+    def _past_responses(self, request: RolloutRequest) -> dict[int, list[int]]:
+        size = request.sampling.num_generations
+        cached = {
+            row: self.store.get(request.prompts.uids[request.prompt_index(row)], row % size)
+            for row in range(request.num_rows)
+        }
+        return {row: found.token_ids.tolist() for row, found in cached.items() if found is not None}
+
     def _find_drafts(self, request: RolloutRequest) -> list[CachedRollout | None]:
         size = request.sampling.num_generations
+        if isinstance(self.rule, NoReuse):
+            return [None] * request.num_rows
         fraction = self.adaptive_lenience.fraction if self.adaptive_lenience else 1.0
         drafts: list[CachedRollout | None] = []
         for group, uid in enumerate(request.prompts.uids):

@@ -48,3 +48,14 @@ def require_rlvr_module(callback: L.Callback, pl_module: L.LightningModule) -> R
             f"{type(callback).__name__} works with an RLVRModule such as GRPO, got {type(pl_module).__name__}"
         )
     return pl_module
+
+
+def require_only_one(callback: L.Callback, trainer: L.Trainer) -> None:
+    """Refuse a second callback of this class.
+
+    Raises:
+        MisconfigurationException: there are several.
+    """
+    same = [other for other in trainer.callbacks if isinstance(other, type(callback))]  # type: ignore[attr-defined]
+    if len(same) > 1:
+        raise MisconfigurationException(f"the trainer has {len(same)} callbacks {type(callback).__name__}; leave one")

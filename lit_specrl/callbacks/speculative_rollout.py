@@ -1,48 +1,119 @@
-"""The colocated engine of a run."""
+"""The colocated engine of a run, and its drafter."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import AutoConfig
 
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
-from lit_specrl.rollout import RolloutEngine, TransformersEngine, VLLMEngine
+from lit_specrl.callbacks.prefix_cache import PrefixCache
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
+from lit_specrl.ranks import gather_objects
+from lit_specrl.rollout import Drafter, HistoryDrafter, RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.rollout.vllm_adapter import check_version, installed_version
-from lit_specrl.types import Rollouts
+from lit_specrl.speculation import DecodeStep
+from lit_specrl.types import Experience, Rollouts
 
 if TYPE_CHECKING:
     from lit_specrl.module import RLVRModule
 
 
 class SpeculativeRollout(RolloutCallback):
-    """Gives the module a colocated engine and owns its life.
+    """Gives the module a colocated engine, and owns its life and its drafter.
 
     The engine starts with the first rollout, takes over the policy's weights whenever they have changed, sleeps while the policy trains,
     and is shut down at the end of the run or on an exception. Without this callback the module generates with
     `TransformersEngine`.
 
+    With a drafter the engine speculates: several tokens are proposed for each row and verified in one step. What is sampled has the policy's
+    distribution, at any temperature and whatever is proposed; under a drafter that looks tokens up (`NGramDrafter`, `HistoryDrafter`) on a CPU the
+    rollouts are the very same. How many tokens are drafted is constant, unless there is an `AdaptiveScheduler`.
+
     Args:
         engine: the engine; by default `VLLMEngine` where vLLM is installed and `TransformersEngine` elsewhere.
+        drafter: proposes tokens; `None` for no speculation. Only `VLLMEngine` can speculate.
 
     Raises:
-        MisconfigurationException: from `setup`, for a module that does not generate.
+        MisconfigurationException: from `setup`, for a module that does not generate, an engine that cannot speculate, or a `HistoryDrafter` without
+            a `PrefixCache` to look in.
+        ValueError: from `setup`, for a drafter that does not fit the policy.
         ImportError: from `setup`, for `VLLMEngine` without a vLLM that it was tested with.
     """
 
-    def __init__(self, engine: RolloutEngine | None = None) -> None:
+    def __init__(self, engine: RolloutEngine | None = None, drafter: Drafter | None = None) -> None:
         if engine is None:
             engine = TransformersEngine() if installed_version() is None else VLLMEngine()
-        self.engine = engine
+        self.engine, self.drafter = engine, drafter
+        self._steps: list[DecodeStep] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_rlvr_module(self, pl_module).engine = self.engine
+        module = require_rlvr_module(self, pl_module)
+        require_only_one(self, trainer)
+        if self.drafter is not None:
+            self._check_drafter(trainer, self.drafter)
+            self.drafter.check(AutoConfig.from_pretrained(module.model_name))
+        module.engine, self.engine.drafter = self.engine, self.drafter
         if isinstance(self.engine, VLLMEngine):
             check_version()
 
+    def _check_drafter(self, trainer: L.Trainer, drafter: Drafter) -> None:
+        if not self.engine.can_speculate:
+            raise MisconfigurationException(
+                f"{type(self.engine).__name__} cannot speculate; use SpeculativeRollout(engine=VLLMEngine(), drafter=...), or leave the drafter out"
+            )
+        caches = any(isinstance(callback, PrefixCache) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if isinstance(drafter, HistoryDrafter) and not caches:
+            raise MisconfigurationException(
+                "HistoryDrafter looks for tokens in the responses that a PrefixCache keeps; add PrefixCache(), or PrefixCache(acceptance='off') to "
+                "draft from them without reusing them"
+            )
+
     def on_rollout_end(self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts) -> None:
         self.engine.sleep()
+        if trainer.training:
+            self._steps += self.engine.decode_steps
+
+    def on_experience_end(
+        self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
+    ) -> None:
+        steps = [step for rank in gather_objects(self._steps) for step in rank]
+        self._steps = []
+        if steps:
+            pl_module.step_metrics |= speculation_metrics(steps)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if getattr(pl_module, "engine", None) is self.engine:  # not so when `setup` has refused the module
             require_rlvr_module(self, pl_module).stop_engine()
+
+
+def speculation_metrics(steps: Sequence[DecodeStep]) -> dict[str, float]:
+    """What speculation did in the steps of a rollout.
+
+    `length` and `acceptance_length` are means over rows and steps: tokens drafted, and tokens emitted (1 without drafts). `acceptance_rate` is the
+    share of drafted tokens that were accepted, `accepted_by_position/k` the share of drafts with a k-th token of which it was.
+
+    Example:
+        >>> step = DecodeStep(num_active=2, length=2, seconds=0.1, num_tokens=4, drafted=[2, 2], accepted=[1, 1])
+        >>> speculation_metrics([step])["speculation/acceptance_length"]
+        2.0
+    """
+    row_steps = sum(step.num_active for step in steps)
+    width = max(step.length for step in steps)
+    drafted, accepted = (
+        [sum(counts[k] for counts in columns if len(counts) > k) for k in range(width)]
+        for columns in ([step.drafted for step in steps], [step.accepted for step in steps])
+    )
+    metrics = {
+        "speculation/length": sum(drafted) / row_steps,
+        "speculation/acceptance_length": sum(step.num_tokens for step in steps) / row_steps,
+        "speculation/active_requests": row_steps / len(steps),
+        "speculation/step_s": sum(step.seconds for step in steps) / len(steps),
+    }
+    if sum(drafted):
+        metrics["speculation/acceptance_rate"] = sum(accepted) / sum(drafted)
+    for position, (tried, kept) in enumerate(zip(drafted, accepted, strict=True), start=1):
+        metrics[f"speculation/accepted_by_position/{position}"] = kept / tried
+    return metrics

@@ -1,7 +1,16 @@
-"""Engines that generate rollouts."""
+"""Engines that generate rollouts, and drafters that propose tokens to them."""
 
+from lit_specrl.rollout.drafters import Drafter, DraftModel, HistoryDrafter, NGramDrafter
 from lit_specrl.rollout.engine import RolloutEngine
 from lit_specrl.rollout.transformers_engine import TransformersEngine
 from lit_specrl.rollout.vllm_engine import VLLMEngine
 
-__all__ = ["RolloutEngine", "TransformersEngine", "VLLMEngine"]
+__all__ = [
+    "DraftModel",
+    "Drafter",
+    "HistoryDrafter",
+    "NGramDrafter",
+    "RolloutEngine",
+    "TransformersEngine",
+    "VLLMEngine",
+]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lit_specrl.policy import Policy
+from lit_specrl.rollout.drafters import Drafter
+from lit_specrl.speculation import DecodeStep
 from lit_specrl.types import FinishReason, RolloutProgress, RolloutRequest, Rollouts
 
 ProgressListener = Callable[[RolloutProgress], None]
@@ -25,6 +28,16 @@ class Continuation:
     finish_reason: FinishReason = "length"
 
 
+class SpeculationControl(Protocol):
+    """Who decides how many tokens are drafted."""
+
+    def length(self, num_active: int) -> int:
+        """Tokens to draft for each of the active rows; asked before every step."""
+
+    def observe(self, step: DecodeStep) -> None:
+        """Told of every step that has only decoded."""
+
+
 class RolloutEngine(ABC):
     """Generates responses with the weights it was last given.
 
@@ -36,6 +49,14 @@ class RolloutEngine(ABC):
     """Version of the weights that generate; `None` before the first `load_weights`."""
     can_verify: bool = False
     """Whether `generate` verifies the drafts of a request."""
+    can_speculate: bool = False
+    """Whether a drafter may propose tokens to it."""
+    drafter: Drafter | None = None
+    """Proposes tokens; set before `start`."""
+    speculation_control: SpeculationControl | None = None
+    """Decides how many tokens are drafted, and watches; `None` for as many as the drafter drafts at most."""
+    decode_steps: Sequence[DecodeStep] = ()
+    """Steps of the latest `generate` that have only decoded, from engines with a drafter."""
     stop_token_ids: frozenset[int] = frozenset()
     """Token ids that end a response; set by `start`."""
 
@@ -105,6 +126,10 @@ class RolloutEngine(ABC):
             rows: rows that are not complete.
             meter: to be told of every token and finished row.
         """
+
+    def profile(self, num_rows: int) -> list[DecodeStep]:
+        """Time a few steps with and without drafts at batches of up to `num_rows`; none on engines that cannot speculate."""
+        return []
 
     def finish_reason(self, request: RolloutRequest, row: int) -> FinishReason | None:
         """Why the prefix of a row is a whole response, or `None` where it is not."""

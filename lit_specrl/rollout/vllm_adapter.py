@@ -16,6 +16,12 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
+from lit_specrl.rollout.drafters import Drafter, DraftModel
+from lit_specrl.rollout.vllm_proposers import Following
+from lit_specrl.rollout.vllm_sampler import CPUSampler, VerificationCounter
+from lit_specrl.rollout.vllm_speculation import Speculation
+from lit_specrl.speculation import DecodeStep
+
 TESTED = SpecifierSet("==0.32.*")
 
 # Read by vLLM when it is imported or started. The engine runs in this process, so that weights are handed over by reference.
@@ -61,16 +67,21 @@ def check_version() -> str:
     return f"{distribution} {version}"
 
 
-def build_llm(model: str, cpu_kv_cache_gib: float, **options: Any) -> Any:
+def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = None, **options: Any) -> Any:
     """Construct a `vllm.LLM` in this process, with empty weights.
 
     Args:
         model: hub name or folder; only its configuration is read.
         cpu_kv_cache_gib: size of the key-value cache on a machine without GPU, in GiB.
-        options: arguments of `vllm.LLM`.
+        drafter: proposes tokens; `None` for an engine that cannot speculate.
+        options: arguments of `vllm.LLM`, `max_num_seqs` among them.
     """
     check_version()
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    if (
+        drafter is not None
+    ):  # the second generation of vLLM's model runner on GPUs is another code path than the one tested
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cpu_kv_cache_gib)))
     from vllm import LLM
 
@@ -79,15 +90,47 @@ def build_llm(model: str, cpu_kv_cache_gib: float, **options: Any) -> Any:
         options["distributed_executor_backend"] = "external_launcher"
         os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
         os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-    return LLM(
-        model=model,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        generation_config="vllm",  # sampling is decided by the request alone
-        logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
-        enable_prefix_caching=True,
-        **options,
-    )
+    own_options: dict[str, Any] = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # sampling is decided by the request alone
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+        "enable_prefix_caching": True,
+    }
+    return LLM(model=model, **(own_options | options | _speculative_options(drafter, options)))
+
+
+def take_over_sampling(llm: Any, drafter: Drafter | None) -> Speculation | None:
+    """Let the engine sample as `CPUSampler` does, where it runs on a CPU.
+
+    Returns:
+        The control of its speculation, if there is a drafter.
+    """
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    sampler: CPUSampler | VerificationCounter
+    if runner.device.type == "cpu":
+        sampler = CPUSampler(runner)
+        runner._sample = sampler.sample
+        if drafter is not None and hasattr(runner.drafter, "_sample_from_logits"):
+            runner.drafter._sample_from_logits = sampler.sample_draft
+    elif drafter is not None:
+        runner.rejection_sampler = sampler = VerificationCounter(runner.rejection_sampler)
+    return None if drafter is None else Speculation(llm, runner, sampler, drafter)
+
+
+def _speculative_options(drafter: Drafter | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    if drafter is None:
+        return {}
+    longest = drafter.num_speculative_tokens
+    # vLLM reads the speculation length from a table in each step, if it was given one; `Speculation` rewrites it
+    table = [(1, options["max_num_seqs"], longest)]
+    config: dict[str, Any] = {"num_speculative_tokens": longest, "num_speculative_tokens_per_batch_size": table}
+    from vllm.config.load import LoadConfig
+
+    config["draft_load_config"] = LoadConfig()  # the policy begins with empty weights, a drafter with its own
+    # vLLM 0.32 loads a draft model in the policy's way, whatever it is told
+    load_format = {"load_format": "auto"} if isinstance(drafter, DraftModel) else {}
+    return {"speculative_config": drafter.vllm_config() | config} | load_format
 
 
 def load_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -118,6 +161,8 @@ class Job(NamedTuple):
     token_ids: list[int]
     params: Any
     """`vllm.SamplingParams`."""
+    following: Following | None = None
+    """What `HistoryDrafter` proposes from."""
     num_scored: int = 0
     """Tokens at the end of `token_ids` whose log-probs are wanted; then what the job samples is thrown away. See `scoring_job`."""
 
@@ -137,7 +182,15 @@ def scoring_job(token_ids: list[int], num_scored: int, read_cache: bool = True) 
         detokenize=False,
         skip_reading_prefix_cache=not read_cache,
     )
-    return Job(token_ids, params, num_scored)
+    return Job(token_ids, params, num_scored=num_scored)
+
+
+def filler_job(prompt_length: int, num_tokens: int, seed: int) -> Job:
+    """Have a response of a given length generated, to no purpose."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=seed, logprobs=0, detokenize=False)
+    return Job([seed % 7] * prompt_length, params)
 
 
 class FinishedRow(NamedTuple):
@@ -148,16 +201,22 @@ class FinishedRow(NamedTuple):
 
 
 class EngineStep(NamedTuple):
-    """One step of the engine: every running row one token further."""
+    """One step of the engine: every running row one token further, or more by speculation."""
 
     num_tokens: int
     """Tokens generated in this step."""
     finished: list[FinishedRow]
     elapsed_s: float
+    decoding: DecodeStep | None
+    """The step as speculation sees it; `None` where rows were prefilled or scored, or the engine cannot speculate."""
 
 
 def run(
-    llm: Any, jobs: Mapping[int, Job], follow_up: Callable[[int, list[float]], Job | None] | None = None
+    llm: Any,
+    jobs: Mapping[int, Job],
+    follow_up: Callable[[int, list[float]], Job | None] | None = None,
+    speculation: Speculation | None = None,
+    choose_length: Callable[[int], int | None] | None = None,
 ) -> Iterator[EngineStep]:
     """Work on all rows at once and yield after every step of the engine.
 
@@ -166,6 +225,8 @@ def run(
         jobs: by row, in the order in which they start where not all fit.
         follow_up: (row, log-probs of the scored tokens) -> the job that follows a scoring job at once, or `None` where the row needs no
             more and is reported as finished.
+        speculation: of an engine that can.
+        choose_length: active rows -> tokens to draft for each, or `None` to stop and drop what is not finished; asked before every step.
     """
     engine = llm.llm_engine
     prefix = f"{time.monotonic_ns()}-"
@@ -176,15 +237,25 @@ def run(
         name = f"{prefix}{row}-{len(seen)}"
         engine.add_request(name, {"prompt_token_ids": job.token_ids}, job.params)
         running[name], seen[name] = (row, job), 0
+        if speculation is not None and job.following is not None:
+            speculation.follow(name, job.following)
 
     try:
         for row, job in jobs.items():
             submit(row, job)
         while running:
+            num_running = 0 if speculation is None else speculation.num_running
+            if speculation is not None and choose_length is not None:
+                length = choose_length(num_running or len(running))
+                if length is None:
+                    break
+                speculation.set_length(length)
             started_at = time.perf_counter()
             outputs = engine.step()
             elapsed_s = time.perf_counter() - started_at
             num_tokens, finished = 0, []
+            num_active = len(outputs)
+            is_decoding = num_active == num_running and all(seen[output.request_id] for output in outputs)
             for output in outputs:
                 (row, job), completion = running[output.request_id], output.outputs[0]
                 if not job.num_scored:
@@ -206,8 +277,14 @@ def run(
                     finished.append(FinishedRow(row, [], [], "stop"))
                 else:
                     submit(row, next_job)
-            yield EngineStep(num_tokens, finished, elapsed_s)
+            decoding = None
+            if speculation is not None:
+                found = speculation.end_step(num_active, num_tokens, elapsed_s)
+                decoding = found if is_decoding else None
+            yield EngineStep(num_tokens, finished, elapsed_s, decoding)
     finally:
+        if speculation is not None:
+            speculation.forget()
         if running:  # interrupted: leave an engine that can be used again
             engine.abort_request(list(running))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,17 @@ from torch import Tensor
 
 from lit_specrl.policy import Policy
 from lit_specrl.rollout import vllm_adapter
+from lit_specrl.rollout.drafters import HistoryDrafter
 from lit_specrl.rollout.engine import Continuation, ProgressMeter, RolloutEngine
+from lit_specrl.rollout.vllm_proposers import Following
+from lit_specrl.rollout.vllm_speculation import Speculation
+from lit_specrl.speculation import DecodeStep, TextHistory
 from lit_specrl.types import RolloutRequest
 
 _CPU_BATCHED_TOKENS = 4096  # prompt tokens of one engine step on a CPU
 _CPU_BLOCK_SIZE = 32  # tokens; under vLLM's own 128 the rows of a group seldom find their prompt in the KV prefix cache
+_PROFILE_PROMPT = 8  # tokens
+_PROFILE_STEPS = 5  # of each setting
 
 
 class VLLMEngine(RolloutEngine):
@@ -34,7 +40,7 @@ class VLLMEngine(RolloutEngine):
         options: further arguments of `vllm.LLM`.
     """
 
-    can_verify = True
+    can_verify = can_speculate = True
 
     def __init__(
         self,
@@ -56,16 +62,20 @@ class VLLMEngine(RolloutEngine):
         self.enforce_eager, self.sleep_level = enforce_eager, sleep_level
         self.options = dict(options or {})
         self.llm: Any = None
+        self._speculation: Speculation | None = None
         self._asleep = False
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
         self._on_gpu = policy.device.type == "cuda"
         self.stop_token_ids = frozenset(stop_token_ids)
         positions = policy.model.config.get_text_config().max_position_embeddings
+        # vLLM samples a token after scoring; and where drafts might not fit behind the longest row, it drafts token 0 for all
+        room = 1 if self.drafter is None else self.drafter.num_speculative_tokens + 2
         options: dict[str, Any] = {
             "dtype": self.dtype,
-            "max_model_len": self.max_model_len or min(max_length + 1, positions),  # vLLM samples a token after scoring
+            "max_model_len": self.max_model_len or min(max_length + room, positions),
             "max_num_seqs": self.max_num_seqs,
+            "async_scheduling": False,
             "enforce_eager": not self._on_gpu if self.enforce_eager is None else self.enforce_eager,
         }
         if not self._on_gpu:
@@ -82,7 +92,8 @@ class VLLMEngine(RolloutEngine):
             }
         self._max_model_len: int = options["max_model_len"]
         with torch.autocast(policy.device.type, enabled=False):
-            self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, **options | self.options)
+            self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
+            self._speculation = vllm_adapter.take_over_sampling(self.llm, self.drafter)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.wake_up()
@@ -92,12 +103,22 @@ class VLLMEngine(RolloutEngine):
     def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         self.wake_up()
         finished: dict[int, vllm_adapter.FinishedRow] = {}
+        self._histories = _histories(request) if isinstance(self.drafter, HistoryDrafter) else {}
         jobs = {row: self._first_job(request, row) for row in rows}
+        control, steps = self.speculation_control, list[DecodeStep]()
+        choose_length = None if control is None else control.length
         # the trainer's autocast would silently change the dtype of the engine's own arithmetic
         with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False):
-            for step in vllm_adapter.run(self.llm, jobs, partial(self._after_verification, request)):
+            for step in vllm_adapter.run(
+                self.llm, jobs, partial(self._after_verification, request), self._speculation, choose_length
+            ):
+                if step.decoding is not None:
+                    steps.append(step.decoding)
+                    if control is not None:
+                        control.observe(step.decoding)
                 finished |= {row.row: row for row in step.finished}
                 meter.advance(step.num_tokens, len(step.finished))
+        self.decode_steps = steps
         return [
             Continuation(
                 finished[row].token_ids,
@@ -106,6 +127,26 @@ class VLLMEngine(RolloutEngine):
             )
             for row in rows
         ]
+
+    @torch.no_grad()
+    def profile(self, num_rows: int) -> list[DecodeStep]:
+        """Time steps that draft nothing, one token, and as many as the drafter can, at batches up to `num_rows`.
+
+        Drafters that look tokens up have nothing to say about a made-up prompt: in their place the same token is drafted everywhere.
+        """
+        assert self._speculation is not None and self.drafter is not None
+        self.wake_up()
+        longest, room = self.drafter.num_speculative_tokens, self._max_model_len - _PROFILE_PROMPT - 1
+        found = []
+        with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False), self._speculation.dictating(token=0):
+            for batch in _profile_batches(min(num_rows, self.max_num_seqs)):
+                plan = iter([length for length in sorted({0, 1, longest}) for _ in range(_PROFILE_STEPS)])
+                jobs = {row: vllm_adapter.filler_job(_PROFILE_PROMPT, room, row) for row in range(batch)}
+                # stops when the lengths are used up; the engine drops the requests then
+                for step in vllm_adapter.run(self.llm, jobs, None, self._speculation, partial(_next, plan)):
+                    if step.decoding is not None:
+                        found.append(step.decoding)
+        return found
 
     def _first_job(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
@@ -139,7 +180,8 @@ class VLLMEngine(RolloutEngine):
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE,
         )
-        return vllm_adapter.Job(request.prompts.prompt_ids[request.prompt_index(row)] + prefix, params)
+        prompt = request.prompts.prompt_ids[request.prompt_index(row)]
+        return vllm_adapter.Job(prompt + prefix, params, self._histories.get(row))
 
     def sleep(self) -> None:
         if self.llm is not None and self._on_gpu and self.sleep_level and not self._asleep:
@@ -154,8 +196,32 @@ class VLLMEngine(RolloutEngine):
     def shutdown(self) -> None:
         if self.llm is not None:
             vllm_adapter.shutdown(self.llm)
-        self.llm = self.policy_version = None
+        self.llm = self._speculation = self.policy_version = None
         self._asleep = False
 
     def describe(self) -> str:
         return f"{vllm_adapter.check_version()}, {self.dtype}, in process"
+
+
+def _histories(request: RolloutRequest) -> dict[int, Following]:
+    """What each row may read on in: the earlier responses to its prompt."""
+    size = request.sampling.num_generations
+    found = {}
+    for group, prompt in enumerate(request.prompts.prompt_ids):
+        rows = [row for row in range(group * size, (group + 1) * size) if row in request.past_responses]
+        if not rows:
+            continue
+        history = TextHistory([request.past_responses[row] for row in rows])
+        for row in range(group * size, (group + 1) * size):
+            found[row] = Following(history, rows.index(row) if row in rows else None, len(prompt))
+    return found
+
+
+def _profile_batches(largest: int) -> list[int]:
+    """1, 4, 16, ... and the largest."""
+    powers = [4**power for power in range(8)]
+    return [*(batch for batch in powers if batch < largest), largest]
+
+
+def _next(plan: Iterator[int], num_active: int) -> int | None:
+    return next(plan, None)

@@ -1,0 +1,217 @@
+"""Whether drafting pays, in the engine itself."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import AutoTokenizer
+
+from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device
+from lit_specrl.data import ArithmeticSource
+from lit_specrl.policy import Policy
+from lit_specrl.rollout import Drafter, DraftModel, HistoryDrafter, NGramDrafter, VLLMEngine
+from lit_specrl.rollout.engine import SpeculationControl
+from lit_specrl.speculation import DecodeStep, LengthSchedule
+from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
+
+_BATCHES = (1, 4, 16, 32)
+_TERMS = 12  # of the sums in the prompts
+_EXAMPLE = "What is 4 + 9 + 3 + 6?\n4 + 9 = 13. 13 + 3 = 16. 16 + 6 = 22. Answer: 22\n"
+Times = dict[tuple[str, str], list[float]]
+"""(what was run, how it drafted) -> seconds of each repeat."""
+
+
+def bench_speculation(
+    model: str,
+    drafter: Literal["history", "ngram", "model"] = "history",
+    draft_model: str | None = None,
+    rows: int = 32,
+    tokens: int = 128,
+    num_speculative_tokens: int = 3,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    repeats: int = 3,
+    device: str = "auto",
+) -> Report:
+    """Time vLLM without speculation, with each number of drafted tokens, and with the adaptive scheduler.
+
+    Two loads: batches of equal responses, and one that drains from `rows` to a single response, as a step of reinforcement learning does. The
+    prompts are sums to be written out; responses go on to a fixed length, whatever they say. The history is what each row said before.
+    Runs with different numbers of drafted tokens take turns. The engine that cannot speculate is timed before and after the others.
+
+    Args:
+        model: hub name or folder of the policy.
+        drafter: who proposes tokens.
+        draft_model: hub name or folder of the model for `--drafter model`.
+        rows: responses that the drain begins with.
+        tokens: length of the longest response.
+        num_speculative_tokens: most tokens that are drafted at once.
+        dtype: of the engine.
+        repeats: runs with each setting.
+        device: auto, cpu or cuda.
+    """
+    check_at_least_one(rows=rows, tokens=tokens // 2, num_speculative_tokens=num_speculative_tokens, repeats=repeats)
+    if (drafter == "model") != (draft_model is not None):
+        raise ValueError("--draft_model belongs to --drafter model, and is needed there")
+    device = resolve_device(device)
+    bench = _Bench(model, rows, tokens, dtype, device)
+    lengths = sorted({0, 1, num_speculative_tokens})
+    times: Times = defaultdict(list)
+    bench.time_plain(repeats, times)
+    schedule, accepted = bench.time_speculation(
+        _drafter(drafter, draft_model, num_speculative_tokens), lengths, repeats, times
+    )
+    bench.time_plain(repeats, times)
+    seconds = {setting: statistics.median(values) for setting, values in times.items()}
+    return Report(
+        hardware=describe_hardware(device),
+        torch_version=torch.__version__,
+        settings={
+            "benchmark": "speculation",
+            "model": model,
+            "drafter": drafter if draft_model is None else draft_model,
+            "rows": rows,
+            "tokens": tokens,
+            "num_speculative_tokens": num_speculative_tokens,
+            "dtype": dtype,
+            "repeats": repeats,
+        },
+        tables={
+            "tokens per second in batches of equal responses": [
+                bench.batch_row(batch, lengths, seconds) for batch in _BATCHES if batch <= rows
+            ],
+            f"a batch that drains from {rows} to 1": _drain_rows(seconds, times, lengths),
+            "what the scheduler has learnt": [
+                {"active_requests": batch, "length": schedule.lengths[batch - 1]} for batch in _BATCHES if batch <= rows
+            ],
+        },
+        notes=[f"Accepted in the drain with the scheduler: {accepted}."],
+    )
+
+
+def _drafter(name: str, model: str | None, length: int) -> Drafter:
+    if model is not None:
+        return DraftModel(model, length)
+    return NGramDrafter(length) if name == "ngram" else HistoryDrafter(length)
+
+
+def _drain_rows(seconds: dict[tuple[str, str], float], times: Times, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    plain = seconds["drain", "plain"]
+    names = ["plain", *(f"drafting {length}" for length in lengths), "adaptive, first", "adaptive"]
+    return [
+        {
+            "run": name,
+            "seconds_min": min(times["drain", name]),
+            "seconds_median": seconds["drain", name],
+            "seconds_max": max(times["drain", name]),
+            "speed_over_plain": plain / seconds["drain", name],
+        }
+        for name in names
+        if ("drain", name) in seconds
+    ]
+
+
+class _Fixed:
+    """Always the same number of tokens."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def length(self, num_active: int) -> int:
+        return self._length
+
+    def observe(self, step: DecodeStep) -> None:
+        """Nothing to learn."""
+
+
+class _Bench:
+    """The policy, its prompts and what it said."""
+
+    def __init__(self, model: str, rows: int, tokens: int, dtype: str, device: str) -> None:
+        self.model, self.rows, self.tokens, self.dtype = model, rows, tokens, dtype
+        self.policy = Policy.build(model).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        source = ArithmeticSource(num_prompts=rows, num_terms=_TERMS)
+        self.prompts = [tokenizer(f"{_EXAMPLE}{entry['question']}\n")["input_ids"] for entry in source.load()]
+        self.texts: list[list[int]] = []
+
+    def engine(self, drafter: Drafter | None) -> VLLMEngine:
+        engine = VLLMEngine(dtype=self.dtype, max_num_seqs=self.rows)
+        engine.drafter = drafter
+        longest = max(map(len, self.prompts)) + self.tokens
+        engine.start(self.policy, self.model, longest, ())
+        engine.load_weights(self.policy.named_weights(), 0)
+        if not self.texts:
+            self._run(engine, self.rows, 4)  # the first steps touch memory for the first time
+            self.texts = self._run(engine, self.rows, self.tokens).response_ids
+        return engine
+
+    def _request(self, rows: int, tokens: int, prefixes: list[list[int]], seed: int) -> RolloutRequest:
+        batch = PromptBatch(
+            uids=[str(row) for row in range(rows)],
+            prompt_ids=self.prompts[:rows],
+            prompts=[""] * rows,
+            answers=[None] * rows,
+            sources=[""] * rows,
+        )
+        seeds = [seed * self.rows + row for row in range(rows)]
+        request = RolloutRequest(batch, SamplingConfig(1, tokens), seeds, 0, prefixes)
+        request.past_responses = dict(enumerate(self.texts[:rows]))
+        return request
+
+    def _run(self, engine: VLLMEngine, rows: int, tokens: int, seed: int = 0) -> Any:
+        return engine.generate(self._request(rows, tokens, [], seed))
+
+    def _drain(self, engine: VLLMEngine, seed: int) -> float:
+        """Row i begins with so much of what it said before that i parts of it are to come."""
+        prefixes = [text[: self.tokens - (row + 1) * self.tokens // self.rows] for row, text in enumerate(self.texts)]
+        return engine.generate(self._request(self.rows, self.tokens, prefixes, seed)).elapsed_s
+
+    def _time_batches(self, engine: VLLMEngine, name: str, seed: int, times: Times) -> None:
+        for batch in (batch for batch in _BATCHES if batch <= self.rows):
+            times[f"batch {batch}", name].append(self._run(engine, batch, self.tokens // 2, seed).elapsed_s)
+
+    def time_plain(self, repeats: int, times: Times) -> None:
+        engine = self.engine(None)
+        self._drain(engine, 1)
+        for repeat in range(repeats):
+            times["drain", "plain"].append(self._drain(engine, 2 + repeat))
+            self._time_batches(engine, "plain", repeat, times)
+        engine.shutdown()
+
+    def time_speculation(
+        self, drafter: Drafter, lengths: Sequence[int], repeats: int, times: Times
+    ) -> tuple[LengthSchedule, str]:
+        """Returns the schedule, and what was accepted under it."""
+        engine = self.engine(drafter)
+        self._drain(engine, 1)
+        schedule = LengthSchedule(drafter.num_speculative_tokens)
+        schedule.profile(engine.profile(self.rows))
+        controls: dict[str, SpeculationControl] = {f"drafting {length}": _Fixed(length) for length in lengths}
+        steps: list[DecodeStep] = []
+        engine.speculation_control = schedule
+        times["drain", "adaptive, first"].append(self._drain(engine, 1))
+        for repeat in range(repeats):
+            for name, control in (controls | {"adaptive": schedule}).items():
+                engine.speculation_control = control
+                times["drain", name].append(self._drain(engine, 2 + repeat))
+            steps += engine.decode_steps
+            for name, control in controls.items():
+                engine.speculation_control = control
+                self._time_batches(engine, name, repeat, times)
+        engine.shutdown()
+        drafted, accepted = (
+            sum(map(sum, counts)) for counts in zip(*[(s.drafted, s.accepted) for s in steps], strict=True)
+        )
+        return schedule, f"{accepted:,} of {drafted:,} drafted tokens"
+
+    def batch_row(self, batch: int, lengths: Sequence[int], seconds: dict[tuple[str, str], float]) -> dict[str, Any]:
+        """Tokens per second of each way, and how off off is."""
+        tokens = batch * (self.tokens // 2)
+        names = ["plain", *(f"drafting {length}" for length in lengths)]
+        row: dict[str, Any] = {"active_requests": batch}
+        row |= {name.replace(" ", "_"): tokens / seconds[f"batch {batch}", name] for name in names}
+        return row | {"off_over_plain": row["drafting_0"] / row["plain"]}

@@ -1,0 +1,119 @@
+"""How many tokens are drafted, solved for the number of active requests while the engine runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
+from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
+from lit_specrl.ranks import gather_objects
+from lit_specrl.speculation import DecodeStep, LengthSchedule
+from lit_specrl.types import Experience, RolloutRequest, Rollouts
+
+if TYPE_CHECKING:
+    from lit_specrl.module import RLVRModule
+
+ON, OFF = 0.0, 1.0
+"""`speculation/off_reason`: speculation is on, or the drafter costs more than it saves at every number of active requests."""
+
+
+class AdaptiveScheduler(RolloutCallback):
+    """Drafts as many tokens as pay at the present number of active requests, and none where none pay.
+
+    ReSpec's solver and scheduler (Chen et al. 2025, arXiv 2510.26475). A few timed steps before the first rollout, then every step of the run, teach it
+    how long a step takes; what is accepted teaches it what a draft is worth. While the batch drains, the length that emits the most tokens per
+    second is set in the running engine. A drafter that pays nowhere is switched off, and watched in steps that cost no more than
+    `probe_fraction` of the time, so that it is used again when it has become better.
+
+    Rollouts have the policy's distribution whatever it decides. Under a drafter that samples (`DraftModel`), which tokens are sampled depends
+    on step times, so that a resumed run is not the same to the bit; under one that looks tokens up it is.
+
+    Args:
+        hysteresis: predicted gain, as a fraction, for which a length is left for another.
+        probe_fraction: share of the decoding time that may be lost by trying a drafter that is off; 0 for never.
+
+    Raises:
+        ValueError: an argument out of its range.
+        MisconfigurationException: from `setup`, without a `SpeculativeRollout` that has a drafter.
+    """
+
+    def __init__(self, hysteresis: float = 0.03, probe_fraction: float = 0.015) -> None:
+        LengthSchedule(1, hysteresis, probe_fraction)  # refuses what is out of range
+        self.hysteresis, self.probe_fraction = hysteresis, probe_fraction
+        self.schedule: LengthSchedule | None = None
+        self._steps: list[DecodeStep] = []
+        self._was_off = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_rlvr_module(self, pl_module)
+        require_only_one(self, trainer)
+        owners = [callback for callback in trainer.callbacks if isinstance(callback, SpeculativeRollout)]  # type: ignore[attr-defined]
+        if not owners or owners[0].drafter is None:
+            raise MisconfigurationException(
+                "AdaptiveScheduler needs something to schedule; give SpeculativeRollout a drafter, such as NGramDrafter()"
+            )
+        self.engine = owners[0].engine
+        if self.schedule is None:
+            longest = owners[0].drafter.num_speculative_tokens
+            self.schedule = LengthSchedule(longest, self.hysteresis, self.probe_fraction)
+        self.engine.speculation_control = self.schedule
+
+    def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
+        assert self.schedule is not None
+        if self.schedule.latency.num_steps == 0:
+            engine = pl_module.current_engine()
+            with pl_module.timer("profile_speculation"):
+                self.schedule.profile(engine.profile(request.num_rows))
+
+    def on_rollout_end(self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts) -> None:
+        if trainer.training:
+            self._steps += self.engine.decode_steps
+
+    def on_experience_end(
+        self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
+    ) -> None:
+        assert self.schedule is not None
+        rank_steps = gather_objects([self._gain(step) for step in self._steps])
+        steps, self._steps = [step for rank in rank_steps for step in rank], []
+        is_off = self.schedule.is_off
+        if is_off != self._was_off:
+            rank_zero_info(_message(is_off))
+        self._was_off = is_off
+        if steps:
+            measured, predicted, plain = (sum(column) for column in zip(*steps, strict=True))
+            pl_module.step_metrics |= {
+                "speculation/step_s_predicted": predicted / len(steps),
+                "speculation/predicted_gain": plain / predicted,
+                "speculation/measured_gain": plain / measured,
+            }
+        pl_module.step_metrics["speculation/off_reason"] = OFF if is_off else ON
+
+    def _gain(self, step: DecodeStep) -> tuple[float, float, float]:
+        """Seconds of a step: measured, predicted, and predicted for the same tokens without drafts."""
+        assert self.schedule is not None
+        plain, predicted = self.schedule.latency.table([step.num_active], [0, step.length])[0]
+        return step.seconds, float(predicted), float(plain) * step.num_tokens / step.num_active
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert self.schedule is not None
+        checkpoint["adaptive_scheduler"] = self.schedule.state_dict()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("adaptive_scheduler")
+        if state is not None and trainer.state.fn == TrainerFn.FITTING:
+            assert self.schedule is not None
+            self.schedule.load_state_dict(state)
+
+
+def _message(is_off: bool) -> str:
+    if is_off:
+        return (
+            "AdaptiveScheduler has switched speculation off: at no number of active requests does the drafter save more time than it takes. It "
+            "goes on again when the drafter gets better"
+        )
+    return "AdaptiveScheduler has switched speculation on: the drafter pays"

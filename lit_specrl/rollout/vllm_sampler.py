@@ -1,0 +1,129 @@
+"""Sampling inside vLLM on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_specrl.seeds import token_uniforms
+from lit_specrl.speculation import draw, verify_drafts
+
+
+class CPUSampler:
+    """Takes the place of sampling, with and without drafts, in the model runner of vLLM 0.32 on a CPU. Exact, see `verify_drafts`.
+
+    vLLM draws noise for the whole vocabulary of every row, in one thread, which takes longer than a small model takes to compute the
+    logits. And with drafts it samples garbage at temperatures above 0: it expands the temperatures to one per drafted token, into an integer
+    copy of the result that is thrown away, and divides the logits by uninitialised memory.
+
+    What is drawn at a place of a row is decided by the row's seed and the place alone. Drafts that were not sampled change no token.
+
+    Args:
+        runner: the model runner.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._next_positions: list[int] = []  # of the tokens that are drafted next
+        self.drafted: list[int] = []
+        """Of the latest step: rows that had a k-th drafted token, by position."""
+        self.accepted: list[int] = []
+        """Rows of which the k-th and all before it were accepted, by position."""
+
+    def sample(self, logits: Tensor, metadata: Any) -> Any:
+        """As `GPUModelRunner._sample`; logits [T + N, V] and the drafts of the step, or [N, V] and `None`."""
+        from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+
+        batch = self._runner.input_batch
+        sampling = batch.sampling_metadata
+        num_rows = batch.num_reqs
+        num_drafted = [0] * num_rows if metadata is None else metadata.num_draft_tokens
+        drafts = torch.empty(0, dtype=torch.long) if metadata is None else metadata.draft_token_ids.long()
+        probs = None if metadata is None else self._runner._get_spec_decode_draft_probs(metadata)
+        rows = [row for row, count in enumerate(num_drafted) for _ in range(count + 1)]
+        offsets = [offset for count in num_drafted for offset in range(count + 1)]
+        seeds = _seeds(sampling, rows)
+        starts = (batch.num_tokens_no_spec[:num_rows] - batch.num_prompt_tokens[:num_rows]).tolist()
+        positions = [starts[row] + offset for row, offset in zip(rows, offsets, strict=True)]
+        verified = verify_drafts(
+            _processed(logits.float(), sampling, torch.tensor(rows)),
+            drafts,
+            num_drafted,
+            probs,
+            token_uniforms(seeds, positions, "token"),
+            None if probs is None else token_uniforms(seeds, positions, "acceptance"),
+            None if sampling.all_random else _is_greedy(sampling, num_rows),
+        )
+        emitted = (verified.token_ids >= 0).sum(-1).tolist()
+        self._next_positions = [start + count for start, count in zip(starts, emitted, strict=True)]
+        self.drafted, self.accepted = _counts(num_drafted, emitted)
+        flat = verified.token_ids.int().clamp_min(0).reshape(-1, 1)
+        ranks = torch.zeros(len(flat), dtype=torch.long)  # nobody asks for them
+        return SamplerOutput(verified.token_ids.int(), LogprobsTensors(flat, verified.logprobs.reshape(-1, 1), ranks))
+
+    def sample_draft(self, logits: Tensor, sampling: Any) -> tuple[Tensor, Tensor | None]:
+        """As `SpecDecodeBaseProposer._sample_from_logits`: draft tokens [N] and the distributions [N, V] that they come from.
+
+        vLLM draws them from the global generator, so that no run could be repeated.
+        """
+        if sampling.all_greedy:
+            return logits.argmax(-1), None
+        rows = list(range(len(logits)))
+        greedy = _is_greedy(sampling, len(rows))
+        probs = _processed(logits.float(), sampling, torch.tensor(rows)).softmax(-1)
+        uniforms = token_uniforms(_seeds(sampling, rows), self._next_positions, "draft")
+        self._next_positions = [position + 1 for position in self._next_positions]
+        return torch.where(greedy, logits.argmax(-1), draw(probs, uniforms)), probs
+
+
+def _seeds(sampling: Any, rows: list[int]) -> list[int]:
+    """Of requests without a seed (greedy ones): 0."""
+    return [sampling.generators[row].initial_seed() if row in sampling.generators else 0 for row in rows]
+
+
+def _is_greedy(sampling: Any, num_rows: int) -> Tensor:
+    return torch.ones(num_rows, dtype=torch.bool) if sampling.all_greedy else sampling.temperature[:num_rows] == 0
+
+
+def _processed(logits: Tensor, sampling: Any, rows: Tensor) -> Tensor:
+    """Logits after temperature and truncation; `rows` [n] are the rows that they belong to."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    assert sampling.no_penalties and not sampling.bad_words_token_ids and sampling.allowed_token_ids_mask is None
+    if not sampling.all_greedy:
+        temperature = sampling.temperature[rows]
+        if (temperature != 1).any():
+            logits = logits / temperature.masked_fill(temperature == 0, 1)[:, None]
+    top_k, top_p = (None if values is None else values[rows] for values in (sampling.top_k, sampling.top_p))
+    return apply_top_k_top_p(logits, top_k, top_p)
+
+
+class VerificationCounter(nn.Module):
+    """Counts by position what vLLM's own verifier accepts, on a GPU.
+
+    Args:
+        verifier: the runner's `rejection_sampler`.
+    """
+
+    def __init__(self, verifier: nn.Module) -> None:
+        super().__init__()
+        self.verifier = verifier
+        self.drafted: list[int] = []
+        self.accepted: list[int] = []
+
+    def forward(self, metadata: Any, *arguments: Any) -> Any:
+        """As `RejectionSampler.forward`."""
+        output = self.verifier(metadata, *arguments)
+        self.drafted, self.accepted = _counts(
+            metadata.num_draft_tokens, (output.sampled_token_ids >= 0).sum(-1).tolist()
+        )
+        return output
+
+
+def _counts(num_drafted: list[int], num_emitted: list[int]) -> tuple[list[int], list[int]]:
+    """Rows with a k-th drafted token, and those of which it was accepted, by position."""
+    positions = range(1, max(num_drafted) + 1)
+    drafted = [sum(count >= position for count in num_drafted) for position in positions]
+    return drafted, [sum(count > position for count in num_emitted) for position in positions]

@@ -1,0 +1,89 @@
+"""Speculation inside a running vLLM: what is known of it, and what can be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lit_specrl.rollout.drafters import Drafter
+from lit_specrl.rollout.vllm_proposers import Following, LookUpProposer
+from lit_specrl.rollout.vllm_sampler import CPUSampler, VerificationCounter
+from lit_specrl.speculation import DecodeStep
+
+
+class Speculation:
+    """Sets the speculation length of an engine that runs, and tells what came of the drafts.
+
+    Args:
+        llm: a `vllm.LLM` of vLLM 0.32 with a `speculative_config`, in this process.
+        runner: its model runner.
+        sampler: what samples there.
+        drafter: that the engine was built with.
+    """
+
+    def __init__(self, llm: Any, runner: Any, sampler: CPUSampler | VerificationCounter, drafter: Drafter) -> None:
+        self._llm, self._sampler, self._drafter = llm, sampler, runner.drafter
+        self._scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        self._table: list[int] = self._scheduler.dynamic_sd_lookup
+        self._propose = runner.propose_draft_token_ids
+        runner.propose_draft_token_ids = self._propose_if_wanted
+        self._has_weights = not isinstance(self._drafter, LookUpProposer)
+        self._has_gap = False  # the drafter lacks KV of tokens that the policy has
+        self._dictated: int | None = None
+        if isinstance(self._drafter, LookUpProposer):
+            self._drafter.drafter, self._drafter.batch = drafter, runner.input_batch
+        self.longest = max(self._table)
+        self.length = self._previous_length = self.longest
+
+    @property
+    def num_running(self) -> int:
+        """Requests that the engine has begun with and not finished."""
+        return len(self._scheduler.running)
+
+    def set_length(self, length: int) -> None:
+        """Tokens to draft for each row in the next step; they are verified in the one after it."""
+        if not 0 <= length <= self.longest:
+            raise ValueError(f"the engine drafts from 0 to {self.longest} tokens, got {length}")
+        if length and self._has_gap:
+            # running requests are computed again, by the policy and the drafter: the drafter knows all of their tokens again
+            self._llm.reset_prefix_cache(reset_running_requests=True)
+            self._has_gap = False
+        self._previous_length, self.length = self.length, length
+        self._table[:] = [length] * len(self._table)
+        if isinstance(self._drafter, LookUpProposer):
+            self._drafter.length = length
+
+    @contextmanager
+    def dictating(self, token: int) -> Iterator[None]:
+        """Draft this token in place of a drafter that looks tokens up, to find out what verification costs."""
+        self._dictated = None if self._has_weights else token
+        try:
+            yield
+        finally:
+            self._dictated = None
+
+    def follow(self, request: str, following: Following) -> None:
+        """Let `HistoryDrafter` propose for a request."""
+        self._drafter.follow(request, following)
+
+    def forget(self) -> None:
+        """All requests have ended; what vLLM keeps of their prompts may still lack the drafter's part."""
+        if isinstance(self._drafter, LookUpProposer):
+            self._drafter.forget()
+
+    def end_step(self, num_active: int, num_tokens: int, seconds: float) -> DecodeStep:
+        """The step that the engine has just done."""
+        drafted, accepted = self._sampler.drafted, self._sampler.accepted
+        self._sampler.drafted, self._sampler.accepted = [], []
+        is_steady = self.length == self._previous_length
+        return DecodeStep(num_active, len(drafted), seconds, num_tokens, drafted, accepted, is_steady)
+
+    def _propose_if_wanted(self, scheduler_output: Any, sampled_token_ids: Any, *arguments: Any) -> Any:
+        num_rows = len(sampled_token_ids)
+        if self._dictated is not None:
+            return [[self._dictated] * self.length for _ in range(num_rows)]
+        if self.length == 0:
+            self._has_gap = self._has_weights
+            return [[] for _ in range(num_rows)]
+        return self._propose(scheduler_output, sampled_token_ids, *arguments)

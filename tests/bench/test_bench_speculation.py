@@ -1,0 +1,40 @@
+"""The tables of the speculation benchmark, from a tiny model."""
+
+import pytest
+
+from lit_specrl.bench.speculation import bench_speculation
+
+
+@pytest.mark.parametrize("drafter", ["history", "model"])
+def test_every_way_of_drafting_is_timed(tiny_model, drafter):
+    model = tiny_model if drafter == "model" else None
+    report = bench_speculation(tiny_model, drafter, model, rows=4, tokens=16, dtype="float32", repeats=1, device="cpu")
+    batches, drain, lengths = report.tables.values()
+    assert [row["active_requests"] for row in batches] == [row["active_requests"] for row in lengths] == [1, 4]
+    for row in batches:
+        assert row["off_over_plain"] == pytest.approx(row["drafting_0"] / row["plain"])
+        assert min(row["plain"], row["drafting_1"], row["drafting_3"]) > 0
+    assert [row["run"] for row in drain] == [
+        "plain",
+        "drafting 0",
+        "drafting 1",
+        "drafting 3",
+        "adaptive, first",
+        "adaptive",
+    ]
+    assert all(0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"] for row in drain)
+    assert drain[0]["speed_over_plain"] == 1
+    assert "drafted tokens" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drafter": "model"}, "--draft_model belongs to --drafter model, and is needed there"),
+        ({"draft_model": "some"}, "--draft_model belongs to --drafter model"),
+        ({"rows": 0}, "--rows must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        bench_speculation(tiny_model, **options)
