@@ -287,6 +287,17 @@ def test_runs_differ_in_the_callbacks_alone_and_take_turns(config, tmp_path):
     assert len({run.settings_hash for run in runs[1:]}) == 3
 
 
+def test_without_speculation_means_the_same_engine_without_a_drafter(config, tmp_path):
+    speculating = {"class_path": "SpeculativeRollout", "init_args": {"drafter": {"class_path": "NGramDrafter"}}}
+    block = {"trainer": {"callbacks+": [speculating, {"class_path": "AdaptiveScheduler"}]}}
+    Path("block.yaml").write_text(yaml.safe_dump(block))
+    settings = fit_configuration([f"--config={config}", "--config=block.yaml"])
+    without, _ = planned_runs(settings, ["SpeculativeRollout", "AdaptiveScheduler"], [0], tmp_path)
+    *_, cache, last = without.configuration["trainer"]["callbacks"]
+    assert cache["class_path"] == "lit_specrl.PrefixCache"
+    assert last == {"class_path": "lit_specrl.SpeculativeRollout", "init_args": {"engine": None, "drafter": None}}
+
+
 def test_classes_without_a_seed_are_left_alone():
     settings = {"seed_everything": False, "model": {"class_path": "A", "init_args": {"depth": 2}}, "data": None}
     assert with_seed(settings, 3) == settings

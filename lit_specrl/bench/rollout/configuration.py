@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+_ENGINE_OWNER = "SpeculativeRollout"
 Configuration = dict[str, Any]
 """All settings of `fit`, defaults included, as `--print_config` prints them."""
 
@@ -43,7 +44,7 @@ def callback_names(configuration: Configuration) -> list[str]:
 
 
 def without_callbacks(configuration: Configuration, names: Sequence[str]) -> Configuration:
-    """A copy without the named callbacks.
+    """A copy without the named callbacks; `SpeculativeRollout` stays without its drafter, so that the engine is the same.
 
     Raises:
         ValueError: a callback that is not there.
@@ -55,8 +56,12 @@ def without_callbacks(configuration: Configuration, names: Sequence[str]) -> Con
                 f"--without {name}: there is no such callback; trainer.callbacks has {', '.join(present) or 'none'}"
             )
     changed = copy.deepcopy(configuration)
+    callbacks = changed["trainer"]["callbacks"]
+    for callback in callbacks:
+        if _name(callback) == _ENGINE_OWNER and _ENGINE_OWNER in names:
+            callback["init_args"]["drafter"] = None
     changed["trainer"]["callbacks"] = [
-        callback for callback in changed["trainer"]["callbacks"] if _name(callback) not in names
+        callback for callback in callbacks if _name(callback) not in names or _name(callback) == _ENGINE_OWNER
     ]
     return changed
 
