@@ -31,7 +31,7 @@ class AdaptiveScheduler(RolloutCallback):
     `probe_fraction` of the time, so that it is used again when it has become better.
 
     Rollouts have the policy's distribution whatever it decides. Under a drafter that samples (`DraftModel`), which tokens are sampled depends
-    on step times, so that a resumed run is not the same to the bit; under one that looks tokens up it is.
+    on step times, so that a resumed run is not the same to the bit; under one that looks tokens up, on a CPU in float32, it is.
 
     Args:
         hysteresis: predicted gain, as a fraction, for which a length is left for another.

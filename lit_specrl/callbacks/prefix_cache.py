@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
+from lit_specrl.callbacks.streak_warning import StreakWarning
 from lit_specrl.ranks import gather_objects
 from lit_specrl.rollout import HistoryDrafter, TransformersEngine
 from lit_specrl.seeds import row_uniforms
@@ -47,10 +48,6 @@ _NOT_OF_THE_ARCHITECTURE = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
 }
-USELESS_STEPS = 5
-"""Steps with drafts of which hardly anything was kept, after which the user hears of it."""
-STALE_STEPS = 10
-"""Steps in which hardly anything was generated, after which the user hears of it."""
 
 
 class PrefixCache(RolloutCallback):
@@ -130,7 +127,16 @@ class PrefixCache(RolloutCallback):
         self._rounds: list[ReuseRound] = []
         self._trained: tuple[Rollouts, Experience]
         self._other_ranks_included = False
-        self._num_useless = self._num_stale = 0  # successive steps in which hardly anything was kept, or generated
+        self._drafts_are_useless = StreakWarning(
+            5,
+            "PrefixCache kept less than 2 % of the cached tokens in {num_steps} steps: verification costs more than it saves. The policy moves "
+            "too far between two visits of a prompt; lower the learning rate, raise lenience, or leave PrefixCache out",
+        )
+        self._responses_are_stale = StreakWarning(
+            10,
+            "PrefixCache kept more than 98 % of all tokens in {num_steps} steps: the policy learns from the same responses again and again. Set "
+            "max_reuses to answer the prompts afresh now and then, or lower lenience",
+        )
         self._rewards: list[float] = []  # of the steps since the last validation
         self._validations: list[tuple[float, float]] = []
 
@@ -185,8 +191,10 @@ class PrefixCache(RolloutCallback):
         statistics = total([total(rank) for rank in gather_objects(found)])
         pl_module.step_metrics |= statistics.metrics() | self._lenience_metrics(statistics)
         pl_module.step_metrics["prefix_cache/bytes"] = float(sum(gather_objects(self.store.num_bytes)))
-        self._warn_of_useless_drafts(statistics)
-        self._warn_of_stale_responses(statistics)
+        self._drafts_are_useless.update(
+            statistics.num_draft_tokens > 0 and statistics.num_reused_tokens < 0.02 * statistics.num_draft_tokens
+        )
+        self._responses_are_stale.update(statistics.num_reused_tokens > 0.98 * statistics.num_tokens)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: RLVRModule, outputs: Any, batch: Any, batch_idx: int
@@ -265,24 +273,6 @@ class PrefixCache(RolloutCallback):
             observed = statistics.kl if statistics.num_reused_tokens else math.inf
             self._set_lenience(self.adaptive_lenience.update(observed))
         return metrics
-
-    def _warn_of_useless_drafts(self, statistics: ReuseStatistics) -> None:
-        useless = statistics.num_drafts and statistics.num_reused_tokens < 0.02 * statistics.num_draft_tokens
-        self._num_useless = self._num_useless + 1 if useless else 0
-        if self._num_useless == USELESS_STEPS:
-            rank_zero_warn(
-                f"PrefixCache kept less than 2 % of the cached tokens in {USELESS_STEPS} steps: verification costs more than it saves. "
-                "The policy moves too far between two visits of a prompt; lower the learning rate, raise lenience, or leave PrefixCache out"
-            )
-
-    def _warn_of_stale_responses(self, statistics: ReuseStatistics) -> None:
-        stale = statistics.num_reused_tokens > 0.98 * statistics.num_tokens
-        self._num_stale = self._num_stale + 1 if stale else 0
-        if self._num_stale == STALE_STEPS:
-            rank_zero_warn(
-                f"PrefixCache kept more than 98 % of all tokens in {STALE_STEPS} steps: the policy learns from the same responses again and again. "
-                "Set max_reuses to answer the prompts afresh now and then, or lower lenience"
-            )
 
     def _set_lenience(self, lenience: float) -> None:
         assert isinstance(self.rule, RatioAcceptance)

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
+from lit_specrl.callbacks.streak_warning import StreakWarning
 from lit_specrl.ranks import gather_objects
 from lit_specrl.rollout import Drafter, HistoryDrafter, RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.rollout.vllm_adapter import check_version, installed_version
@@ -29,8 +30,8 @@ class SpeculativeRollout(RolloutCallback):
     `TransformersEngine`.
 
     With a drafter the engine speculates: several tokens are proposed for each row and verified in one step. What is sampled has the policy's
-    distribution, at any temperature and whatever is proposed; under a drafter that looks tokens up (`NGramDrafter`, `HistoryDrafter`) on a CPU the
-    rollouts are the very same. How many tokens are drafted is constant, unless there is an `AdaptiveScheduler`.
+    distribution, at any temperature and whatever is proposed; under a drafter that looks tokens up (`NGramDrafter`, `HistoryDrafter`) on a CPU in
+    float32 the rollouts are the very same. How many tokens are drafted is constant, unless there is an `AdaptiveScheduler`.
 
     Args:
         engine: the engine; by default `VLLMEngine` where vLLM is installed and `TransformersEngine` elsewhere.
@@ -48,6 +49,11 @@ class SpeculativeRollout(RolloutCallback):
             engine = TransformersEngine() if installed_version() is None else VLLMEngine()
         self.engine, self.drafter = engine, drafter
         self._steps: list[DecodeStep] = []
+        self._drafts_are_useless = StreakWarning(
+            10,
+            "less than 5 % of the drafted tokens were accepted in {num_steps} steps: drafting costs more time than it saves. Add "
+            "AdaptiveScheduler, which switches it off where it does not pay, or take another drafter",
+        )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = require_rlvr_module(self, pl_module)
@@ -82,7 +88,9 @@ class SpeculativeRollout(RolloutCallback):
         steps = [step for rank in gather_objects(self._steps) for step in rank]
         self._steps = []
         if steps:
-            pl_module.step_metrics |= speculation_metrics(steps)
+            metrics = speculation_metrics(steps)
+            pl_module.step_metrics |= metrics
+            self._drafts_are_useless.update(metrics.get("speculation/acceptance_rate", 1.0) < 0.05)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if getattr(pl_module, "engine", None) is self.engine:  # not so when `setup` has refused the module

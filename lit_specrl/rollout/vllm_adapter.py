@@ -78,9 +78,8 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
     """
     check_version()
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    if (
-        drafter is not None
-    ):  # the second generation of vLLM's model runner on GPUs is another code path than the one tested
+    if drafter is not None:
+        # on GPUs the second generation of vLLM's model runner is another code path than the one tested
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cpu_kv_cache_gib)))
     from vllm import LLM

@@ -57,6 +57,10 @@ class VLLMEngine(RolloutEngine):
             raise ValueError(
                 f"sleep_level must be 0 or 1, got {sleep_level}; level 2 would drop weights that nobody restores"
             )
+        if "speculative_config" in (options or {}):
+            raise ValueError(
+                "speculation is not an option of the engine: give SpeculativeRollout a drafter, whose drafts are verified exactly"
+            )
         self.dtype, self.max_num_seqs, self.max_model_len = dtype, max_num_seqs, max_model_len
         self.gpu_memory_utilization, self.cpu_kv_cache_gib = gpu_memory_utilization, cpu_kv_cache_gib
         self.enforce_eager, self.sleep_level = enforce_eager, sleep_level
@@ -200,7 +204,8 @@ class VLLMEngine(RolloutEngine):
         self._asleep = False
 
     def describe(self) -> str:
-        return f"{vllm_adapter.check_version()}, {self.dtype}, in process"
+        drafter = "" if self.drafter is None else f", {type(self.drafter).__name__}"
+        return f"{vllm_adapter.check_version()}, {self.dtype}, in process{drafter}"
 
 
 def _histories(request: RolloutRequest) -> dict[int, Following]:

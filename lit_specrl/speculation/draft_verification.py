@@ -45,28 +45,39 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, is_greedy: Tensor | None = N
     """
     top, argmax = logits.max(-1)
     weights = (logits - top[:, None]).exp_()
-    if is_greedy is not None and is_greedy.all():
-        return SampledTokens(argmax, -weights.sum(-1).log())
-    token_ids = draw(weights, uniforms)
+    token_ids, totals = _draw(weights, uniforms)
     if is_greedy is not None:
         token_ids = torch.where(is_greedy, argmax, token_ids)
-    logprobs = weights.gather(-1, token_ids[:, None]).squeeze(-1).log() - weights.sum(-1).log()
+    logprobs = weights.gather(-1, token_ids[:, None]).squeeze(-1).log() - totals.log().to(weights.dtype)
     return SampledTokens(token_ids, logprobs)
 
 
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Indices [N] with probabilities proportional to the weights [N, V] >= 0, not all 0, by uniforms [N] float64 in [0, 1)."""
+    """Indices [N] with probabilities proportional to the weights [N, V] >= 0, by uniforms [N] float64 in [0, 1).
+
+    Raises:
+        FloatingPointError: weights of a row that are all 0, or not finite.
+    """
+    return _draw(weights, uniforms)[0]
+
+
+def _draw(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """As `draw`; and the sum of each row's weights, [N] float64."""
     num_rows, size = weights.shape
-    blocks = pad(weights, (0, -size % _BLOCK)).view(num_rows, -(-size // _BLOCK), _BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [N, V / block]
-    thresholds = uniforms[:, None] * ends[:, -1:]  # [N, 1]
+    padded = pad(weights, (0, -size % _BLOCK)) if size % _BLOCK else weights
+    blocks = padded.view(num_rows, -(-size // _BLOCK), _BLOCK)
+    ends = blocks.sum(-1).double().cumsum(-1)  # [N, V / block]
+    totals = ends[:, -1]
+    if not (totals > 0).logical_and(totals.isfinite()).all():
+        raise FloatingPointError("no token can be sampled: the logits of the policy, or of its drafter, are not finite")
+    thresholds = (uniforms * totals)[:, None]  # [N, 1]
     block = torch.searchsorted(ends, thresholds, right=True).clamp_max(ends.shape[-1] - 1)
     rows = torch.arange(num_rows, device=weights.device)
     before = torch.where(block > 0, ends.gather(-1, (block - 1).clamp_min(0)), 0.0)
     inside = blocks[rows, block.squeeze(-1)].cumsum(-1, dtype=torch.float64)
     # rounding must not lead past the block's last token that has any weight
     rest = torch.minimum(thresholds - before, inside[:, -1:] * (1 - 1e-12))
-    return (block * _BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(-1)
+    return (block * _BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(-1), totals
 
 
 def verify_drafts(

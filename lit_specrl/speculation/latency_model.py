@@ -47,14 +47,13 @@ class LatencyModel:
         self._seen_at: dict[tuple[int, int], int] = {}
         self._num_steps = 0
         self._coefficients: NDArray[np.float64] | None = None
-        self._is_stale = True  # there is something new to fit
         self._corrections: dict[tuple[int, int], float] = {}
         self._latest: dict[bool, deque[tuple[int, int, float, float]]] = {
             speculating: deque(maxlen=_SURPRISES) for speculating in (False, True)
         }  # batch, length, seconds, log ratio to what was predicted
 
     def observe(self, steps: Iterable[tuple[int, int, float]]) -> None:
-        """Take step times into account.
+        """Take step times into account; predictions follow at the next `fit`.
 
         Args:
             steps: (active requests, speculation length, seconds) of each step that only decoded.
@@ -64,7 +63,6 @@ class LatencyModel:
             self._watch(batch, length, seconds)
             self._times.setdefault((batch, length), deque(maxlen=_WINDOW)).append(seconds)
             self._seen_at[batch, length] = self._num_steps
-            self._is_stale = True
 
     def _watch(self, batch: int, length: int, seconds: float) -> None:
         """Forget steps of this kind if the latest ones agree that they are of another engine."""
@@ -88,6 +86,13 @@ class LatencyModel:
         """Steps observed so far."""
         return self._num_steps
 
+    def fit(self) -> None:
+        """Let predictions follow what was observed since the last fit; the first one comes by itself."""
+        if not self._times:
+            raise ValueError("no step of the engine has been timed yet; profile it before asking for predictions")
+        self._coefficients = self._fitted()
+        self._corrections = self._residuals(self._coefficients)
+
     def seconds(self, batch: int, length: int) -> float:
         """Predicted seconds of a step.
 
@@ -102,12 +107,8 @@ class LatencyModel:
         Raises:
             ValueError: nothing was observed yet.
         """
-        if not self._times:
-            raise ValueError("no step of the engine has been timed yet; profile it before asking for predictions")
-        if self._is_stale or self._coefficients is None:
-            self._coefficients = self._fit()
-            self._corrections = self._residuals(self._coefficients)
-            self._is_stale = False
+        if self._coefficients is None:
+            self.fit()
         grid = [(batch, length) for batch in batches for length in lengths]
         return self._predict(grid).reshape(len(batches), len(lengths))
 
@@ -127,7 +128,7 @@ class LatencyModel:
             sums[key] = total + weight * math.log(statistics.median(times) / seconds), count + weight
         return {key: math.exp(total / (count + _TRUST)) for key, (total, count) in sums.items()}
 
-    def _fit(self) -> NDArray[np.float64]:
+    def _fitted(self) -> NDArray[np.float64]:
         settings = list(self._times)
         medians = np.array([statistics.median(self._times[setting]) for setting in settings])
         weights = np.sqrt([self._weight(setting) for setting in settings]) / medians  # errors are relative
@@ -151,13 +152,13 @@ class LatencyModel:
             "coefficients": [] if self._coefficients is None else [self._coefficients.tolist()],
             "corrections": [[bucket, length, factor] for (bucket, length), factor in self._corrections.items()],
             "latest": [list(entry) for entries in self._latest.values() for entry in entries],
-            "counts": [[self._num_steps, self._is_stale]],
+            "counts": [[self._num_steps]],
         }
 
     def load_state_dict(self, state_dict: dict[str, list[list[float]]]) -> None:
         self.__init__()  # type: ignore[misc]
-        ((num_steps, is_stale),) = state_dict["counts"]
-        self._num_steps, self._is_stale = int(num_steps), bool(is_stale)
+        ((num_steps,),) = state_dict["counts"]
+        self._num_steps = int(num_steps)
         for batch, length, age, seconds in state_dict["times"]:
             setting = int(batch), int(length)
             self._times.setdefault(setting, deque(maxlen=_WINDOW)).append(seconds)

@@ -110,6 +110,7 @@ class LengthSchedule:
             self._solve(max(step.num_active, len(self._lengths)))
 
     def _solve(self, max_batch: int) -> None:
+        self.latency.fit()
         gains = self.gains(range(1, max_batch + 1))  # [batches, lengths]
         present = np.array((self._lengths + self._lengths[-1:] * max_batch + [0] * max_batch)[:max_batch])
         best = gains.argmax(-1)

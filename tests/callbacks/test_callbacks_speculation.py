@@ -1,6 +1,7 @@
 """Drafters and the scheduler in real runs with vLLM: what is learned is what is learned without them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -215,6 +216,16 @@ def test_metrics_of_ragged_steps():
         "speculation/accepted_by_position/1": 0.5,
         "speculation/accepted_by_position/2": 1.0,
     }
+
+
+def test_drafts_that_are_never_accepted_are_warned_about_once(recwarn):
+    rollout = SpeculativeRollout(TransformersEngine())
+    module = SimpleNamespace(step_metrics={})
+    for accepted in [1] * 9 + [40] + [1] * 15:  # of 100; the good step starts the count anew
+        rollout._steps = [DecodeStep(100, 1, 0.1, 100 + accepted, [100], [accepted])]
+        rollout.on_experience_end(None, module, None, None)
+    (warning,) = [warning for warning in recwarn if "less than 5 % of the drafted tokens" in str(warning.message)]
+    assert "Add AdaptiveScheduler" in str(warning.message)
 
 
 @pytest.mark.parametrize("drafter", ["HistoryDrafter", "NGramDrafter"])

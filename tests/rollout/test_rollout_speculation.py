@@ -293,6 +293,11 @@ def test_values_that_no_drafter_can_have():
         NGramDrafter(min_match=3, max_match=2)
 
 
+def test_speculation_that_vllm_might_verify_loosely_is_refused():
+    with pytest.raises(ValueError, match="give SpeculativeRollout a drafter, whose drafts are verified exactly"):
+        VLLMEngine(options={"speculative_config": {"method": "ngram", "rejection_sample_method": "synthetic"}})
+
+
 def test_a_draft_model_with_another_vocabulary_is_refused(tiny_model, make_llama):
     other = make_llama(vocab_size=130)
     with pytest.raises(ValueError, match="has a vocabulary of 130 tokens, the policy one of 128"):

@@ -177,3 +177,11 @@ def test_the_ends_of_the_unit_interval():
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert sample_tokens(logits, ends).token_ids.tolist() == [40, 310]
     assert sample_tokens(logits, ends, torch.tensor([True, True])).token_ids.tolist() == [40, 40]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_are_an_error(value):
+    logits = torch.zeros(2, 300)
+    logits[1] = value
+    with pytest.raises(FloatingPointError, match="the logits of the policy, or of its drafter, are not finite"):
+        sample_tokens(logits, uniforms(2))

@@ -97,7 +97,11 @@ def test_state_survives_with_ages():
     copy.load_state_dict(model.state_dict())
     np.testing.assert_array_equal(copy.table(range(1, 70), LENGTHS), model.table(range(1, 70), LENGTHS))
     for either in (model, copy):
+        before = either.seconds(8, 0)
         either.observe([(8, 0, 0.5)] * 40)
+        assert either.seconds(8, 0) == before
+        either.fit()
+        assert either.seconds(8, 0) > 2 * before
     np.testing.assert_array_equal(copy.table(range(1, 70), LENGTHS), model.table(range(1, 70), LENGTHS))
 
 
