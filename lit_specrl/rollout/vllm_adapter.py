@@ -1,4 +1,4 @@
-"""The only file that knows vLLM beyond its documented interface.
+"""What knows vLLM beyond its documented interface: this file, and `vllm_sampler`, `vllm_proposers` and `vllm_speculation`, which it puts into the engine.
 
 Everything here was tried with the versions in `TESTED`; `check_version` refuses others before vLLM is imported.
 """
