@@ -110,7 +110,6 @@ def _drain_rows(seconds: dict[tuple[str, str], float], times: Times, lengths: Se
             "speed_over_plain": plain / seconds["drain", name],
         }
         for name in names
-        if ("drain", name) in seconds
     ]
 
 

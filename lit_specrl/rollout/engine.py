@@ -96,6 +96,7 @@ class RolloutEngine(ABC):
             raise ValueError(f"{type(self).__name__} cannot verify drafts; verify with the policy, or use VLLMEngine")
         if request.drafts and not request.prefixes:
             request.prefixes = [[] for _ in range(request.num_rows)]
+        self.decode_steps = ()  # where all rows are complete no engine is asked, and nothing of the call before must stay
         rows = [row for row in range(request.num_rows) if self.finish_reason(request, row) is None]
         if request.expected_lengths:
             rows.sort(key=lambda row: -request.expected_lengths[row])

@@ -14,8 +14,7 @@ from lit_specrl.speculation import draw, verify_drafts
 class CPUSampler:
     """Takes the place of sampling, with and without drafts, in the model runner of vLLM 0.32 on a CPU. Exact, see `verify_drafts`.
 
-    vLLM draws noise for the whole vocabulary of every row, in one thread, which takes longer than a small model takes to compute the
-    logits. And with drafts it samples garbage at temperatures above 0: it expands the temperatures to one per drafted token, into an integer
+    vLLM draws noise for the whole vocabulary of every row, in one thread. And with drafts it samples garbage at temperatures above 0: it expands the temperatures to one per drafted token, into an integer
     copy of the result that is thrown away, and divides the logits by uninitialised memory.
 
     What is drawn at a place of a row is decided by the row's seed and the place alone. Drafts that were not sampled change no token.

@@ -4,7 +4,7 @@ from lit_specrl.speculation.acceptance import AcceptanceRule, FullReuse, NoReuse
 from lit_specrl.speculation.acceptance_rates import AcceptanceRates
 from lit_specrl.speculation.draft_verification import SampledTokens, VerifiedTokens, draw, sample_tokens, verify_drafts
 from lit_specrl.speculation.latency_model import LatencyModel
-from lit_specrl.speculation.length_schedule import DecodeStep, LengthSchedule, best_lengths
+from lit_specrl.speculation.length_schedule import DecodeStep, LengthSchedule, speed_gains
 from lit_specrl.speculation.lenience import AdaptiveLenience
 from lit_specrl.speculation.prompt_lookup import PromptLookup
 from lit_specrl.speculation.rank_files import RankFiles, load_ranks
@@ -36,10 +36,10 @@ __all__ = [
     "SampledTokens",
     "TextHistory",
     "VerifiedTokens",
-    "best_lengths",
     "control_samples",
     "draw",
     "load_ranks",
     "sample_tokens",
+    "speed_gains",
     "verify_drafts",
 ]

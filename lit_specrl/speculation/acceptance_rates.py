@@ -75,10 +75,6 @@ class AcceptanceRates:
         deviation = np.sqrt(mean * (1 - mean) * (1 / tried + 1 / self._block[0, 0]))
         return bool(abs(now - before) > max(0.1, 4 * deviation))
 
-    def forget(self) -> None:
-        """Start anew: another drafter."""
-        self._tried[:], self._accepted[:], self._block[:] = 0, 0, 0
-
     @property
     def num_drafts(self) -> float:
         """Drafts that the estimate rests on; old ones count less."""

@@ -16,22 +16,20 @@ _SOLVE_EVERY = 16  # steps of the engine
 _FEW_DRAFTS = 200
 
 
-def best_lengths(seconds: NDArray[np.float64], emitted_tokens: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The lengths with the most emitted tokens per second; the shorter one where two are equal.
+def speed_gains(seconds: NDArray[np.float64], emitted_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Emitted tokens per second over those without speculation, [batches, lengths]; the largest of a row is the best length.
 
     Args:
         seconds: [batches, lengths] of an engine step; lengths from 0, in order.
         emitted_tokens: [lengths] or [batches, lengths] expected tokens per request and step, 1 for length 0.
 
-    Returns:
-        [batches] indices of lengths.
-
     Example: vLLM's published profile, milliseconds at K = 0, 1, 3 for one request and for 256:
 
-        >>> best_lengths(np.array([[6.52, 7.37, 8.84], [14.49, 27.14, 41.85]]), np.array([1, 1.681, 2.276]))
+        >>> speed_gains(np.array([[6.52, 7.37, 8.84], [14.49, 27.14, 41.85]]), np.array([1, 1.681, 2.276])).argmax(-1)
         array([2, 0])
     """
-    return np.argmax(emitted_tokens / seconds, axis=-1)
+    gains: NDArray[np.float64] = emitted_tokens / seconds * seconds[:, :1]
+    return gains
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class LengthSchedule:
         lengths = range(self.max_length + 1)
         seconds = self.latency.table(list(batches), list(lengths))
         emitted = np.array([self.acceptance.emitted_tokens(length) for length in lengths])
-        return emitted / seconds * seconds[:, :1]
+        return speed_gains(seconds, emitted)
 
     def length(self, num_active: int) -> int:
         """What to draft in a step with so many requests."""

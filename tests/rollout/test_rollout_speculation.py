@@ -266,6 +266,16 @@ def test_steps_tell_what_was_drafted(colocated):
     assert {step.length for step in lengths.steps} == {0, 2} and not any(step.is_steady for step in lengths.steps)
 
 
+@pytest.mark.parametrize("started", ["small model"], indirect=True)
+def test_a_rollout_without_anything_to_generate_has_no_steps(colocated):
+    generate(colocated)
+    assert colocated.engine.decode_steps
+    request = colocated.request(PROMPTS, length=4)
+    request.prefixes = [[5, 6, 7, 8]] * len(PROMPTS)  # complete: reused whole
+    assert colocated.engine.generate(request).response_ids == request.prefixes
+    assert not colocated.engine.decode_steps
+
+
 @pytest.mark.parametrize("started", ["ngram", "small model"], indirect=True)
 def test_the_profile_times_each_setting(colocated):
     steps = colocated.engine.profile(20)

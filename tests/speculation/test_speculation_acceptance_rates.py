@@ -51,13 +51,11 @@ def test_a_drafter_that_never_drafts_teaches_nothing():
     assert rates.num_drafts == 0
 
 
-def test_forgetting_and_resuming():
+def test_resuming():
     rates, copy = AcceptanceRates(max_length=3), AcceptanceRates(max_length=2)
     rates.observe([10, 8, 8], [7, 5, 1])
     copy.load_state_dict(rates.state_dict())
     np.testing.assert_array_equal(copy.by_position, rates.by_position[:2])
-    rates.forget()
-    np.testing.assert_array_equal(rates.by_position, AcceptanceRates(3).by_position)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
         "acceptance_rates",
         "draft_verification",
         "latency_model",
+        "length_schedule",
         "lenience",
         "prompt_lookup",
         "store",

@@ -43,7 +43,8 @@ def bench_rollout(
 
     Every run is `lit-specrl fit` with the given configuration, in a process of its own. The two runs
     of a seed see the same prompts in the same order with the same seeds; which of them comes first
-    alternates from seed to seed. Without `SpeculativeRollout` means without its drafter, by the same engine. Validation, the start of the engine and everything before the first
+    alternates from seed to seed. Without `SpeculativeRollout` means without its drafter, by the same engine.
+    Validation, the start of the engine and everything before the first
     step (imports, loading the model) count nowhere. The first steps, in which memory is touched and
     kernels are compiled for the first time, are slow with and without the callbacks alike and pull the
     ratios towards 1; the rows "after the first epoch" are free of them.
