@@ -72,7 +72,8 @@ def run(arguments: list[str] | None = None) -> LitSpecRLCLI:
             "prog": "lit-specrl",
             "description": "Reinforcement learning with verifiable rewards. "
             "`lit-specrl export --help` turns a checkpoint into a HuggingFace folder. "
-            "`lit-specrl bench --help` measures the library on this machine.",
+            "`lit-specrl bench --help` measures the library on this machine. "
+            "`lit-specrl drafter --help` makes a drafter for speculative rollouts.",
         },
         args=arguments,
     )
@@ -88,6 +89,10 @@ def main() -> None:
         from lit_specrl.bench.command import bench_command
 
         bench_command(sys.argv[2:])
+    elif sys.argv[1:2] == ["drafter"]:
+        from lit_specrl.drafter_command import drafter_command
+
+        drafter_command(sys.argv[2:])
     else:
         run()
 

@@ -161,10 +161,10 @@ class SeparateCritic(Critic):
         share_prompts: bool = False,
     ) -> Tensor:
         """Values before each response token, [N, R]; arguments as those of `Policy`."""
-        hidden = response_states(
+        states = response_states(
             self.backbone, prompt_ids, prompt_mask, prompt_index, response_ids, response_mask, share_prompts
-        )  # [N, R, H]
-        return self.head(hidden, response_mask)
+        )
+        return self.head(states.last, response_mask)
 
 
 class SharedTrunkCritic(Critic):

@@ -37,12 +37,14 @@ from lit_specrl.losses import (
 )
 from lit_specrl.masking import masked_mean, masked_whiten
 from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics
+from lit_specrl.micro_batches import MicroBatch
 from lit_specrl.objective import Objective
-from lit_specrl.policy import Policy
+from lit_specrl.policy import Policy, TokenStatistics
 from lit_specrl.ranks import average_gradients, gather_objects, gather_rows, max_over_ranks, num_ranks, sum_over_ranks
 from lit_specrl.rewards import Reward
 from lit_specrl.scoring_module import ScoringModule
 from lit_specrl.sums import total
+from lit_specrl.teaching import Student
 from lit_specrl.types import Experience, PromptBatch, Rollouts, SamplingConfig
 
 AdvantageEstimator = Literal["grpo", "rloo", "gae"]
@@ -251,6 +253,7 @@ class RLVRModule(ScoringModule):
         self._generated: list[RolloutStatistics] = []  # all rounds of the current step
         self._critic_updates: list[CriticStatistics] = []
         self.step_metrics: dict[str, float] = {}  # of the latest training step, as logged
+        self.student: Student | None = None  # learns from the forward passes of the updates
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
@@ -463,7 +466,7 @@ class RLVRModule(ScoringModule):
             for micro_batch in self._plan(experience, rows):
                 part = experience.select(micro_batch.rows)
                 cut = micro_batch.rows, slice(part.response_ids.shape[1])
-                statistics = self._forward(self.policy, part, micro_batch)
+                statistics = self._forward_and_teach(part, micro_batch)
                 per_token_loss, found = self.objective(statistics, part, self._kl_in_loss)  # [n, R]
                 loss = (per_token_loss * weights[cut]).sum()
                 if experience.old_logprobs is None:
@@ -488,6 +491,15 @@ class RLVRModule(ScoringModule):
                 applied = self._apply_gradient(gradient_step, owner, parameters)
                 self.policy_version += applied and gradient_step is self._policy_step
         return update
+
+    def _forward_and_teach(self, part: Experience, micro_batch: MicroBatch) -> TokenStatistics:
+        assert self.policy is not None
+        student = self.student if micro_batch.counts else None
+        teaching = None if student is None else student.asks(part)
+        statistics = self._forward(self.policy, part, micro_batch, teaching)
+        if student is not None and statistics.taught:
+            student.listens(part, statistics.taught)
+        return statistics
 
     def update_critic(self, experience: Experience) -> None:
         """One optimizer step of a critic with weights of its own."""

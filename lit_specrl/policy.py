@@ -18,6 +18,7 @@ from lit_specrl.logprobs import token_logprobs
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config, merged_weight
 from lit_specrl.ranks import whole_tensor
 from lit_specrl.response_states import response_states
+from lit_specrl.teaching import TaughtRow, Teaching, teach
 from lit_specrl.value_head import ValueHead
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class TokenStatistics(NamedTuple):
     """[N, R] float32, nats, 0 on padding; without gradient."""
     values: Tensor | None = None
     """[N, R] float32, of the value head, 0 on padding; `None` without one."""
+    taught: list[TaughtRow] | None = None
+    """What a drafter can learn from, of the rows that were asked for."""
 
 
 class Policy(nn.Module):
@@ -121,6 +124,7 @@ class Policy(nn.Module):
         response_mask: Tensor,
         temperature: float = 1.0,
         share_prompts: bool = False,
+        teaching: Teaching | None = None,
     ) -> TokenStatistics:
         """Log-probs and entropies of responses, and values where there is a value head.
 
@@ -133,8 +137,9 @@ class Policy(nn.Module):
             temperature: the log-probs are those of `softmax(logits / temperature)`.
             share_prompts: compute each prompt once and let its responses attend to its keys and values, instead of
                 once per response. Values and gradients are those of the plain pass.
+            teaching: what to keep for a drafter.
         """
-        hidden = response_states(
+        states = response_states(
             cast(PreTrainedModel, self.model.base_model),
             prompt_ids,
             prompt_mask,
@@ -142,7 +147,9 @@ class Policy(nn.Module):
             response_ids,
             response_mask,
             share_prompts,
-        )  # [N, R, H]
+            () if teaching is None else teaching.layers,
+        )
+        hidden = states.last  # [N, R, H]
         head = self.model.get_output_embeddings().weight
         flat_logprobs, flat_entropy = token_logprobs(
             hidden[response_mask], head, response_ids[response_mask], temperature
@@ -152,6 +159,9 @@ class Policy(nn.Module):
             logprobs=empty.masked_scatter(response_mask, flat_logprobs),
             entropy=empty.masked_scatter(response_mask, flat_entropy),
             values=None if self.value_head is None else self.value_head(hidden, response_mask),
+            taught=None
+            if teaching is None
+            else teach(teaching, states, head, prompt_mask, prompt_index, response_mask, temperature),
         )
 
     def shard(self, mesh: DeviceMesh) -> None:

@@ -1,10 +1,25 @@
-"""Hidden states from which response tokens are predicted, each prompt computed per row or once for all of its rows."""
+"""Hidden states of prompts and responses, each prompt computed per row or once for all of its rows."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+
+class ResponseStates(NamedTuple):
+    """Hidden states of a forward pass; what stands on padding means nothing."""
+
+    last: Tensor
+    """[N, R, H] last hidden states at the position before each response token."""
+    prompt_features: Tensor | None = None
+    """[B, P, F], or [N, P, F] where each row computed its own prompt: inputs of the asked layers, joined."""
+    response_features: Tensor | None = None
+    """[N, R - 1, F] the same at all response tokens but the last."""
+    shares_prompts: bool = False
 
 
 def response_states(
@@ -15,8 +30,9 @@ def response_states(
     response_ids: Tensor,
     response_mask: Tensor,
     share_prompts: bool = False,
-) -> Tensor:
-    """Last hidden states at the position before each response token.
+    layers: Sequence[int] = (),
+) -> ResponseStates:
+    """Run the backbone over prompts and responses.
 
     Args:
         backbone: a transformers model without a head.
@@ -27,12 +43,10 @@ def response_states(
         response_mask: [N, R] bool, True on response tokens.
         share_prompts: compute each prompt once, keep its keys and values in the graph and let its responses attend to
             them, instead of once per response. Values and gradients are those of the plain pass.
-
-    Returns:
-        [N, R, H]; what stands on padding means nothing.
+        layers: decoder layers whose inputs are asked for, too.
     """
     states = _shared_states if share_prompts else _plain_states
-    return states(backbone, prompt_ids, prompt_mask, prompt_index, response_ids, response_mask)
+    return states(backbone, prompt_ids, prompt_mask, prompt_index, response_ids, response_mask, layers)
 
 
 def _plain_states(
@@ -42,16 +56,23 @@ def _plain_states(
     prompt_index: Tensor,
     response_ids: Tensor,
     response_mask: Tensor,
-) -> Tensor:
+    layers: Sequence[int],
+) -> ResponseStates:
     ids = torch.cat([prompt_ids[prompt_index], response_ids], dim=1)  # [N, P + R]
     mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)
-    hidden = backbone(
+    output = backbone(
         input_ids=ids[:, :-1],
         attention_mask=mask[:, :-1].long(),
         position_ids=_positions(mask)[:, :-1],
         use_cache=False,
-    ).last_hidden_state
-    return hidden[:, prompt_ids.shape[1] - 1 :]
+        output_hidden_states=bool(layers),
+    )
+    num_columns = prompt_ids.shape[1]
+    last = output.last_hidden_state[:, num_columns - 1 :]
+    if not layers:
+        return ResponseStates(last)
+    features = _features(output, layers)
+    return ResponseStates(last, features[:, :num_columns], features[:, num_columns:])
 
 
 def _shared_states(
@@ -61,16 +82,22 @@ def _shared_states(
     prompt_index: Tensor,
     response_ids: Tensor,
     response_mask: Tensor,
-) -> Tensor:
+    layers: Sequence[int],
+) -> ResponseStates:
     prompt_pass = backbone(
         input_ids=prompt_ids,
         attention_mask=prompt_mask.long(),
         position_ids=_positions(prompt_mask),
         use_cache=True,
+        output_hidden_states=bool(layers),
     )
+    prompt_features = _features(prompt_pass, layers) if layers else None
     first = prompt_pass.last_hidden_state[prompt_index, -1:]  # [N, 1, H]
     if response_ids.shape[1] == 1:
-        return first
+        nothing = (
+            None if prompt_features is None else prompt_features.new_empty(len(first), 0, prompt_features.shape[-1])
+        )
+        return ResponseStates(first, prompt_features, nothing, shares_prompts=True)
     cache = prompt_pass.past_key_values
     cache.batch_select_indices(prompt_index)
     mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)[:, :-1]  # [N, P + R - 1]
@@ -80,8 +107,15 @@ def _shared_states(
         position_ids=_positions(mask)[:, prompt_ids.shape[1] :],
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
-    return torch.cat([first, rest], dim=1)
+        output_hidden_states=bool(layers),
+    )
+    last = torch.cat([first, rest.last_hidden_state], dim=1)
+    response_features = _features(rest, layers) if layers else None
+    return ResponseStates(last, prompt_features, response_features, shares_prompts=True)
+
+
+def _features(output: Any, layers: Sequence[int]) -> Tensor:
+    return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1).detach()
 
 
 def _positions(mask: Tensor) -> Tensor:

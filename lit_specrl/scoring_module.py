@@ -17,6 +17,7 @@ from lit_specrl.micro_batches import MicroBatch, plan_micro_batches
 from lit_specrl.policy import Policy, TokenStatistics
 from lit_specrl.ranks import max_over_ranks
 from lit_specrl.rollout_module import RolloutModule
+from lit_specrl.teaching import Student, Teaching
 from lit_specrl.types import Experience, PromptBatch, Rollouts
 
 
@@ -47,14 +48,26 @@ class ScoringModule(RolloutModule):
             rows: rows to compute; the others are 0. `None` computes all.
         """
         assert policy is not None
-        found = TokenStatistics(*(torch.zeros_like(experience.sampling_logprobs) for _ in TokenStatistics._fields))
+        logprobs, entropy, values = (torch.zeros_like(experience.sampling_logprobs) for _ in range(3))
         for micro_batch in self._plan(experience, list(range(experience.num_rows)) if rows is None else rows):
             part = experience.select(micro_batch.rows)
             statistics = self._forward(policy, part, micro_batch)
-            for values, result in zip(statistics, found, strict=True):
-                if values is not None and result is not None:
-                    result[micro_batch.rows, : values.shape[1]] = values
-        return found if policy.value_head is not None else found._replace(values=None)
+            cut = micro_batch.rows, slice(part.response_ids.shape[1])
+            logprobs[cut], entropy[cut] = statistics.logprobs, statistics.entropy
+            if statistics.values is not None:
+                values[cut] = statistics.values
+        return TokenStatistics(logprobs, entropy, None if policy.value_head is None else values)
+
+    @torch.no_grad()
+    def teach(self, student: Student, experience: Experience) -> None:
+        """Let a drafter listen to the policy reading the given responses."""
+        assert self.policy is not None
+        for micro_batch in self._plan(experience, list(range(experience.num_rows))):
+            part = experience.select(micro_batch.rows)
+            teaching = student.asks(part) if micro_batch.counts else None
+            taught = self._forward(self.policy, part, micro_batch, teaching).taught
+            if taught:
+                student.listens(part, taught)
 
     @torch.no_grad()
     def response_logprobs(
@@ -154,8 +167,15 @@ class ScoringModule(RolloutModule):
         )
         return [replace(part, rows=[rows[row] for row in part.rows]) for part in plan]
 
-    def _forward(self, policy: Policy, part: Experience, micro_batch: MicroBatch) -> TokenStatistics:
-        return policy(*part.inputs, temperature=self.sampling.temperature, share_prompts=micro_batch.share_prompts)
+    def _forward(
+        self, policy: Policy, part: Experience, micro_batch: MicroBatch, teaching: Teaching | None = None
+    ) -> TokenStatistics:
+        return policy(
+            *part.inputs,
+            temperature=self.sampling.temperature,
+            share_prompts=micro_batch.share_prompts,
+            teaching=teaching,
+        )
 
     def _values(self, critic: SeparateCritic, part: Experience, micro_batch: MicroBatch) -> Tensor:
         return critic(*part.inputs, share_prompts=micro_batch.share_prompts)

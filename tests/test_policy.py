@@ -10,6 +10,7 @@ from transformers import (
 
 from lit_specrl.masking import pad_left, pad_right
 from lit_specrl.policy import Policy, check_model_exists
+from lit_specrl.teaching import Teaching
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
 PROMPT_INDEX = [0, 0, 1, 2, 2, 2]
@@ -194,3 +195,37 @@ def test_a_model_that_cannot_be_had_is_named_with_what_to_do(find, kind, tmp_pat
         find(name)
     assert str(raised.value).startswith(f"model {name!r} is neither")
     assert str(raised.value).endswith(f"`hf download {name}`")
+
+
+@pytest.mark.parametrize("share_prompts", [False, True], ids=["plain", "shared"])
+@pytest.mark.parametrize("vocabulary", [None, torch.arange(1, 128, 3)], ids=["all tokens", "some tokens"])
+def test_what_is_kept_for_a_drafter_is_what_the_model_says(folder, share_prompts, vocabulary):
+    policy, temperature = Policy.build(folder).eval(), 0.7
+    teaching = Teaching(rows=[0, 1, 3], layers=(0, 1), vocabulary=vocabulary, num_top=5)
+    out = policy(*padded(), temperature=temperature, share_prompts=share_prompts, teaching=teaching)
+    assert [taught.row for taught in out.taught] == teaching.rows
+    for row, features, top_tokens, top_logprobs, log_mass in out.taught:
+        prompt, response = PROMPTS[PROMPT_INDEX[row]], RESPONSES[row]
+        with torch.no_grad():
+            alone = policy.model(torch.tensor([prompt + response]), output_hidden_states=True)
+        expected = torch.cat([alone.hidden_states[0], alone.hidden_states[1]], dim=-1)[0, :-1]
+        torch.testing.assert_close(features.float(), expected, rtol=0.01, atol=1e-3)  # kept in bfloat16
+        logprobs = (alone.logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        drafted = logprobs if vocabulary is None else logprobs[:, vocabulary]
+        assert top_tokens.tolist() == drafted.topk(5).indices.tolist()
+        torch.testing.assert_close(top_logprobs, drafted.topk(5).values, rtol=0, atol=1e-4)
+        torch.testing.assert_close(log_mass, drafted.logsumexp(-1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True], ids=["plain", "shared"])
+def test_listening_changes_no_gradient(folder, share_prompts):
+    """Layers of a drafter that needs no hidden states are none."""
+    found = []
+    for teaching in (None, Teaching([0, 4], (1,), None, 3), Teaching([2], (), None, 3)):
+        policy = Policy.build(folder)
+        out = policy(*padded(), share_prompts=share_prompts, teaching=teaching)
+        out.logprobs.sum().backward()
+        found.append([parameter.grad for parameter in policy.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
+    assert [taught.features.shape[-1] for taught in out.taught] == [0]

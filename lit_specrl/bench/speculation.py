@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device
 from lit_specrl.data import ArithmeticSource
 from lit_specrl.policy import Policy
-from lit_specrl.rollout import Drafter, DraftModel, HistoryDrafter, NGramDrafter, VLLMEngine
+from lit_specrl.rollout import Drafter, DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter, VLLMEngine
 from lit_specrl.rollout.engine import SpeculationControl
 from lit_specrl.speculation import DecodeStep, LengthSchedule
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
@@ -27,7 +27,7 @@ Times = dict[tuple[str, str], list[float]]
 
 def bench_speculation(
     model: str,
-    drafter: Literal["history", "ngram", "model"] = "history",
+    drafter: Literal["history", "ngram", "model", "eagle3"] = "history",
     draft_model: str | None = None,
     rows: int = 32,
     tokens: int = 128,
@@ -45,7 +45,7 @@ def bench_speculation(
     Args:
         model: hub name or folder of the policy.
         drafter: who proposes tokens.
-        draft_model: hub name or folder of the model for `--drafter model`.
+        draft_model: hub name or folder of the model for `--drafter model`, or of the head for `--drafter eagle3`.
         rows: responses that the drain begins with.
         tokens: length of the longest response.
         num_speculative_tokens: most tokens that are drafted at once.
@@ -54,8 +54,8 @@ def bench_speculation(
         device: auto, cpu or cuda.
     """
     check_at_least_one(rows=rows, tokens=tokens // 2, num_speculative_tokens=num_speculative_tokens, repeats=repeats)
-    if (drafter == "model") != (draft_model is not None):
-        raise ValueError("--draft_model belongs to --drafter model, and is needed there")
+    if (drafter in ("model", "eagle3")) != (draft_model is not None):
+        raise ValueError("--draft_model belongs to --drafter model and eagle3, and is needed there")
     device = resolve_device(device)
     bench = _Bench(model, rows, tokens, dtype, device)
     lengths = sorted({0, 1, num_speculative_tokens})
@@ -94,7 +94,7 @@ def bench_speculation(
 
 def _drafter(name: str, model: str | None, length: int) -> Drafter:
     if model is not None:
-        return DraftModel(model, length)
+        return DraftModel(model, length) if name == "model" else Eagle3Drafter(model, length)
     return NGramDrafter(length) if name == "ngram" else HistoryDrafter(length)
 
 

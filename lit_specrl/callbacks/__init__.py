@@ -2,6 +2,8 @@
 
 from lit_specrl.callbacks.adaptive_scheduler import AdaptiveScheduler
 from lit_specrl.callbacks.completion_writer import CompletionWriter
+from lit_specrl.callbacks.drafter_distillation import DrafterDistillation
+from lit_specrl.callbacks.drafter_pretraining import DrafterPretraining
 from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.progress_bar import RolloutProgressBar
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
@@ -13,6 +15,8 @@ from lit_specrl.callbacks.tensorboard_report import TensorBoardReport
 __all__ = [
     "AdaptiveScheduler",
     "CompletionWriter",
+    "DrafterDistillation",
+    "DrafterPretraining",
     "PrefixCache",
     "RolloutCallback",
     "RolloutProgressBar",

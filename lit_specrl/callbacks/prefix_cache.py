@@ -17,12 +17,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
+from lit_specrl.callbacks.rollout_callback import (
+    RolloutCallback,
+    checkpoint_folder,
+    require_only_one,
+    require_rlvr_module,
+)
 from lit_specrl.callbacks.streak_warning import StreakWarning
 from lit_specrl.ranks import gather_objects
 from lit_specrl.rollout import HistoryDrafter, TransformersEngine
 from lit_specrl.seeds import row_uniforms
 from lit_specrl.speculation import (
+    PREFIX_CACHE,
     AcceptanceRule,
     AdaptiveLenience,
     CachedRollout,
@@ -123,7 +129,7 @@ class PrefixCache(RolloutCallback):
         self.verifier = verifier
         self.block_length = block_length
         self.store = RolloutStore(max_bytes)
-        self._files = RankFiles()
+        self._files = RankFiles(PREFIX_CACHE)
         self._rounds: list[ReuseRound] = []
         self._trained: tuple[Rollouts, Experience]
         self._other_ranks_included = False
@@ -283,7 +289,7 @@ class PrefixCache(RolloutCallback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write each rank's cache into a file beside the checkpoints."""
         module = require_rlvr_module(self, pl_module)
-        folder = _checkpoint_folder(trainer)
+        folder = checkpoint_folder(trainer)
         self._files.save(
             folder,
             self.store,
@@ -302,7 +308,7 @@ class PrefixCache(RolloutCallback):
         }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._files.prune(_checkpoint_folder(trainer))
+        self._files.prune(checkpoint_folder(trainer))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -362,10 +368,6 @@ class PrefixCache(RolloutCallback):
             "tokenizer": _digest(module.tokenizer.get_vocab()),
             "temperature": str(module.sampling.temperature),
         }
-
-
-def _checkpoint_folder(trainer: L.Trainer) -> Path:
-    return Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir).absolute()
 
 
 def _digest(value: dict[str, Any]) -> str:

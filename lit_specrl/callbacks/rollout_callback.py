@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
@@ -59,3 +60,8 @@ def require_only_one(callback: L.Callback, trainer: L.Trainer) -> None:
     same = [other for other in trainer.callbacks if isinstance(other, type(callback))]  # type: ignore[attr-defined]
     if len(same) > 1:
         raise MisconfigurationException(f"the trainer has {len(same)} callbacks {type(callback).__name__}; leave one")
+
+
+def checkpoint_folder(trainer: L.Trainer) -> Path:
+    """Where the run writes its checkpoints."""
+    return Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir).absolute()

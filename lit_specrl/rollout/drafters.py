@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lit_specrl.policy import check_model_exists
+from lit_specrl.policy import check_model_exists, load_pretrained
+from lit_specrl.speculation import (
+    CausalNetwork,
+    DraftNetwork,
+    Eagle3Network,
+    build_head,
+    check_architecture,
+    draft_vocabulary,
+    save_head,
+)
 
 
 class Drafter(ABC):
@@ -29,11 +42,28 @@ class Drafter(ABC):
         """What `vllm.LLM` takes as `speculative_config`, without the number of tokens."""
 
     def check(self, policy: PretrainedConfig) -> None:
-        """Whether it can draft for a policy of this configuration; nothing is loaded.
+        """Whether it can draft for a policy of this configuration, before anything is generated.
 
         Raises:
             ValueError: it cannot.
         """
+
+    def prepare(self, model: str) -> None:
+        """Make what the engine will load, where it is made from the policy; called before the engine starts, and maybe again.
+
+        Args:
+            model: hub name or folder that the policy was built from. What is made is the same, however far the policy has been trained.
+        """
+
+    def network(self) -> DraftNetwork:
+        """The network that drafts, for training; after `prepare`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no weights that could learn; take Eagle3Drafter or DraftModel, or leave DrafterDistillation out"
+        )
 
 
 class NGramDrafter(Drafter):
@@ -89,6 +119,9 @@ class DraftModel(Drafter):
     def vllm_config(self) -> dict[str, Any]:
         return {"method": "draft_model", "model": self.model, "draft_sample_method": "probabilistic"}
 
+    def network(self) -> DraftNetwork:
+        return CausalNetwork.load(self.model)
+
     def check(self, policy: PretrainedConfig) -> None:
         own, theirs = (config.get_text_config().vocab_size for config in (check_model_exists(self.model), policy))
         if own != theirs:
@@ -96,3 +129,83 @@ class DraftModel(Drafter):
                 f"the draft model {self.model} has a vocabulary of {own} tokens, the policy one of {theirs}; "
                 "take a model with the policy's tokenizer"
             )
+
+
+class Eagle3Drafter(Drafter):
+    """An EAGLE-3 head on the policy's hidden states (Li et al. 2025, arXiv 2503.01840), in the format of speculators.
+
+    Its proposals are sampled, and accepted with probability `min(1, target / draft)`. Needs `pip install 'lit_specrl[eagle3]'`.
+
+    Args:
+        model: hub name or folder of a head, such as `lit-specrl drafter` makes; `None` for a new one, which proposes nothing of use until
+            `DrafterDistillation` has trained it.
+        num_speculative_tokens: longest draft.
+        vocabulary_size: tokens that a new head can draft; `None` for 4096. Those with the lowest ids, unless `build` is told of counts.
+
+    Example::
+
+        SpeculativeRollout(drafter=Eagle3Drafter("drafter", num_speculative_tokens=3))
+    """
+
+    def __init__(
+        self, model: str | None = None, num_speculative_tokens: int = 3, vocabulary_size: int | None = None
+    ) -> None:
+        super().__init__(num_speculative_tokens)
+        if model is not None and vocabulary_size is not None:
+            raise ValueError(f"vocabulary_size={vocabulary_size} is of a new head; {model!r} has its own")
+        self.model, self.vocabulary_size = model, vocabulary_size
+        self._own_folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def build(
+        cls,
+        policy: PreTrainedModel,
+        model: str,
+        folder: str | Path,
+        token_counts: Tensor | None = None,
+        vocabulary_size: int | None = None,
+        num_speculative_tokens: int = 3,
+    ) -> Eagle3Drafter:
+        """Grow a head from the policy and save it.
+
+        Args:
+            policy: a Llama, Qwen or Mistral-like causal language model, such as `Policy.model`.
+            model: its hub name or folder.
+            folder: where the head goes.
+            token_counts: [V] how often each token was seen in responses to the task; chooses what the head can draft.
+            vocabulary_size: tokens that it can draft; `None` for 4096.
+            num_speculative_tokens: longest draft.
+
+        Raises:
+            ImportError: speculators is missing.
+            ValueError: no head can be built for the policy.
+        """
+        size = policy.config.get_text_config().vocab_size
+        counts = torch.zeros(size) if token_counts is None else token_counts
+        vocabulary = draft_vocabulary(counts, vocabulary_size)
+        head = build_head(policy, model, vocabulary if len(vocabulary) < size else None, num_speculative_tokens)
+        save_head(head, folder)
+        return cls(str(folder), num_speculative_tokens)
+
+    def vllm_config(self) -> dict[str, Any]:
+        assert self.model is not None, "`prepare` makes it"
+        return {"method": "eagle3", "model": self.model, "draft_sample_method": "probabilistic"}
+
+    def check(self, policy: PretrainedConfig) -> None:
+        if self.model is None:
+            check_architecture(policy.get_text_config())
+        else:
+            Eagle3Network.load(self.model).check(policy.get_text_config())
+
+    def prepare(self, model: str) -> None:
+        if self.model is None:
+            self._own_folder = tempfile.TemporaryDirectory(prefix="lit_specrl-drafter-")
+            folder = Path(self._own_folder.name) / "drafter"
+            policy = load_pretrained(AutoModelForCausalLM, model)
+            self.model = self.build(
+                policy, model, folder, None, self.vocabulary_size, self.num_speculative_tokens
+            ).model
+
+    def network(self) -> DraftNetwork:
+        assert self.model is not None, "`prepare` makes it"
+        return Eagle3Network.load(self.model)

@@ -53,6 +53,8 @@ class RolloutEngine(ABC):
     """Whether a drafter may propose tokens to it."""
     drafter: Drafter | None = None
     """Proposes tokens; set before `start`."""
+    drafter_version: int = 0
+    """Version of the drafter's weights; 0 for those that it was started with."""
     speculation_control: SpeculationControl | None = None
     """Decides how many tokens are drafted, and watches; `None` for as many as the drafter drafts at most."""
     decode_steps: Sequence[DecodeStep] = ()
@@ -127,6 +129,22 @@ class RolloutEngine(ABC):
             rows: rows that are not complete.
             meter: to be told of every token and finished row.
         """
+
+    def load_drafter_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace the weights of the drafter while the engine stands ready.
+
+        Args:
+            weights: (name in the drafter's folder, tensor) pairs; what is not named stays.
+            version: of these weights.
+
+        Raises:
+            RuntimeError: the engine has no drafter with weights, or did not take them.
+        """
+        raise RuntimeError(f"{type(self).__name__} has no drafter whose weights could be replaced")
+
+    def drafter_is_intact(self) -> bool:
+        """Whether the drafter still computes what it did when its weights were last loaded."""
+        return True
 
     def profile(self, num_rows: int) -> list[DecodeStep]:
         """Time a few steps with and without drafts at batches of up to `num_rows`; none on engines that cannot speculate."""

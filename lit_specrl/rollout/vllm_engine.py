@@ -67,6 +67,7 @@ class VLLMEngine(RolloutEngine):
         self.options = dict(options or {})
         self.llm: Any = None
         self._speculation: Speculation | None = None
+        self._drafter_fingerprint: str | None = None
         self._asleep = False
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
@@ -95,6 +96,8 @@ class VLLMEngine(RolloutEngine):
                 "enable_sleep_mode": self.sleep_level > 0,
             }
         self._max_model_len: int = options["max_model_len"]
+        if self.drafter is not None:
+            self.drafter.prepare(model)
         with torch.autocast(policy.device.type, enabled=False):
             self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
             self._speculation = vllm_adapter.take_over_sampling(self.llm, self.drafter)
@@ -103,6 +106,21 @@ class VLLMEngine(RolloutEngine):
         self.wake_up()
         vllm_adapter.load_weights(self.llm, weights)
         self.policy_version = version
+
+    def load_drafter_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if self._speculation is None:
+            return super().load_drafter_weights(weights, version)
+        self.wake_up()
+        with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False):
+            self._drafter_fingerprint = self._speculation.load_weights(weights)
+        self.drafter_version = version
+
+    def drafter_is_intact(self) -> bool:
+        if self._drafter_fingerprint is None or self._speculation is None:
+            return True
+        self.wake_up()
+        with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False):
+            return self._speculation.fingerprint() == self._drafter_fingerprint
 
     def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         self.wake_up()
@@ -200,7 +218,8 @@ class VLLMEngine(RolloutEngine):
     def shutdown(self) -> None:
         if self.llm is not None:
             vllm_adapter.shutdown(self.llm)
-        self.llm = self._speculation = self.policy_version = None
+        self.llm = self._speculation = self.policy_version = self._drafter_fingerprint = None
+        self.drafter_version = 0
         self._asleep = False
 
     def describe(self) -> str:

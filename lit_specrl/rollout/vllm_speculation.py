@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
 
 from lit_specrl.rollout.drafters import Drafter
 from lit_specrl.rollout.vllm_proposers import Following, LookUpProposer
@@ -53,6 +57,45 @@ class Speculation:
         self._table[:] = [length] * len(self._table)
         if isinstance(self._drafter, LookUpProposer):
             self._drafter.length = length
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+        """Replace weights of the drafter.
+
+        Returns:
+            Its fingerprint with the new weights.
+
+        Raises:
+            RuntimeError: the drafter has no weights.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+        if not self._has_weights:
+            raise RuntimeError(f"{type(self._drafter).__name__} has no weights that could be replaced")
+        config, dtype = self._drafter.vllm_config, self._drafter.dtype
+        converted = ((name, weight.to(dtype) if weight.is_floating_point() else weight) for name, weight in weights)
+        with set_current_vllm_config(config):
+            reload_weights(config, self._drafter.model, converted, None, True)
+        self._llm.reset_prefix_cache()  # holds the former weights' keys and values
+        return self.fingerprint()
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """Of what the drafter's layers make of a fixed input. (Its parameters tell nothing: on a CPU vLLM empties them when it packs them.)"""
+        from vllm.model_executor.layers.layernorm import RMSNorm
+        from vllm.model_executor.layers.linear import LinearBase
+
+        digest = xxhash.xxh3_128()
+        for module in self._drafter.model.modules():
+            if not isinstance(module, (LinearBase, RMSNorm)):
+                continue
+            width = module.input_size if isinstance(module, LinearBase) else module.hidden_size
+            probe = torch.linspace(-1, 1, width, dtype=self._drafter.dtype, device=self._drafter.device)[None]
+            output = module(probe)
+            output = output[0] if isinstance(output, tuple) else output
+            digest.update(output.float().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     @contextmanager
     def dictating(self, token: int) -> Iterator[None]:

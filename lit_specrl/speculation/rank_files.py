@@ -1,37 +1,47 @@
-"""The caches of all ranks as files beside the checkpoints."""
+"""What each rank keeps, as files beside the checkpoints."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from lit_specrl.speculation.store import RolloutStore
 from lit_specrl.speculation.tensor_file import RejectedFileError
 
-FOLDER = "prefix_cache"
-"""Folder of the files, beside the checkpoints."""
+
+class Store(Protocol):
+    """What can be written."""
+
+    def save(self, path: str | os.PathLike[str], identity: dict[str, str]) -> None:
+        """Write a file that is whole at any moment."""
 
 
 class RankFiles:
-    """Writes the cache of a rank beside checkpoints, and deletes it again when its checkpoints are gone.
+    """Writes what a rank keeps beside checkpoints, and deletes it again when its checkpoints are gone.
 
-    A cache is written just before its checkpoint, whose name is not known by then. So the checkpoints that are new at the next write are
-    those of the last one; a cache that no checkpoint of the folder appeared for (it lies elsewhere) is never deleted.
+    A file is written just before its checkpoint, whose name is not known by then. So the checkpoints that are new at the next write are
+    those of the last one; a file that no checkpoint of the folder appeared for (it lies elsewhere) is never deleted.
+
+    Args:
+        name: of the folder of the files, beside the checkpoints.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._checkpoints: dict[Path, set[tuple[Path, int]]] = {}  # file -> (checkpoint, time of its last change)
         self._seen: set[tuple[Path, int]] = set()
         self._latest: Path | None = None
 
     def save(
-        self, folder: Path, store: RolloutStore, identity: dict[str, str], *, step: int, rank: int, world_size: int
+        self, folder: Path, store: Store, identity: dict[str, str], *, step: int, rank: int, world_size: int
     ) -> None:
-        """Delete the caches whose checkpoints are gone, and write this one.
+        """Delete the files whose checkpoints are gone, and write this one.
 
         Args:
-            folder: where the checkpoints are; the caches are in a folder of their own in it.
+            folder: where the checkpoints are; the files are in a folder of their own in it.
             store: what is written.
             identity: what its token ids and log-probs belong to.
             step: training step.
@@ -39,14 +49,14 @@ class RankFiles:
             world_size: number of ranks.
         """
         self.prune(folder)
-        path = _path(folder, step, rank, world_size)
+        path = rank_file(folder / self.name, step, rank, world_size)
         path.parent.mkdir(parents=True, exist_ok=True)
         store.save(path, identity)
         self._latest = path
         self._checkpoints.setdefault(path, set())
 
     def prune(self, folder: Path) -> None:
-        """Delete the caches whose checkpoints were in the folder and are gone."""
+        """Delete the files whose checkpoints were in the folder and are gone."""
         present = _present(folder)
         if self._latest is not None:
             self._checkpoints[self._latest] |= present - self._seen
@@ -56,7 +66,7 @@ class RankFiles:
             del self._checkpoints[file]
 
     def adopt(self, checkpoint: Path, *, step: int, rank: int, world_size: int) -> None:
-        """Remember the cache that a resumed run was saved with, so that it goes with its checkpoint.
+        """Remember the file that a resumed run was saved with, so that it goes with its checkpoint.
 
         Args:
             checkpoint: that the run was resumed from.
@@ -65,7 +75,12 @@ class RankFiles:
             world_size: number of ranks at that time.
         """
         own = {entry for entry in _present(checkpoint.parent) if entry[0].name == checkpoint.name}
-        self._checkpoints[_path(checkpoint.parent.absolute(), step, rank, world_size)] = own
+        file = rank_file(checkpoint.parent.absolute() / self.name, step, rank, world_size)
+        self._checkpoints[file] = own
+
+
+PREFIX_CACHE = "prefix_cache"
+"""Folder of the prefix cache's files."""
 
 
 def load_ranks(
@@ -89,7 +104,7 @@ def load_ranks(
     """
     stores = []
     for rank in ranks:
-        paths = [_path(folder, step, rank, world_size) for folder in folders]
+        paths = [rank_file(folder / PREFIX_CACHE, step, rank, world_size) for folder in folders]
         path = next((path for path in paths if path.exists()), paths[0])
         try:
             stores.append(RolloutStore.load(path, identity))
@@ -101,8 +116,9 @@ def load_ranks(
     return RolloutStore.merge(stores, max_bytes)
 
 
-def _path(folder: Path, step: int, rank: int, world_size: int) -> Path:
-    return folder / FOLDER / f"step-{step:08d}-rank{rank}-of-{world_size}.safetensors"
+def rank_file(folder: Path, step: int, rank: int, world_size: int) -> Path:
+    """Of a rank, written at a step."""
+    return folder / f"step-{step:08d}-rank{rank}-of-{world_size}.safetensors"
 
 
 def _present(folder: Path) -> set[tuple[Path, int]]:

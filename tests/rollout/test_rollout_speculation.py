@@ -5,15 +5,22 @@ import math
 import pytest
 import torch
 from test_rollout_engines import STOP_TOKEN_IDS, Colocated
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lit_specrl.rollout import DraftModel, HistoryDrafter, NGramDrafter, VLLMEngine
+from lit_specrl.rollout import DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter, VLLMEngine
 from lit_specrl.rollout.drafters import Drafter
 
 PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51, 52]]
 GROUP, LENGTH = 96, 16
 LOOK_UP = ["ngram", "history"]
-ALL = [*LOOK_UP, "small model", "same model"]
+HEADS = ["head", "head of few tokens"]
+ALL = [*LOOK_UP, "small model", "same model", *HEADS]
+
+
+@pytest.fixture(scope="session")
+def policy_model(make_llama):
+    """Three layers, which an EAGLE-3 head reads."""
+    return make_llama(num_hidden_layers=3)
 
 
 class Lengths:
@@ -30,23 +37,26 @@ class Lengths:
         self.steps.append(step)
 
 
-def build_drafter(kind, tiny_model, make_llama) -> Drafter | None:
+def build_drafter(kind, policy_model, make_llama, folder) -> Drafter | None:
+    if kind in HEADS:
+        policy = AutoModelForCausalLM.from_pretrained(policy_model)
+        return Eagle3Drafter.build(policy, policy_model, folder / "head", None, 48 if "few" in kind else None)
     if kind == "ngram":
         return NGramDrafter(3, min_match=1, max_match=3)
     if kind == "history":
         return HistoryDrafter(4)
     if kind == "same model":
-        return DraftModel(tiny_model, 3)
+        return DraftModel(policy_model, 3)
     if kind == "small model":
         return DraftModel(make_llama(num_hidden_layers=1, initializer_range=0.15), 3)
     return None
 
 
-def start(kind, tiny_model, make_llama):
+def start(kind, policy_model, make_llama, folder):
     waiting = kind == "ngram"  # not all rows fit at once
     engine = VLLMEngine(dtype="float32", max_num_seqs=100 if waiting else 400, cpu_kv_cache_gib=1)
-    engine.drafter = build_drafter(kind, tiny_model, make_llama)
-    colocated = Colocated(engine, tiny_model)
+    engine.drafter = build_drafter(kind, policy_model, make_llama, folder)
+    colocated = Colocated(engine, policy_model)
     colocated.sync()
     return colocated
 
@@ -70,17 +80,17 @@ def generate(colocated, lengths=None, **sampling):
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model, make_llama):
+def plain(policy_model, make_llama, tmp_path_factory):
     """Responses of an engine that cannot speculate, by temperature."""
-    colocated = start(None, tiny_model, make_llama)
+    colocated = start(None, policy_model, make_llama, tmp_path_factory.mktemp("plain"))
     rollouts = {temperature: generate(colocated, temperature=temperature) for temperature in (0.0, 0.7, 1.0)}
     colocated.engine.shutdown()
     return rollouts
 
 
 @pytest.fixture(scope="module")
-def started(request, plain, tiny_model, make_llama):
-    colocated = start(request.param, tiny_model, make_llama)
+def started(request, plain, policy_model, make_llama, tmp_path_factory):
+    colocated = start(request.param, policy_model, make_llama, tmp_path_factory.mktemp("drafter"))
     yield colocated
     colocated.engine.shutdown()
 
@@ -308,7 +318,7 @@ def test_speculation_that_vllm_might_verify_loosely_is_refused():
         VLLMEngine(options={"speculative_config": {"method": "ngram", "rejection_sample_method": "synthetic"}})
 
 
-def test_a_draft_model_with_another_vocabulary_is_refused(tiny_model, make_llama):
+def test_a_draft_model_with_another_vocabulary_is_refused(policy_model, make_llama):
     other = make_llama(vocab_size=130)
     with pytest.raises(ValueError, match="has a vocabulary of 130 tokens, the policy one of 128"):
-        DraftModel(other).check(LlamaConfig.from_pretrained(tiny_model))
+        DraftModel(other).check(LlamaConfig.from_pretrained(policy_model))

@@ -11,7 +11,7 @@ IDENTITY = {"model": "tiny", "temperature": "1.0"}
 @pytest.fixture
 def save(cached):
     """Writes the cache of a rank: one row, whose uid names rank and step."""
-    files = RankFiles()
+    files = RankFiles("prefix_cache")
 
     def write(folder, step=3, rank=0, world_size=2, identity=IDENTITY):
         store = RolloutStore()

@@ -1,0 +1,426 @@
+"""A drafter that learns from the rollouts it drafts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+import xxhash
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_specrl.callbacks.rollout_callback import (
+    RolloutCallback,
+    checkpoint_folder,
+    require_only_one,
+    require_rlvr_module,
+)
+from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
+from lit_specrl.lesson_collector import LessonCollector
+from lit_specrl.ranks import gather_objects
+from lit_specrl.rollout import Drafter
+from lit_specrl.speculation import (
+    DrafterEvaluation,
+    DrafterTraining,
+    DraftNetwork,
+    Lesson,
+    LessonBuffer,
+    RankFiles,
+    RejectedFileError,
+    WeightScope,
+    rank_file,
+    reward_weights,
+)
+from lit_specrl.types import Experience, RolloutRequest, Rollouts
+
+if TYPE_CHECKING:
+    from lit_specrl.module import RLVRModule
+
+_FILES = "drafter_lessons"
+_WORSE = 0.01
+"""Tokens of acceptance length by which a training may make the drafter worse on responses that it has not seen."""
+
+
+def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW at 3e-4, without weight decay."""
+    return torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+class DrafterDistillation(RolloutCallback):
+    """Trains the drafter, step after step, to say what the policy says.
+
+    ReSpec's online learner (Chen et al. 2025, arXiv 2510.26475): while the policy moves, a drafter that stays as it was is accepted less and less. Of the forward passes of the
+    update, hidden states and most likely tokens are kept for some responses; after the update the drafter is trained on
+    `w(r) * sum_t KL(policy || drafter)`, over several drafted tokens as EAGLE-3 does; the running engine gets the new weights before the next
+    rollout. Rollouts have the policy's distribution whatever the drafter proposes.
+
+    A share of the responses, chosen by a hash of their tokens, is never trained on. If a training makes the drafter worse on these, it is undone.
+
+    Works with `Eagle3Drafter` and `DraftModel`. `lit-specrl drafter` trains a drafter before the run, which is worth more than any training within it.
+
+    Args:
+        every_n_steps: steps between two trainings.
+        share: of the kept responses that a training passes over; ReSpec's 1/n.
+        update_tokens: response and prompt tokens of an optimizer step.
+        max_step_fraction: a training stops when it has taken this share of the time of the step before it (at least one optimizer step is made); `None` for
+            no limit, as for runs that must be repeated to the bit.
+        tokens_per_step: tokens of responses kept of a step, with their prompts; rows are chosen at random.
+        num_top: most likely tokens whose log-probs are kept, k.
+        weight_scope: whose rewards decide what a response counts: of its "group", of the "batch", or "none" for plain distillation.
+        weight_floor: what the response of the lowest reward counts, as a fraction of that of the highest. ReSpec's w(r) = r is 0.
+        max_weight: largest weight; the mean is 1.
+        holdout_fraction: share of the responses kept for evaluation.
+        step_decay: weight of a drafted token relative to the one before.
+        max_bytes: most memory for kept responses on each rank.
+        max_age: policy updates after which a response is forgotten.
+        optimizer: makes the optimizer from the drafter's parameters.
+        lr_scheduler: makes its learning rate schedule; stepped once per training.
+        micro_batch_tokens: most tokens, padding included, in one forward and backward pass of the drafter.
+        max_grad_norm: gradients are scaled down to this norm.
+        output: folder that the drafter is written to at the end of the run, as `Eagle3Drafter(model=...)` and vLLM take it.
+        seed: of the choice of responses.
+
+    Raises:
+        ValueError: an argument out of its range.
+        MisconfigurationException: from `setup`, without a `SpeculativeRollout` whose drafter can learn.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 1,
+        share: float = 1.0,
+        update_tokens: int = 8192,
+        max_step_fraction: float | None = 0.1,
+        tokens_per_step: int = 8192,
+        num_top: int = 64,
+        weight_scope: WeightScope = "batch",
+        weight_floor: float = 0.1,
+        max_weight: float = 4.0,
+        holdout_fraction: float = 0.1,
+        step_decay: float = 0.8,
+        max_bytes: int = 2**28,
+        max_age: int = 8,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        micro_batch_tokens: int = 8192,
+        max_grad_norm: float = 1.0,
+        output: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value in {
+            "every_n_steps": every_n_steps,
+            "update_tokens": update_tokens,
+            "tokens_per_step": tokens_per_step,
+            "num_top": num_top,
+            "micro_batch_tokens": micro_batch_tokens,
+        }.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < share <= 1:
+            raise ValueError(f"share must lie in (0, 1], got {share}")
+        if not 0 < holdout_fraction < 1:
+            raise ValueError(f"holdout_fraction must lie in (0, 1), got {holdout_fraction}")
+        if max_step_fraction is not None and max_step_fraction <= 0:
+            raise ValueError(f"max_step_fraction must be positive, got {max_step_fraction}; use None for no limit")
+        reward_weights(torch.zeros(1), [0], weight_scope, weight_floor, max_weight)  # refuses what is out of range
+        self.every_n_steps, self.share, self.update_tokens = every_n_steps, share, update_tokens
+        self.max_step_fraction, self.tokens_per_step, self.num_top = max_step_fraction, tokens_per_step, num_top
+        self.weight_scope, self.weight_floor, self.max_weight = weight_scope, weight_floor, max_weight
+        self.holdout_fraction, self.step_decay, self.output = holdout_fraction, step_decay, output
+        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self.micro_batch_tokens, self.max_grad_norm = micro_batch_tokens, max_grad_norm
+        self.lessons = LessonBuffer(max_bytes, max_age)
+        self.version = 0
+        """Trainings behind the drafter's weights."""
+        self.network: DraftNetwork | None = None
+        self._generator = torch.Generator().manual_seed(seed)
+        self._newest_taught = 0  # policy version
+        self._restored: dict[str, Any] | None = None
+        self._files = RankFiles(_FILES)
+
+    # ---------------------------------------------------------------------------------------------------------- set-up
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_rlvr_module(self, pl_module)
+        require_only_one(self, trainer)
+        owners = [callback for callback in trainer.callbacks if isinstance(callback, SpeculativeRollout)]  # type: ignore[attr-defined]
+        drafter = owners[0].drafter if owners else None
+        if drafter is None or type(drafter).network is Drafter.network:
+            raise MisconfigurationException(
+                "DrafterDistillation needs a drafter that can learn; give SpeculativeRollout an Eagle3Drafter() or a DraftModel, got "
+                f"{type(drafter).__name__ if drafter else 'none'}"
+            )
+        self.drafter = drafter
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
+        self.drafter.prepare(pl_module.model_name)
+        self.network = self.drafter.network()
+        self.network.module.to(pl_module.device)
+        self.collector = LessonCollector(self.network, self.num_top, self._generator)
+        self.training = DrafterTraining(
+            self.network,
+            self.make_optimizer(self.network.parameters),
+            self.drafter.num_speculative_tokens,
+            pl_module.sampling.temperature,
+            self.step_decay,
+            self.micro_batch_tokens,
+            self.max_grad_norm,
+        )
+        self.scheduler: Any = self.make_lr_scheduler(self.training.optimizer) if self.make_lr_scheduler else None
+        if self._restored is not None:
+            self._restore(trainer, pl_module, self._restored)
+        self._restored = None
+
+    # ------------------------------------------------------------------------------------------------------- algorithm
+
+    def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
+        """Publish: the engine drafts with the newest weights, and still has them."""
+        if self.network is None:
+            return
+        engine = pl_module.current_engine()
+        if not engine.drafter_is_intact():
+            rank_zero_warn(
+                "the engine has lost the drafter's weights, they are loaded again; look for what frees its memory"
+            )
+        elif engine.drafter_version == self.version:
+            return
+        with pl_module.timer("update_drafter"):
+            engine.load_drafter_weights(self.network.weights(), self.version)
+
+    def on_experience_end(
+        self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
+    ) -> None:
+        """Listen to the updates of this step."""
+        num_tokens = int((experience.prompt_lengths + experience.response_lengths).sum())
+        self.collector.fraction = min(1.0, self.tokens_per_step / max(num_tokens, 1))
+        self.collector.num_rows_left = len(pl_module.trained_rows(experience))  # a second pass shows nothing new
+        pl_module.student = self.collector
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: RLVRModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        pl_module.student = None
+        self._keep(pl_module)
+        metrics = {"drafter/buffer_bytes": float(sum(gather_objects(self.lessons.num_bytes)))}
+        if pl_module.step % self.every_n_steps == 0:
+            started_at = time.perf_counter()
+            budget_s = None
+            if self.max_step_fraction is not None:
+                budget_s = self.max_step_fraction * pl_module.step_metrics["timing_s/step"]
+            with trainer.precision_plugin.train_step_context():
+                metrics |= self._train(budget_s)
+            metrics["drafter/train_s"] = time.perf_counter() - started_at
+        metrics["drafter/version"] = float(self.version)
+        metrics["drafter/staleness"] = float(pl_module.policy_version - self._newest_taught)
+        pl_module.step_metrics |= metrics
+        for name, value in metrics.items():
+            pl_module.log(name, value)
+
+    def _keep(self, pl_module: RLVRModule) -> None:
+        """Weigh what was kept of this step by the rewards of all ranks, and store it."""
+        taught = self.collector.pop()
+        found = gather_objects([(lesson.uid, lesson.reward) for lesson in taught])
+        everyone = [entry for rank in found for entry in rank]
+        if everyone:
+            numbers = {uid: number for number, uid in enumerate(dict.fromkeys(uid for uid, _ in everyone))}
+            weights = reward_weights(
+                torch.tensor([reward for _, reward in everyone]),
+                [numbers[uid] for uid, _ in everyone],
+                self.weight_scope,
+                self.weight_floor,
+                self.max_weight,
+            ).tolist()
+            start = sum(len(entries) for entries in found[: pl_module.global_rank])
+            own = weights[start : start + len(taught)]
+            self.lessons.put(replace(lesson, weight=weight) for lesson, weight in zip(taught, own, strict=True))
+        self.lessons.expire(pl_module.policy_version)
+
+    def _train(self, budget_s: float | None) -> dict[str, float]:
+        """Pass over a share of the lessons; back to the former weights if that has made the drafter worse."""
+        assert self.network is not None
+        deadline = None if budget_s is None else time.perf_counter() + budget_s
+        held_out = [lesson for lesson in self.lessons if is_held_out(lesson, self.holdout_fraction)]
+        drawn = [
+            lesson
+            for lesson in self.lessons.draw(self.share, self._generator)
+            if not is_held_out(lesson, self.holdout_fraction)
+        ]
+        updates = cut(drawn, self.update_tokens)
+        num_updates = max(gather_objects(len(updates)))
+        if num_updates == 0:
+            return {}
+        before = self._evaluate(held_out)
+        weights = {name: weight.clone() for name, weight in self.network.weights()}
+        optimizer = _copied(self.training.optimizer.state_dict())
+        losses = []
+        for index in range(num_updates):
+            losses.append(self.training.update(updates[index] if index < len(updates) else []))
+            if deadline is not None and max(gather_objects(time.perf_counter())) > deadline:
+                break
+        if self.scheduler is not None:
+            self.scheduler.step()
+        after = self._evaluate(held_out)
+        self.version += 1
+        metrics = {
+            "drafter/loss": sum(losses) / len(losses),
+            "drafter/updates": float(len(losses)),
+            "drafter/weight_mean": _mean([lesson.weight for lesson in drawn]),
+            "drafter/weight_floor_fraction": _floor_fraction(drawn),
+            "drafter/rolled_back": 0.0,
+        }
+        if after.num_drafts and after.acceptance_length < before.acceptance_length - _WORSE:
+            self._put_back(weights)
+            self.training.optimizer.load_state_dict(optimizer)
+            metrics["drafter/rolled_back"] = 1.0
+            after = before
+            self.version -= 1
+        else:
+            self._newest_taught = max([lesson.policy_version for lesson in drawn], default=self._newest_taught)
+        if after.num_drafts:
+            metrics |= {
+                "drafter/kl": after.kl,
+                "drafter/acceptance_estimate": after.acceptance[0],
+                "drafter/acceptance_length": after.acceptance_length,
+                "drafter/acceptance_length_before": before.acceptance_length,
+            }
+        return metrics
+
+    def _evaluate(self, lessons: Sequence[Lesson]) -> DrafterEvaluation:
+        ranks = gather_objects(self.training.evaluate(lessons))
+        return sum(ranks[1:], start=ranks[0])
+
+    def _put_back(self, weights: dict[str, torch.Tensor]) -> None:
+        assert self.network is not None
+        with torch.no_grad():
+            for name, weight in self.network.weights():
+                weight.copy_(weights[name])
+
+    # ---------------------------------------------------------------------------------------------------------- resume
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.network is None:
+            return
+        module = require_rlvr_module(self, pl_module)
+        folder = checkpoint_folder(trainer)
+        self._files.save(
+            folder,
+            self.lessons,
+            self._identity(),
+            step=module.step,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        checkpoint["drafter_distillation"] = {
+            "folder": str(folder),
+            "step": module.step,
+            "world_size": trainer.world_size,
+            "version": self.version,
+            "newest_taught": self._newest_taught,
+            "weights": {name: weight.cpu() for name, weight in self.network.weights()},
+            "vocabulary": None if self.network.vocabulary is None else self.network.vocabulary.cpu(),
+            "optimizer": self.training.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._restored = checkpoint.get("drafter_distillation")
+
+    def _restore(self, trainer: L.Trainer, pl_module: RLVRModule, state: dict[str, Any]) -> None:
+        assert self.network is not None
+        own = {name: weight.shape for name, weight in self.network.weights()}
+        saved = {name: weight.shape for name, weight in state["weights"].items()}
+        same_vocabulary = _same(self.network.vocabulary, state["vocabulary"])
+        if own != saved or not same_vocabulary:
+            rank_zero_warn(
+                "the checkpoint was written with another drafter, which is not used: the drafter of the configuration starts as it is"
+            )
+            return
+        self._put_back(state["weights"])
+        self.training.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self._generator.set_state(state["generator"].cpu())
+        self.version, self._newest_taught = state["version"], state["newest_taught"]
+        if state["world_size"] != trainer.world_size:
+            rank_zero_info("the number of ranks has changed: the drafter begins with no kept responses")
+            return
+        rank, world_size = trainer.global_rank, trainer.world_size
+        folders = [Path(str(trainer.ckpt_path)).parent.absolute(), Path(state["folder"])]
+        paths = [rank_file(folder / _FILES, state["step"], rank, world_size) for folder in folders]
+        path = next((path for path in paths if path.exists()), paths[0])
+        try:
+            self.lessons = LessonBuffer.load(path, self._identity(), self.lessons.max_bytes, self.lessons.max_age)
+        except (FileNotFoundError, RejectedFileError) as error:
+            rank_zero_warn(f"the responses that the drafter learns from cannot be used, it waits for new ones: {error}")
+        self._files.adopt(Path(str(trainer.ckpt_path)), step=state["step"], rank=rank, world_size=world_size)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._files.prune(checkpoint_folder(trainer))
+        if self.output is not None and self.network is not None and trainer.is_global_zero:
+            self.network.save(self.output)
+
+    def _identity(self) -> dict[str, str]:
+        assert self.network is not None
+        vocabulary = self.network.vocabulary
+        digest = "all" if vocabulary is None else xxhash.xxh3_64_hexdigest(vocabulary.cpu().numpy().tobytes())
+        return {"layers": str(list(self.network.layers)), "vocabulary": digest}
+
+
+def is_held_out(lesson: Lesson, fraction: float) -> bool:
+    """Whether a response is for evaluation alone; the same for the same tokens, in every step and run."""
+    digest = xxhash.xxh3_64_intdigest(lesson.token_ids.numpy().tobytes())
+    return digest / 2**64 < fraction
+
+
+def cut(lessons: Sequence[Lesson], num_tokens: int) -> list[list[Lesson]]:
+    """Parts of at least `num_tokens` tokens each, but for the last.
+
+    Example:
+        >>> cut([], 10)
+        []
+    """
+    parts: list[list[Lesson]] = []
+    room = 0
+    for lesson in lessons:
+        if room <= 0:
+            parts.append([])
+            room = num_tokens
+        parts[-1].append(lesson)
+        room -= len(lesson)
+    return parts
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def _floor_fraction(lessons: Sequence[Lesson]) -> float:
+    """Share of responses that count least, where not all count alike."""
+    weights = [lesson.weight for lesson in lessons]
+    if not weights or min(weights) == max(weights):
+        return 0.0
+    return _mean([float(weight == min(weights)) for weight in weights])
+
+
+def _copied(state: Any) -> Any:
+    """A deep copy that the next optimizer step does not reach."""
+    if isinstance(state, torch.Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {name: _copied(value) for name, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else state
+
+
+def _same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first.cpu(), second.cpu())

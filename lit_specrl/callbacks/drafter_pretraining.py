@@ -1,0 +1,223 @@
+"""A drafter made before the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.progress import track
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lit_specrl.callbacks.drafter_distillation import cut, default_optimizer, is_held_out
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
+from lit_specrl.experience import padded_experience, padded_rows
+from lit_specrl.lesson_collector import LessonCollector
+from lit_specrl.policy import load_pretrained
+from lit_specrl.ranks import gather_objects, sum_over_ranks
+from lit_specrl.rollout import Drafter, Eagle3Drafter
+from lit_specrl.speculation import (
+    DrafterEvaluation,
+    DrafterTraining,
+    DraftNetwork,
+    Eagle3Network,
+    Lesson,
+    LessonBuffer,
+    build_head,
+    draft_vocabulary,
+)
+from lit_specrl.types import Experience, PromptBatch
+
+if TYPE_CHECKING:
+    from lit_specrl.module import RLVRModule
+
+
+class DrafterPretraining(RolloutCallback):
+    """In place of training the policy, trains a drafter for it on the policy's own responses to the training prompts. Then the run ends.
+
+    It is what `lit-specrl drafter` runs. A drafter that has seen the task is worth more than any that learns within the run.
+
+    Args:
+        output: folder that the drafter goes to, as vLLM takes it.
+        drafter: what to start from; `None` for a new `Eagle3Drafter`, grown from the policy.
+        num_rollouts: responses to learn from.
+        rollouts: JSONL file of responses to take instead: an object per line with `prompt` and `completion`, and maybe `completion_ids`, as `RolloutRecorder` writes
+            them.
+        vocabulary_size: tokens that a new head can draft: the most frequent ones of the responses. `None` for 4096.
+        num_speculative_tokens: tokens that the drafter is trained to draft in a row.
+        num_passes: over the responses.
+        update_tokens: tokens of an optimizer step.
+        num_top: most likely tokens whose log-probs are learned from.
+        step_decay: weight of a drafted token relative to the one before.
+        holdout_fraction: share of the responses kept for evaluation.
+        max_bytes: most memory for what the policy says about the responses, on each rank.
+        optimizer: makes the optimizer from the drafter's parameters; the rate falls to 0 in a cosine.
+        micro_batch_tokens: most tokens, padding included, in one forward and backward pass of the drafter.
+        seed: of the order of the responses.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        drafter: Drafter | None = None,
+        num_rollouts: int = 512,
+        rollouts: str | None = None,
+        vocabulary_size: int | None = None,
+        num_speculative_tokens: int = 3,
+        num_passes: int = 6,
+        update_tokens: int = 4096,
+        num_top: int = 64,
+        step_decay: float = 0.8,
+        holdout_fraction: float = 0.1,
+        max_bytes: int = 2**32,
+        optimizer: OptimizerCallable = default_optimizer,
+        micro_batch_tokens: int = 8192,
+        seed: int = 0,
+    ) -> None:
+        for name, value in {
+            "num_rollouts": num_rollouts,
+            "num_passes": num_passes,
+            "update_tokens": update_tokens,
+            "num_speculative_tokens": num_speculative_tokens,
+        }.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < holdout_fraction < 1:
+            raise ValueError(f"holdout_fraction must lie in (0, 1), got {holdout_fraction}")
+        if rollouts is not None and not Path(rollouts).is_file():
+            raise ValueError(
+                f"rollouts: there is no file {rollouts!r}; give a JSONL file, or leave it out to let the policy generate"
+            )
+        self.output, self.drafter, self.num_rollouts, self.rollouts = output, drafter, num_rollouts, rollouts
+        self.vocabulary_size, self.num_speculative_tokens = vocabulary_size, num_speculative_tokens
+        self.num_passes, self.update_tokens, self.num_top = num_passes, update_tokens, num_top
+        self.step_decay, self.holdout_fraction, self.max_bytes = step_decay, holdout_fraction, max_bytes
+        self.make_optimizer, self.micro_batch_tokens, self.seed = optimizer, micro_batch_tokens, seed
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        module = require_rlvr_module(self, pl_module)
+        (self.drafter or Eagle3Drafter()).check(AutoConfig.from_pretrained(module.model_name))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
+        responses = list(self._responses(trainer, pl_module))
+        network = self._new_head(pl_module, responses) if self.drafter is None else self.drafter.network()
+        network.module.to(pl_module.device)
+        collector = LessonCollector(network, self.num_top, torch.Generator().manual_seed(self.seed))
+        buffer = LessonBuffer(self.max_bytes, max_age=0)
+        with trainer.precision_plugin.train_step_context():
+            for part in _tracked(responses, "the policy reads", trainer):
+                pl_module.teach(collector, part.to(pl_module.device))
+                buffer.put(collector.pop())
+            before, after = self._train(trainer, pl_module, network, list(buffer))
+        rank_zero_info(
+            f"drafter: of the drafts of {self.num_speculative_tokens} tokens, {_describe(before)} before and {_describe(after)} after the training, on "
+            f"{after.num_drafts} places of responses that it has not seen ({buffer.num_evicted} responses did not fit into max_bytes)"
+        )
+        if trainer.is_global_zero:
+            network.save(self.output)
+        trainer.should_stop = True
+
+    def _train(
+        self, trainer: L.Trainer, pl_module: RLVRModule, network: DraftNetwork, lessons: list[Lesson]
+    ) -> tuple[DrafterEvaluation, DrafterEvaluation]:
+        held_out = [lesson for lesson in lessons if is_held_out(lesson, self.holdout_fraction)]
+        trained = [lesson for lesson in lessons if not is_held_out(lesson, self.holdout_fraction)]
+        training = DrafterTraining(
+            network,
+            self.make_optimizer(network.parameters),
+            self.num_speculative_tokens,
+            pl_module.sampling.temperature,
+            self.step_decay,
+            self.micro_batch_tokens,
+        )
+        before = _evaluate(training, held_out)
+        generator = torch.Generator().manual_seed(self.seed)
+        updates = []
+        for _ in range(self.num_passes):
+            order = torch.randperm(len(trained), generator=generator).tolist()
+            updates += cut([trained[index] for index in order], self.update_tokens)
+        num_updates = max(gather_objects(len(updates)))
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(training.optimizer, max(num_updates, 1))
+        for index in _tracked(range(num_updates), "the drafter learns", trainer):
+            training.update(updates[index] if index < len(updates) else [])
+            scheduler.step()
+        return before, _evaluate(training, held_out)
+
+    def _new_head(self, pl_module: RLVRModule, responses: list[Experience]) -> DraftNetwork:
+        """An EAGLE-3 head with the vocabulary of the responses of all ranks."""
+        policy = load_pretrained(AutoModelForCausalLM, pl_module.model_name)
+        size = policy.config.get_text_config().vocab_size
+        counts = torch.zeros(size, dtype=torch.long)
+        for part in responses:
+            counts += torch.bincount(part.response_ids[part.response_mask], minlength=size)
+        vocabulary = draft_vocabulary(sum_over_ranks(counts), self.vocabulary_size)
+        whole = len(vocabulary) == size
+        head = build_head(policy, pl_module.model_name, None if whole else vocabulary, self.num_speculative_tokens)
+        return Eagle3Network(head)
+
+    def _responses(self, trainer: L.Trainer, pl_module: RLVRModule) -> Iterator[Experience]:
+        if self.rollouts is not None:
+            yield from _read(self.rollouts, pl_module, self.num_rollouts)
+            return
+        loader: Iterable[PromptBatch] = trainer.train_dataloader  # type: ignore[assignment]
+        batches = chain.from_iterable(repeat(loader))
+        first = next(batches)
+        rows = len(first) * pl_module.sampling.num_generations * trainer.world_size
+        num_rounds = math.ceil(self.num_rollouts / rows)
+        for index in _tracked(range(num_rounds), "the policy generates", trainer):
+            rollouts = pl_module.generate(next(batches) if index else first, pl_module.sampling, f"drafter/{index}")
+            pl_module.score(rollouts)
+            yield padded_experience(rollouts)
+
+
+def _read(path: str, pl_module: RLVRModule, num_rollouts: int) -> Iterator[Experience]:
+    """Responses of a file, 32 at a time."""
+    tokenizer = pl_module.tokenizer
+    prompts: list[list[int]] = []
+    responses: list[list[int]] = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if len(prompts) == num_rollouts:
+                break
+            record = json.loads(line)
+            missing = {"prompt", "completion"} - record.keys()
+            if missing:
+                raise MisconfigurationException(
+                    f"{path}, line {number}: no {' and no '.join(sorted(missing))}; found {', '.join(sorted(record))}"
+                )
+            completion = record.get("completion_ids")
+            if completion is None:
+                completion = tokenizer(record["completion"], add_special_tokens=False).input_ids
+                completion += [] if record.get("finish_reason") == "length" else [tokenizer.eos_token_id]
+            prompts.append(tokenizer(record["prompt"], add_special_tokens=False).input_ids)
+            responses.append(completion)
+    if not prompts:
+        raise MisconfigurationException(f"{path} holds no responses")
+    for start in range(0, len(prompts), 32):
+        part = slice(start, start + 32)
+        yield padded_rows(prompts[part], list(range(len(prompts[part]))), responses[part])
+
+
+def _tracked(values: Iterable[Any], title: str, trainer: L.Trainer) -> Iterable[Any]:
+    return track(values, title, disable=not trainer.is_global_zero)
+
+
+def _evaluate(training: DrafterTraining, lessons: list[Lesson]) -> DrafterEvaluation:
+    ranks = gather_objects(training.evaluate(lessons))
+    return sum(ranks[1:], start=ranks[0])
+
+
+def _describe(found: DrafterEvaluation) -> str:
+    shares = " / ".join(f"{share:.2f}" for share in found.acceptance)
+    return f"{shares} of the 1st, 2nd, ... token are accepted ({found.acceptance_length:.2f} tokens a step)"

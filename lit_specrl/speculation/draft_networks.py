@@ -1,0 +1,171 @@
+"""Drafters as networks that can be trained on what the policy says about its responses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lit_specrl.speculation.eagle3_head import (
+    feature_layers,
+    load_head,
+    save_head,
+    trained_weights,
+    unrolled_states,
+    vocabulary_of,
+)
+from lit_specrl.speculation.lessons import Lesson
+
+
+class DraftStep(NamedTuple):
+    """What a drafter would propose at step s of a draft, at every place of some responses."""
+
+    logits: Tensor
+    """[T, V'] over the drafter's vocabulary, not divided by a temperature."""
+    rows: Tensor
+    """[T] long, the lesson of each place."""
+    places: Tensor
+    """[T] long, the index of the proposed token in its response."""
+
+
+class DraftNetwork(ABC):
+    """A drafter whose weights can be trained, saved, and handed to a running engine.
+
+    Attributes:
+        module: holds the weights.
+        vocabulary: [V'] long, token ids that it can draft; `None` for all.
+        layers: decoder layers of the policy whose inputs it needs.
+    """
+
+    module: nn.Module
+    vocabulary: Tensor | None = None
+    layers: tuple[int, ...] = ()
+
+    @abstractmethod
+    def draft_steps(self, lessons: Sequence[Lesson], num_steps: int) -> Iterator[DraftStep]:
+        """Drafts behind every token of the responses, as if all drafts were right (teacher forcing).
+
+        The first token of a response is never drafted: the policy samples it when it reads the prompt.
+
+        Args:
+            lessons: on the host.
+            num_steps: drafted tokens, K; one step for networks that draft the second token as they draft the first.
+        """
+
+    @abstractmethod
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight) of everything that training changes, under the names of the saved model."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write the drafter into a folder that vLLM loads, in place of an older one."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that training changes."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+
+class Eagle3Network(DraftNetwork):
+    """An EAGLE-3 head.
+
+    Args:
+        head: from `build_head` or `load_head`.
+    """
+
+    def __init__(self, head: Any) -> None:
+        self.module: Any = head
+        self.vocabulary = vocabulary_of(head)
+        self.layers = tuple(head.config.eagle_aux_hidden_state_layer_ids)
+
+    @classmethod
+    def load(cls, folder: str) -> Eagle3Network:
+        """From a folder in the format of speculators; errors as those of `load_head`."""
+        return cls(load_head(folder))
+
+    def check(self, policy: Any) -> None:
+        """Whether the head was made for a policy of this configuration.
+
+        Raises:
+            ValueError: it has another width, vocabulary or layers.
+        """
+        own = self.module.config.transformer_layer_config
+        expected = (policy.hidden_size, policy.vocab_size, tuple(feature_layers(policy.num_hidden_layers)))
+        found = (own.hidden_size, own.vocab_size, self.layers)
+        if found[:2] != expected[:2] or max(self.layers) >= policy.num_hidden_layers:
+            raise ValueError(
+                f"the head reads layers {found[2]} of width {found[0]} with a vocabulary of {found[1]}, the policy has "
+                f"{policy.num_hidden_layers} layers of width {expected[0]} and {expected[1]} tokens; build a head for this policy"
+            )
+
+    def draft_steps(self, lessons: Sequence[Lesson], num_steps: int) -> Iterator[DraftStep]:
+        dtype = self.module.fc.weight.dtype
+        features = _padded([lesson.features[:-1].to(dtype) for lesson in lessons]).to(self.device)  # [N, L, F]
+        token_ids = _padded([lesson.token_ids[1:-1].long() for lesson in lessons]).to(self.device)  # [N, L]
+        lengths = torch.tensor([len(lesson) - 2 for lesson in lessons])
+        mask = (torch.arange(token_ids.shape[1])[None] < lengths[:, None]).to(self.device)
+        for step, states in enumerate(unrolled_states(self.module, features, token_ids, mask, num_steps)):
+            rows, places = _places(lessons, step + 1)
+            prompts = torch.tensor([lesson.num_prompt_tokens for lesson in lessons])
+            columns = prompts[rows] + places - 2 - step
+            drafted = states[rows.to(self.device), columns.to(self.device)]  # [T, H]
+            yield DraftStep(self.module.lm_head(drafted), rows, places)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return trained_weights(self.module)
+
+    def save(self, folder: str | Path) -> None:
+        save_head(self.module, folder)
+
+
+class CausalNetwork(DraftNetwork):
+    """A small causal language model with the policy's vocabulary.
+
+    Args:
+        model: a transformers causal language model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.module: Any = model
+
+    @classmethod
+    def load(cls, name_or_path: str) -> CausalNetwork:
+        """From the hub or a folder in the transformers format."""
+        return cls(AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32))
+
+    def draft_steps(self, lessons: Sequence[Lesson], num_steps: int) -> Iterator[DraftStep]:
+        token_ids = _padded([lesson.token_ids[:-1].long() for lesson in lessons]).to(self.device)  # [N, L]
+        lengths = torch.tensor([len(lesson) - 1 for lesson in lessons])
+        mask = (torch.arange(token_ids.shape[1])[None] < lengths[:, None]).to(self.device)
+        states = self.module.base_model(input_ids=token_ids, attention_mask=mask.long(), use_cache=False)
+        rows, places = _places(lessons, 1)
+        prompts = torch.tensor([lesson.num_prompt_tokens for lesson in lessons])
+        drafted = states.last_hidden_state[rows.to(self.device), (prompts[rows] + places - 1).to(self.device)]
+        yield DraftStep(self.module.get_output_embeddings()(drafted), rows, places)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            yield name, parameter.detach()
+
+    def save(self, folder: str | Path) -> None:
+        self.module.save_pretrained(folder)
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def _places(lessons: Sequence[Lesson], first: int) -> tuple[Tensor, Tensor]:
+    """Lesson and place of all response tokens from the place `first` on."""
+    rows = [row for row, lesson in enumerate(lessons) for _ in range(first, lesson.num_response_tokens)]
+    places = [place for lesson in lessons for place in range(first, lesson.num_response_tokens)]
+    return torch.tensor(rows, dtype=torch.long), torch.tensor(places, dtype=torch.long)

@@ -1,0 +1,200 @@
+"""Training a drafter on what the policy says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_specrl.ranks import average_gradients, num_ranks, sum_over_ranks
+from lit_specrl.speculation.distillation_loss import (
+    acceptance_probability,
+    distillation_loss,
+    draft_kl,
+)
+from lit_specrl.speculation.draft_networks import DraftNetwork, DraftStep
+from lit_specrl.speculation.lessons import Lesson
+
+
+@dataclass(frozen=True)
+class DrafterEvaluation:
+    """How well a drafter does on some lessons: sums, so that those of several batches and ranks can be added."""
+
+    kl_sum: float = 0.0
+    """Nats."""
+    num_tokens: int = 0
+    accepted_sum: tuple[float, ...] = ()
+    """Per draft step: sum of the probabilities that its token is accepted, if all before it were."""
+    num_drafted: tuple[float, ...] = ()
+    length_sum: float = 0.0
+    """Tokens emitted per draft, the policy's own included."""
+    num_drafts: int = 0
+
+    def __add__(self, other: DrafterEvaluation) -> DrafterEvaluation:
+        return DrafterEvaluation(
+            self.kl_sum + other.kl_sum,
+            self.num_tokens + other.num_tokens,
+            _added(self.accepted_sum, other.accepted_sum),
+            _added(self.num_drafted, other.num_drafted),
+            self.length_sum + other.length_sum,
+            self.num_drafts + other.num_drafts,
+        )
+
+    @property
+    def kl(self) -> float:
+        """Mean forward KL from policy to drafter, in nats per drafted token."""
+        return self.kl_sum / max(self.num_tokens, 1)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Per draft step, share of its tokens that would be accepted if all before them were."""
+        return [total / max(count, 1) for total, count in zip(self.accepted_sum, self.num_drafted, strict=True)]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per step of the engine: the accepted ones and the policy's own."""
+        return self.length_sum / max(self.num_drafts, 1)
+
+
+class DrafterTraining:
+    """Trains a drafter towards the policy.
+
+    ReSpec's loss (Chen et al. 2025, arXiv 2510.26475), over the steps of a draft as EAGLE-3 unrolls them (Li et al. 2025, arXiv 2503.01840).
+
+    Args:
+        network: the drafter.
+        optimizer: of its parameters.
+        num_steps: drafted tokens, K.
+        temperature: softmax temperature that the policy is sampled at.
+        step_decay: weight of a draft step relative to the one before.
+        micro_batch_tokens: most tokens, padding included, in one forward and backward pass.
+        max_grad_norm: gradients are scaled down to this norm.
+    """
+
+    def __init__(
+        self,
+        network: DraftNetwork,
+        optimizer: torch.optim.Optimizer,
+        num_steps: int,
+        temperature: float = 1.0,
+        step_decay: float = 0.8,
+        micro_batch_tokens: int = 8192,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.network, self.optimizer, self.num_steps = network, optimizer, num_steps
+        self.temperature, self.step_decay = temperature, step_decay
+        self.micro_batch_tokens, self.max_grad_norm = micro_batch_tokens, max_grad_norm
+
+    def update(self, lessons: Sequence[Lesson]) -> float:
+        """One optimizer step on the lessons of all ranks; a non-finite gradient is thrown away.
+
+        Args:
+            lessons: of this rank, maybe none.
+
+        Returns:
+            Loss of all ranks: nats per drafted token, weighted.
+        """
+        loss_sum, count = self._accumulate(lessons)
+        sums = sum_over_ranks(torch.tensor([loss_sum, count], dtype=torch.float64, device=self.network.device))
+        parameters = self.network.parameters
+        for parameter in parameters:
+            if parameter.grad is None:  # nothing to learn from on this rank
+                parameter.grad = torch.zeros_like(parameter)
+        average_gradients(parameters)
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad *= num_ranks() / max(float(sums[1]), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(sums[0]) / max(float(sums[1]), 1.0)
+
+    def _accumulate(self, lessons: Sequence[Lesson]) -> tuple[float, float]:
+        """Add the gradient of the summed loss; returns the sum and what to divide it by."""
+        loss_sum = count = 0.0
+        for part in micro_batches(lessons, self.micro_batch_tokens):
+            kls, weights = [], []
+            for step in self.network.draft_steps(part, self.num_steps):
+                kls.append(draft_kl(step.logits / self.temperature, *_targets(part, step)))
+                weights.append(torch.tensor([lesson.weight for lesson in part])[step.rows].to(step.logits.device))
+            loss = distillation_loss(kls, weights, self.step_decay)
+            loss.weighted_sum.backward()
+            loss_sum, count = loss_sum + float(loss.weighted_sum.detach()), count + loss.count
+        return loss_sum, count
+
+    @torch.no_grad()
+    def evaluate(self, lessons: Sequence[Lesson]) -> DrafterEvaluation:
+        """How well the drafter does, in theory: what is accepted of drafts that are sampled behind every token."""
+        found = DrafterEvaluation()
+        for part in micro_batches(lessons, self.micro_batch_tokens):
+            found += self._evaluate(part)
+        return found
+
+    def _evaluate(self, lessons: Sequence[Lesson]) -> DrafterEvaluation:
+        width = max(lesson.num_response_tokens for lesson in lessons)
+        probabilities = torch.full((self.num_steps, len(lessons), width), torch.nan)  # by place of the drafted token
+        kl_sum, num_tokens = 0.0, 0
+        for index, step in enumerate(self.network.draft_steps(lessons, self.num_steps)):
+            top_tokens, top_logprobs, log_mass = _targets(lessons, step)
+            logits = step.logits / self.temperature
+            kl_sum += float(draft_kl(logits, top_tokens, top_logprobs, log_mass).sum())
+            num_tokens += len(step.rows)
+            accepted = acceptance_probability(logits, top_tokens, top_logprobs).float().cpu()
+            probabilities[index, step.rows, step.places] = accepted
+            last = index
+        for index in range(last + 1, self.num_steps):  # drafts all tokens alike
+            probabilities[index, :, index + 1 :] = probabilities[last, :, index + 1 :]
+        # entry t of step s belongs to the draft whose first token is at place t
+        drafts = torch.stack([_shifted(probabilities[step], step) for step in range(self.num_steps)])  # [K, N, R]
+        whole = ~drafts.isnan().any(0)  # [N, R]
+        lengths = 1 + drafts[:, whole].cumprod(0).sum(0)
+        tried = ~drafts.isnan()
+        return DrafterEvaluation(
+            kl_sum,
+            num_tokens,
+            tuple(drafts.nan_to_num().sum((1, 2)).tolist()),
+            tuple(tried.sum((1, 2)).tolist()),
+            float(lengths.sum()),
+            int(whole.sum()),
+        )
+
+
+def micro_batches(lessons: Sequence[Lesson], max_tokens: int) -> Iterator[list[Lesson]]:
+    """Lessons of similar length together, at most `max_tokens` tokens at a time, padding included; longer ones alone.
+
+    Lessons in which nothing is drafted (responses of one token) are left out.
+    """
+    batch: list[Lesson] = []
+    for lesson in sorted((lesson for lesson in lessons if lesson.num_response_tokens > 1), key=len):
+        if batch and len(lesson) * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(lesson)
+    if batch:
+        yield batch
+
+
+def _targets(lessons: Sequence[Lesson], step: DraftStep) -> tuple[Tensor, Tensor, Tensor]:
+    """Top tokens [T, k], their log-probs [T, k] and the log mass [T] at the drafted places."""
+    starts = torch.tensor([0, *(lesson.num_response_tokens for lesson in lessons)]).cumsum(0)
+    index = starts[step.rows] + step.places
+    device = step.logits.device
+    return (
+        torch.cat([lesson.top_tokens for lesson in lessons])[index].long().to(device),
+        torch.cat([lesson.top_logprobs for lesson in lessons])[index].to(device),
+        torch.cat([lesson.log_mass for lesson in lessons])[index].to(device),
+    )
+
+
+def _shifted(values: Tensor, step: int) -> Tensor:
+    """[N, R] `step` columns to the left, NaN where there is nothing."""
+    return torch.cat([values[:, step:], values.new_full((len(values), step), torch.nan)], dim=1)[:, : values.shape[1]]
+
+
+def _added(first: Sequence[float], second: Sequence[float]) -> tuple[float, ...]:
+    if not first or not second:
+        return tuple(first or second)
+    return tuple(a + b for a, b in zip(first, second, strict=True))

@@ -1,0 +1,233 @@
+"""Drafters that learn within real runs with vLLM."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from reuse_runs import STEPS, assert_identical, fit, grpo, questions, weights_of, with_many_stops
+
+from lit_specrl.callbacks import DrafterDistillation, RolloutCallback, SpeculativeRollout
+from lit_specrl.callbacks.drafter_distillation import cut, is_held_out
+from lit_specrl.rollout import DraftModel, Eagle3Drafter, NGramDrafter, VLLMEngine
+from lit_specrl.speculation import Eagle3Network, Lesson
+
+FAST = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0)
+
+
+class KeptEngine(VLLMEngine):
+    """Outlives the runs that use it, for a start takes seconds; its drafter begins as it was."""
+
+    def __init__(self, drafter):
+        super().__init__(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128)
+        self.drafter = drafter
+
+    def start(self, *arguments):
+        if self.llm is None:
+            super().start(*arguments)
+
+    def shutdown(self):
+        self.policy_version, self.drafter_version = None, -1
+
+
+@pytest.fixture(scope="module")
+def model(make_llama, tmp_path_factory):
+    """Three layers, which a head reads."""
+    return with_many_stops(make_llama(num_hidden_layers=3), tmp_path_factory.mktemp("distillation") / "model")
+
+
+@pytest.fixture(scope="module", params=["head", "model"])
+def kept(request, model, make_llama):
+    small = make_llama(num_hidden_layers=1, initializer_range=0.15)
+    drafter = Eagle3Drafter(num_speculative_tokens=2) if request.param == "head" else DraftModel(small, 2)
+    engine = KeptEngine(drafter)
+    yield engine, drafter
+    VLLMEngine.shutdown(engine)
+
+
+def distillation(**options):
+    defaults = {"max_step_fraction": None, "optimizer": FAST, "update_tokens": 64, "holdout_fraction": 0.3}
+    return DrafterDistillation(**defaults | options)
+
+
+class Watch(RolloutCallback):
+    """Drafter's weights after every step, and the version that each rollout was drafted by."""
+
+    def __init__(self, engine, learner):
+        self.engine, self.learner, self.weights, self.versions = engine, learner, [], []
+
+    def on_rollout_end(self, trainer, pl_module, rollouts):
+        self.versions.append(self.engine.drafter_version)
+
+    def on_train_batch_end(self, *arguments):
+        self.weights.append({name: weight.clone() for name, weight in self.learner.network.weights()})
+
+
+def run(kept, model, folder, learner, *callbacks, **options):
+    engine, drafter = kept
+    module, watch = grpo(model), Watch(engine, learner)
+    trace = fit(
+        module, questions(folder), SpeculativeRollout(engine, drafter), learner, watch, *callbacks, **options
+    )
+    return module, trace, watch
+
+
+def test_the_drafter_learns_and_the_running_engine_is_told(kept, model, tmp_path):
+    learner = distillation()
+    _, trace, watch = run(kept, model, tmp_path, learner, max_epochs=6)
+    versions = [step["drafter/version"] for step in trace.metrics]
+    assert versions[-1] > STEPS and watch.versions == [0.0, *versions[:-1]]
+    kept_engine, _ = kept
+    assert kept_engine.drafter_is_intact()
+    trained = [step for step in trace.metrics if "drafter/loss" in step]
+    assert trained[-1]["drafter/kl"] < trained[0]["drafter/kl"]
+    for step in trained:
+        assert step["drafter/weight_mean"] == pytest.approx(1, abs=0.5)
+        assert step["drafter/updates"] > 1 and step["drafter/train_s"] > 0
+        assert 1 <= step["drafter/acceptance_length"] <= 3
+    assert all(step["drafter/buffer_bytes"] > 0 and step["drafter/staleness"] >= 0 for step in trace.metrics)
+    assert max(lesson.policy_version for lesson in learner.lessons) == len(trace.metrics) - 1
+    assert 0 < sum(is_held_out(lesson, 0.3) for lesson in learner.lessons) < len(learner.lessons)
+
+
+def test_the_policy_learns_as_it_does_without(kept, model, tmp_path):
+    """What is listened to is the pass that trains it: with the same rollouts, the same weights."""
+    engine, drafter = kept
+    weights = []
+    for callbacks in ([], [distillation(optimizer=partial(torch.optim.SGD, lr=0.0))]):
+        module = grpo(model)
+        fit(module, questions(tmp_path), SpeculativeRollout(engine, drafter), *callbacks, max_epochs=2)
+        weights.append(weights_of(module))
+        engine.shutdown()
+    assert_identical(weights[1], weights[0])
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(kept, model, tmp_path):
+    whole_learner = distillation()
+    whole, expected, expected_watch = run(kept, model, tmp_path, whole_learner, max_epochs=4)
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+    run(kept, model, tmp_path, distillation(), saver, max_epochs=2)
+    checkpoint = tmp_path / f"step={2 * STEPS}.ckpt"
+    learner = distillation()
+    resumed, trace, watch = run(kept, model, tmp_path, learner, saver, max_epochs=4, ckpt_path=checkpoint)
+    assert trace.tokens == expected.tokens[2 * STEPS :]
+    assert_identical(weights_of(resumed), weights_of(whole))
+    assert_identical(watch.weights, expected_watch.weights[2 * STEPS :])
+    assert watch.versions == expected_watch.versions[2 * STEPS :]
+    clock = ("drafter/train_s",)
+    for step, other in zip(trace.learned, expected.learned[2 * STEPS :], strict=True):
+        assert {k: v for k, v in step.items() if k not in clock and not k.endswith("step_s")} == {
+            k: v for k, v in other.items() if k not in clock and not k.endswith("step_s")
+        }
+    assert [lesson.token_ids.tolist() for lesson in learner.lessons] == [
+        lesson.token_ids.tolist() for lesson in whole_learner.lessons
+    ]
+
+
+@pytest.mark.parametrize("kept", ["head"], indirect=True)
+def test_lessons_that_are_lost_are_missed_and_no_more(kept, model, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+    run(kept, model, tmp_path, distillation(), saver, max_epochs=1)
+    (file,) = (tmp_path / "drafter_lessons").iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    learner = distillation()
+    with pytest.warns(UserWarning, match="it waits for new ones.*damaged"):
+        run(kept, model, tmp_path, learner, saver, max_epochs=2, ckpt_path=tmp_path / f"step={STEPS}.ckpt")
+    assert learner.version > STEPS / 2 and len(learner.lessons) > 0
+
+
+@pytest.mark.parametrize("kept", ["head"], indirect=True)
+def test_a_training_that_makes_the_drafter_worse_is_undone(kept, model, tmp_path):
+    learner = distillation(optimizer=partial(torch.optim.SGD, lr=1e3), max_grad_norm=1e3)
+    _, trace, watch = run(kept, model, tmp_path, learner, max_epochs=3)
+    undone = [step.get("drafter/rolled_back") == 1 for step in trace.metrics]
+    assert any(undone)
+    for index in [index for index, back in enumerate(undone) if back and index]:
+        assert_identical(watch.weights[index], watch.weights[index - 1])
+        assert trace.metrics[index]["drafter/version"] == trace.metrics[index - 1]["drafter/version"]
+
+
+@pytest.mark.parametrize("kept", ["head"], indirect=True)
+def test_weights_that_the_engine_has_lost_are_noticed_and_loaded_again(kept, model, tmp_path):
+    engine, _ = kept
+
+    class Thief(RolloutCallback):
+        def on_train_batch_end(self, trainer, pl_module, *arguments):
+            if pl_module.step == 2:
+                engine._speculation.load_weights((n, torch.zeros_like(w)) for n, w in learner.network.weights())
+
+    learner = distillation(every_n_steps=100)
+    with pytest.warns(UserWarning, match="the engine has lost the drafter's weights, they are loaded again"):
+        run(kept, model, tmp_path, learner, Thief(), max_epochs=2)
+    assert engine.drafter_is_intact()
+
+
+@pytest.mark.parametrize("kept", ["head"], indirect=True)
+def test_the_drafter_is_written_at_the_end(kept, model, tmp_path):
+    learner = distillation(output=str(tmp_path / "drafter"))
+    _, _, watch = run(kept, model, tmp_path, learner, max_epochs=2)
+    assert_identical(dict(Eagle3Network.load(str(tmp_path / "drafter")).weights()), watch.weights[-1])
+
+
+@pytest.mark.parametrize("kept", ["head"], indirect=True)
+def test_a_training_keeps_to_its_time(kept, model, tmp_path):
+    _, trace, _ = run(kept, model, tmp_path, distillation(max_step_fraction=1e-6), max_epochs=2)
+    assert {step["drafter/updates"] for step in trace.metrics if "drafter/updates" in step} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "found"),
+    [(lambda: [], "none"), (lambda: [SpeculativeRollout(VLLMEngine(), NGramDrafter())], "NGramDrafter")],
+)
+def test_a_drafter_that_cannot_learn_is_refused(model, tmp_path, callbacks, found):
+    with pytest.raises(MisconfigurationException, match=f"needs a drafter that can learn.*got {found}"):
+        fit(grpo(model), questions(tmp_path), *callbacks(), DrafterDistillation())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 0}, r"share must lie in \(0, 1\], got 0"),
+        ({"holdout_fraction": 0}, r"holdout_fraction must lie in \(0, 1\), got 0"),
+        ({"max_step_fraction": 0}, "max_step_fraction must be positive, got 0; use None for no limit"),
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"weight_floor": 2}, "floor"),
+    ],
+)
+def test_values_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        DrafterDistillation(**options)
+
+
+def test_policies_that_no_head_fits_are_refused_before_anything_is_generated(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="reads three layers of the policy, this one has 2"):
+        fit(grpo(tiny_model), questions(tmp_path), SpeculativeRollout(VLLMEngine(), Eagle3Drafter()))
+    with pytest.raises(ValueError, match="no EAGLE-3 head in the format of speculators"):
+        fit(grpo(tiny_model), questions(tmp_path), SpeculativeRollout(VLLMEngine(), Eagle3Drafter(tiny_model)))
+    with pytest.raises(ValueError, match="vocabulary_size=9 is of a new head; 'folder' has its own"):
+        Eagle3Drafter("folder", vocabulary_size=9)
+
+
+def lesson(length):
+    return Lesson("a", torch.zeros(length, dtype=torch.int32), 1, torch.zeros(length - 1, 0), *_targets(length - 1))
+
+
+def _targets(length):
+    empty = torch.zeros(length, 1, dtype=torch.int32), torch.zeros(length, 1), torch.zeros(length)
+    return *empty, 1.0, 1.0, 0
+
+
+def test_updates_have_about_equally_many_tokens():
+    parts = cut([lesson(length) for length in (4, 4, 9, 3, 2)], 8)
+    assert [[len(one) for one in part] for part in parts] == [[4, 4], [9], [3, 2]]
+
+
+def test_lessons_are_held_out_by_their_tokens():
+    lessons = [lesson(length) for length in range(2, 500)]
+    assert 0.2 < sum(is_held_out(one, 0.3) for one in lessons) / len(lessons) < 0.4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [is_held_out(one, 0.3) for one in lessons] == [is_held_out(one, 0.3) for one in lessons]
