@@ -48,7 +48,7 @@ def kept(request, model, make_llama):
 
 
 def distillation(**options):
-    defaults = {"max_step_fraction": None, "optimizer": FAST, "update_tokens": 64, "holdout_fraction": 0.3}
+    defaults = {"max_step_fraction": None, "optimizer": FAST, "update_tokens": 24, "holdout_fraction": 0.3}
     return DrafterDistillation(**defaults | options)
 
 
@@ -96,7 +96,7 @@ def test_the_policy_learns_as_it_does_without(kept, model, tmp_path):
     """What is listened to is the pass that trains it: with the same rollouts, the same weights."""
     engine, drafter = kept
     weights = []
-    for callbacks in ([], [distillation(optimizer=partial(torch.optim.SGD, lr=0.0))]):
+    for callbacks in ([distillation(optimizer=partial(torch.optim.SGD, lr=0.0))], []):
         module = grpo(model)
         fit(module, questions(tmp_path), SpeculativeRollout(engine, drafter), *callbacks, max_epochs=2)
         weights.append(weights_of(module))
