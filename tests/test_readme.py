@@ -12,7 +12,7 @@ import pytest
 from lit_specrl import cli
 from lit_specrl.bench.command import bench_command
 from lit_specrl.bench.rollout.runs import Run, RunFailedError
-from lit_specrl.callbacks.tensorboard_report import LAYOUT
+from lit_specrl.callbacks.tensorboard_report import CALLBACK_LAYOUTS, LAYOUT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -89,7 +89,8 @@ def test_importing_the_package_needs_neither_torch_nor_vllm():
 
 def test_the_table_of_metrics_defines_what_is_charted():
     table = README[README.index("## Metrics") : README.index("## Measured")]
-    for charts in LAYOUT.values():
+    layouts = [LAYOUT, *CALLBACK_LAYOUTS.values()]
+    for charts in [charts for layout in layouts for charts in layout.values()]:
         for _, (_, names) in charts.items():
             for name in names:
                 stem = re.sub(r"[\^$]|\(.*?\)|\.\*", "", name).split("/")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,9 +58,8 @@ class DrafterDistillation(RolloutCallback):
     """Trains the drafter, step after step, to say what the policy says.
 
     ReSpec's online learner (Chen et al. 2025, arXiv 2510.26475): while the policy moves, a drafter that stays as it was is accepted less and less. Of the forward passes of the
-    update, hidden states and most likely tokens are kept for some responses; after the update the drafter is trained on
-    `w(r) * sum_t KL(policy || drafter)`, over several drafted tokens as EAGLE-3 does; the running engine gets the new weights before the next
-    rollout. Rollouts have the policy's distribution whatever the drafter proposes.
+    update, hidden states and most likely tokens are kept for some responses; at the beginning of the next step the drafter is trained on
+    `w(r) * sum_t KL(policy || drafter)`, over several drafted tokens as EAGLE-3 does, and the running engine gets the new weights. Rollouts have the policy's distribution whatever the drafter proposes.
 
     A share of the responses, chosen by a hash of their tokens, is never trained on. If a training makes the drafter worse on these, it is undone.
 
@@ -142,6 +142,8 @@ class DrafterDistillation(RolloutCallback):
         self.network: DraftNetwork | None = None
         self._generator = torch.Generator().manual_seed(seed)
         self._newest_taught = 0  # policy version
+        self._has_news = False
+        self._step_s = 0.0
         self._restored: dict[str, Any] | None = None
         self._files = RankFiles(_FILES)
 
@@ -181,11 +183,26 @@ class DrafterDistillation(RolloutCallback):
     # ------------------------------------------------------------------------------------------------------- algorithm
 
     def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
-        """Publish: the engine drafts with the newest weights, and still has them."""
+        """Learn from the step before, then publish: the engine drafts with the newest weights, and still has them."""
         if self.network is None:
             return
+        if trainer.training and self._has_news:
+            if pl_module.step % self.every_n_steps == 0:
+                with pl_module.timer("train_drafter"):
+                    pl_module.step_metrics |= self._train()
+                self._has_news = False
+            pl_module.step_metrics |= {
+                "drafter/version": float(self.version),
+                "drafter/staleness": float(pl_module.policy_version - self._newest_taught),
+                "drafter/buffer_bytes": float(sum(gather_objects(self.lessons.num_bytes))),
+            }
+        self._publish(pl_module)
+
+    def _publish(self, pl_module: RLVRModule) -> None:
+        assert self.network is not None
         engine = pl_module.current_engine()
-        if not engine.drafter_is_intact():
+        is_intact = all(gather_objects(engine.drafter_is_intact()))
+        if not is_intact:
             rank_zero_warn(
                 "the engine has lost the drafter's weights, they are loaded again; look for what frees its memory"
             )
@@ -208,20 +225,8 @@ class DrafterDistillation(RolloutCallback):
     ) -> None:
         pl_module.student = None
         self._keep(pl_module)
-        metrics = {"drafter/buffer_bytes": float(sum(gather_objects(self.lessons.num_bytes)))}
-        if pl_module.step % self.every_n_steps == 0:
-            started_at = time.perf_counter()
-            budget_s = None
-            if self.max_step_fraction is not None:
-                budget_s = self.max_step_fraction * pl_module.step_metrics["timing_s/step"]
-            with trainer.precision_plugin.train_step_context():
-                metrics |= self._train(budget_s)
-            metrics["drafter/train_s"] = time.perf_counter() - started_at
-        metrics["drafter/version"] = float(self.version)
-        metrics["drafter/staleness"] = float(pl_module.policy_version - self._newest_taught)
-        pl_module.step_metrics |= metrics
-        for name, value in metrics.items():
-            pl_module.log(name, value)
+        self._step_s = pl_module.step_metrics["timing_s/step"]
+        self._has_news = True
 
     def _keep(self, pl_module: RLVRModule) -> None:
         """Weigh what was kept of this step by the rewards of all ranks, and store it."""
@@ -242,10 +247,11 @@ class DrafterDistillation(RolloutCallback):
             self.lessons.put(replace(lesson, weight=weight) for lesson, weight in zip(taught, own, strict=True))
         self.lessons.expire(pl_module.policy_version)
 
-    def _train(self, budget_s: float | None) -> dict[str, float]:
+    def _train(self) -> dict[str, float]:
         """Pass over a share of the lessons; back to the former weights if that has made the drafter worse."""
         assert self.network is not None
-        deadline = None if budget_s is None else time.perf_counter() + budget_s
+        started_at = time.perf_counter()
+        budget_s = math.inf if self.max_step_fraction is None else self.max_step_fraction * self._step_s
         held_out = [lesson for lesson in self.lessons if is_held_out(lesson, self.holdout_fraction)]
         drawn = [
             lesson
@@ -262,7 +268,7 @@ class DrafterDistillation(RolloutCallback):
         losses = []
         for index in range(num_updates):
             losses.append(self.training.update(updates[index] if index < len(updates) else []))
-            if deadline is not None and max(gather_objects(time.perf_counter())) > deadline:
+            if max(gather_objects(time.perf_counter() - started_at)) > budget_s:
                 break
         if self.scheduler is not None:
             self.scheduler.step()
@@ -290,7 +296,7 @@ class DrafterDistillation(RolloutCallback):
                 "drafter/acceptance_length": after.acceptance_length,
                 "drafter/acceptance_length_before": before.acceptance_length,
             }
-        return metrics
+        return metrics | {"drafter/train_s": time.perf_counter() - started_at}
 
     def _evaluate(self, lessons: Sequence[Lesson]) -> DrafterEvaluation:
         ranks = gather_objects(self.training.evaluate(lessons))
@@ -323,6 +329,8 @@ class DrafterDistillation(RolloutCallback):
             "world_size": trainer.world_size,
             "version": self.version,
             "newest_taught": self._newest_taught,
+            "has_news": self._has_news,
+            "step_s": self._step_s,
             "weights": {name: weight.cpu() for name, weight in self.network.weights()},
             "vocabulary": None if self.network.vocabulary is None else self.network.vocabulary.cpu(),
             "optimizer": self.training.optimizer.state_dict(),
@@ -350,6 +358,7 @@ class DrafterDistillation(RolloutCallback):
             self.scheduler.load_state_dict(state["scheduler"])
         self._generator.set_state(state["generator"].cpu())
         self.version, self._newest_taught = state["version"], state["newest_taught"]
+        self._has_news, self._step_s = state["has_news"], state["step_s"]
         if state["world_size"] != trainer.world_size:
             rank_zero_info("the number of ranks has changed: the drafter begins with no kept responses")
             return

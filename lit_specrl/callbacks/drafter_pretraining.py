@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -120,12 +119,14 @@ class DrafterPretraining(RolloutCallback):
                 pl_module.teach(collector, part.to(pl_module.device))
                 buffer.put(collector.pop())
             before, after = self._train(trainer, pl_module, network, list(buffer))
-        rank_zero_info(
-            f"drafter: of the drafts of {self.num_speculative_tokens} tokens, {_describe(before)} before and {_describe(after)} after the training, on "
-            f"{after.num_drafts} places of responses that it has not seen ({buffer.num_evicted} responses did not fit into max_bytes)"
-        )
         if trainer.is_global_zero:
             network.save(self.output)
+            print(
+                f"Of drafts of {self.num_speculative_tokens} tokens, {_describe(before)} before the training and {_describe(after)} after it, "
+                f"on {after.num_drafts} places of responses that it has not seen."
+            )
+            if buffer.num_evicted:
+                print(f"{buffer.num_evicted} responses did not fit into max_bytes={self.max_bytes} and were left out.")
         trainer.should_stop = True
 
     def _train(
@@ -220,4 +221,4 @@ def _evaluate(training: DrafterTraining, lessons: list[Lesson]) -> DrafterEvalua
 
 def _describe(found: DrafterEvaluation) -> str:
     shares = " / ".join(f"{share:.2f}" for share in found.acceptance)
-    return f"{shares} of the 1st, 2nd, ... token are accepted ({found.acceptance_length:.2f} tokens a step)"
+    return f"{shares} of the 1st, 2nd, ... are accepted ({found.acceptance_length:.2f} tokens a step)"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_specrl.callbacks.drafter_distillation import DrafterDistillation
+from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
+from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.types import Experience, Rollouts
 
 if TYPE_CHECKING:
@@ -52,9 +56,41 @@ DYNAMIC_SAMPLING_LAYOUT = {
 }
 
 
-def layout_for(module: L.LightningModule) -> dict[str, dict[str, list[Any]]]:
-    """Tabs for what a module reports."""
+CALLBACK_LAYOUTS: dict[type[L.Callback], dict[str, dict[str, list[Any]]]] = {
+    PrefixCache: {
+        "prefix cache": {
+            "reused": ["Multiline", ["prefix_cache/(hit|reuse|full_reuse)_fraction"]],
+            "tokens": ["Multiline", ["prefix_cache/(generated|saved)_tokens"]],
+            "drift and KL": ["Multiline", ["prefix_cache/(drift|kl)"]],
+        }
+    },
+    SpeculativeRollout: {
+        "speculation": {
+            "tokens a step": ["Multiline", ["speculation/(length|acceptance_length)"]],
+            "accepted by position": ["Multiline", ["speculation/accepted_by_position/.*"]],
+            "time of a step, measured and predicted": [
+                "Multiline",
+                ["speculation/step_s", "speculation/step_s_predicted"],
+            ],
+            "gain, measured and predicted": ["Multiline", ["speculation/(measured|predicted)_gain"]],
+        }
+    },
+    DrafterDistillation: {
+        "drafter": {
+            "KL": ["Multiline", ["drafter/(loss|kl)"]],
+            "tokens a step": ["Multiline", ["drafter/acceptance_length", "drafter/acceptance_length_before"]],
+            "staleness": ["Multiline", ["drafter/staleness"]],
+        }
+    },
+}
+
+
+def layout_for(module: L.LightningModule, callbacks: Sequence[L.Callback] = ()) -> dict[str, dict[str, list[Any]]]:
+    """Tabs for what a module and the callbacks of a run report."""
     layout = dict(LAYOUT)
+    for kind, own in CALLBACK_LAYOUTS.items():
+        if any(isinstance(callback, kind) and getattr(callback, "drafter", True) for callback in callbacks):
+            layout |= own
     if getattr(module, "critic", None) is not None:
         layout |= CRITIC_LAYOUT
     if getattr(module, "dynamic_sampling", False):
@@ -81,7 +117,7 @@ class TensorBoardReport(RolloutCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for writer in _writers(trainer):
-            writer.add_custom_scalars(layout_for(pl_module))
+            writer.add_custom_scalars(layout_for(pl_module, trainer.callbacks))  # type: ignore[attr-defined]
         settings = getattr(pl_module, "settings", None)
         if settings and trainer.logger is not None:
             trainer.logger.log_hyperparams(settings)

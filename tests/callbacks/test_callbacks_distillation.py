@@ -1,7 +1,12 @@
 """Drafters that learn within real runs with vLLM."""
 
+import re
+import signal
+import subprocess
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +14,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from reuse_runs import STEPS, assert_identical, fit, grpo, questions, weights_of, with_many_stops
 
-from lit_specrl.callbacks import DrafterDistillation, RolloutCallback, SpeculativeRollout
+from lit_specrl.callbacks import (
+    AdaptiveScheduler,
+    DrafterDistillation,
+    PrefixCache,
+    RolloutCallback,
+    SpeculativeRollout,
+)
 from lit_specrl.callbacks.drafter_distillation import cut, is_held_out
+from lit_specrl.callbacks.tensorboard_report import layout_for
 from lit_specrl.rollout import DraftModel, Eagle3Drafter, NGramDrafter, VLLMEngine
 from lit_specrl.speculation import Eagle3Network, Lesson
 
@@ -68,17 +80,15 @@ class Watch(RolloutCallback):
 def run(kept, model, folder, learner, *callbacks, **options):
     engine, drafter = kept
     module, watch = grpo(model), Watch(engine, learner)
-    trace = fit(
-        module, questions(folder), SpeculativeRollout(engine, drafter), learner, watch, *callbacks, **options
-    )
+    trace = fit(module, questions(folder), SpeculativeRollout(engine, drafter), learner, watch, *callbacks, **options)
     return module, trace, watch
 
 
 def test_the_drafter_learns_and_the_running_engine_is_told(kept, model, tmp_path):
     learner = distillation()
     _, trace, watch = run(kept, model, tmp_path, learner, max_epochs=6)
-    versions = [step["drafter/version"] for step in trace.metrics]
-    assert versions[-1] > STEPS and watch.versions == [0.0, *versions[:-1]]
+    versions = [step["drafter/version"] for step in trace.metrics[1:]]
+    assert versions[-1] > STEPS and watch.versions == [0.0, *versions]
     kept_engine, _ = kept
     assert kept_engine.drafter_is_intact()
     trained = [step for step in trace.metrics if "drafter/loss" in step]
@@ -87,7 +97,8 @@ def test_the_drafter_learns_and_the_running_engine_is_told(kept, model, tmp_path
         assert step["drafter/weight_mean"] == pytest.approx(1, abs=0.5)
         assert step["drafter/updates"] > 1 and step["drafter/train_s"] > 0
         assert 1 <= step["drafter/acceptance_length"] <= 3
-    assert all(step["drafter/buffer_bytes"] > 0 and step["drafter/staleness"] >= 0 for step in trace.metrics)
+    assert all(step["drafter/buffer_bytes"] > 0 and step["drafter/staleness"] >= 0 for step in trace.metrics[1:])
+    assert all(step["timing_s/train_drafter"] >= step["drafter/train_s"] for step in trained)
     assert max(lesson.policy_version for lesson in learner.lessons) == len(trace.metrics) - 1
     assert 0 < sum(is_held_out(lesson, 0.3) for lesson in learner.lessons) < len(learner.lessons)
 
@@ -145,9 +156,9 @@ def test_a_training_that_makes_the_drafter_worse_is_undone(kept, model, tmp_path
     _, trace, watch = run(kept, model, tmp_path, learner, max_epochs=3)
     undone = [step.get("drafter/rolled_back") == 1 for step in trace.metrics]
     assert any(undone)
-    for index in [index for index, back in enumerate(undone) if back and index]:
+    for index in [index for index, back in enumerate(undone) if back]:
         assert_identical(watch.weights[index], watch.weights[index - 1])
-        assert trace.metrics[index]["drafter/version"] == trace.metrics[index - 1]["drafter/version"]
+        assert watch.versions[index] == watch.versions[index - 1]
 
 
 @pytest.mark.parametrize("kept", ["head"], indirect=True)
@@ -170,6 +181,20 @@ def test_the_drafter_is_written_at_the_end(kept, model, tmp_path):
     learner = distillation(output=str(tmp_path / "drafter"))
     _, _, watch = run(kept, model, tmp_path, learner, max_epochs=2)
     assert_identical(dict(Eagle3Network.load(str(tmp_path / "drafter")).weights()), watch.weights[-1])
+
+
+@pytest.mark.parametrize("kept", ["head"], indirect=True)
+def test_every_chart_of_speculation_has_curves(kept, model, tmp_path):
+    _, trace, _ = run(kept, model, tmp_path, distillation(), PrefixCache(0.5), AdaptiveScheduler(), max_epochs=3)
+    reported = {name for step in trace.metrics for name in step}
+    callbacks = [PrefixCache(), SpeculativeRollout(*kept), DrafterDistillation(), SpeculativeRollout()]
+    tabs = layout_for(grpo(model), callbacks)
+    assert {"prefix cache", "speculation", "drafter"} < tabs.keys()
+    assert layout_for(grpo(model), callbacks[-1:]).keys() == layout_for(grpo(model)).keys()
+    for name in [
+        name for tab in ("prefix cache", "speculation", "drafter") for _, names in tabs[tab].values() for name in names
+    ]:
+        assert any(re.fullmatch(name, each) for each in reported), name
 
 
 @pytest.mark.parametrize("kept", ["head"], indirect=True)
@@ -231,3 +256,17 @@ def test_lessons_are_held_out_by_their_tokens():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [is_held_out(one, 0.3) for one in lessons] == [is_held_out(one, 0.3) for one in lessons]
+
+
+def test_a_process_that_is_killed_goes_on_with_a_whole_drafter(model, tmp_path):
+    """Within a training of the drafter, and with a part of its weights in the engine."""
+    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
+    statuses = []
+    for folder, where in ((calm, "never"), (disturbed, "train"), (disturbed, "publish"), (disturbed, "never")):
+        folder.mkdir(exist_ok=True)
+        program = [sys.executable, str(Path(__file__).with_name("killed_while_distilling.py")), model, str(folder)]
+        found = subprocess.run([*program, where], capture_output=True, text=True, check=False)
+        statuses.append(found.returncode)
+    assert statuses == [0, -signal.SIGKILL, -signal.SIGKILL, 0], found.stderr[-2000:]
+    assert_identical(torch.load(disturbed / "final.pt"), torch.load(calm / "final.pt"))
+    assert not list(disturbed.rglob("*.partial"))

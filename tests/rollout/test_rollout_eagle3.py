@@ -53,9 +53,7 @@ def greedy(colocated):
     request = colocated.request(PROMPTS, group=1, length=LENGTH, temperature=0.0)
     rollouts = colocated.engine.generate(request)
     colocated.engine.speculation_control = None
-    return rollouts, [
-        sum(step.accepted[k] for step in control.steps if len(step.accepted) > k) for k in range(DRAFTED)
-    ]
+    return rollouts, [sum(step.accepted[k] for step in control.steps if len(step.accepted) > k) for k in range(DRAFTED)]
 
 
 @torch.no_grad()
@@ -91,11 +89,10 @@ def expected_acceptance(network, lessons):
             tokens = tokens if network.vocabulary is None else network.vocabulary[tokens]
             for place, token in zip(step.places.tolist(), tokens.tolist(), strict=True):
                 right[index, place] = token == response[place]
-        own = lambda step, place: right[step if (step, place) in right else 0, place]  # noqa: E731
         place = 1  # the first token comes with the prompt
         while place < len(response):
             room = min(DRAFTED, len(response) - place)
-            count = next((k for k in range(room) if not own(k, place + k)), room)
+            count = next((k for k in range(room) if not right.get((k, place + k), right[0, place + k])), room)
             for k in range(count):
                 accepted[k] += 1
             place += count + 1
