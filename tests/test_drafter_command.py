@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from lit_specrl.drafter_command import drafter_command, pretraining_configuration
-from lit_specrl.speculation import Eagle3Network
+from lit_specrl.speculation import Eagle3Network, check_head
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +66,7 @@ def test_a_new_head_learns_from_what_the_policy_says(config, model, tmp_path, ca
     before = {path: path.stat().st_mtime_ns for path in Path(model).iterdir()}
     drafter_command(["--config", config, "--output", str(tmp_path / "head"), "--vocabulary_size=40", *SMALL])
     network = Eagle3Network.load(str(tmp_path / "head"))
-    network.check(AutoModelForCausalLM.from_pretrained(model).config)
+    check_head(str(tmp_path / "head"), AutoModelForCausalLM.from_pretrained(model).config)
     assert len(network.vocabulary) == 40 and network.module.config.speculators_config.verifier.name_or_path == model
     printed = capsys.readouterr().out
     assert "the drafter learns" in printed and "are accepted" in printed

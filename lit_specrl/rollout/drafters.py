@@ -18,6 +18,7 @@ from lit_specrl.speculation import (
     Eagle3Network,
     build_head,
     check_architecture,
+    check_head,
     draft_vocabulary,
     save_head,
 )
@@ -195,7 +196,7 @@ class Eagle3Drafter(Drafter):
         if self.model is None:
             check_architecture(policy.get_text_config())
         else:
-            Eagle3Network.load(self.model).check(policy.get_text_config())
+            check_head(self.model, policy.get_text_config())
 
     def prepare(self, model: str) -> None:
         if self.model is None:

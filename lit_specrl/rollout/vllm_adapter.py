@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_specrl.rollout.drafters import Drafter, DraftModel
 from lit_specrl.rollout.vllm_proposers import Following
 from lit_specrl.rollout.vllm_sampler import CPUSampler, VerificationCounter
-from lit_specrl.rollout.vllm_speculation import Speculation
+from lit_specrl.rollout.vllm_speculation import Speculation, repack_tied_head
 from lit_specrl.speculation import DecodeStep
 
 TESTED = SpecifierSet("==0.32.*")
@@ -136,22 +136,11 @@ def load_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Replace the weights of the running engine and flush its KV prefix cache."""
     # model.load_weights would fail on CPU, where weights are repacked after loading and have lost their loaders
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-    llm.apply_model(_repack_tied_head)
+    llm.apply_model(repack_tied_head)
     if not llm.reset_prefix_cache():
         raise RuntimeError(
             "vLLM could not flush its KV prefix cache: requests of the previous weights are still running"
         )
-
-
-def _repack_tied_head(model: Any) -> None:
-    """Rebuild the head's packed copy of a tied embedding.
-
-    On a CPU vLLM 0.32 multiplies with a copy of the head's weight that it packs when the head is loaded. A tied head is
-    never loaded, so after a reload it would go on with the previous weights: fluent text, from another policy.
-    """
-    head = getattr(model, "lm_head", None)
-    if head is not None and getattr(model.config, "tie_word_embeddings", False):
-        head.quant_method.process_weights_after_loading(head)
 
 
 class Job(NamedTuple):

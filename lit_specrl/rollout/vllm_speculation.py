@@ -77,6 +77,7 @@ class Speculation:
         converted = ((name, weight.to(dtype) if weight.is_floating_point() else weight) for name, weight in weights)
         with set_current_vllm_config(config):
             reload_weights(config, self._drafter.model, converted, None, True)
+        repack_tied_head(self._drafter.model)
         self._llm.reset_prefix_cache()  # holds the former weights' keys and values
         return self.fingerprint()
 
@@ -130,3 +131,14 @@ class Speculation:
             self._has_gap = self._has_weights
             return [[] for _ in range(num_rows)]
         return self._propose(scheduler_output, sampled_token_ids, *arguments)
+
+
+def repack_tied_head(model: Any) -> None:
+    """Rebuild the head's packed copy of a tied embedding.
+
+    On a CPU vLLM 0.32 multiplies with a copy of the head's weight that it packs when the head is loaded. A tied head is
+    never loaded, so after a reload it would go on with the previous weights: fluent text, from another policy.
+    """
+    head = getattr(model, "lm_head", None)
+    if head is not None and getattr(model.config, "tie_word_embeddings", False):
+        head.quant_method.process_weights_after_loading(head)

@@ -15,6 +15,7 @@ from lit_specrl.speculation.drafter_training import DrafterEvaluation, DrafterTr
 from lit_specrl.speculation.eagle3_head import (
     build_head,
     check_architecture,
+    check_head,
     draft_vocabulary,
     feature_layers,
     load_head,
@@ -69,6 +70,7 @@ __all__ = [
     "acceptance_probability",
     "build_head",
     "check_architecture",
+    "check_head",
     "control_samples",
     "distillation_loss",
     "draft_kl",

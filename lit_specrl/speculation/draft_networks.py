@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_specrl.speculation.eagle3_head import (
-    feature_layers,
     load_head,
     save_head,
     trained_weights,
@@ -91,21 +90,6 @@ class Eagle3Network(DraftNetwork):
     def load(cls, folder: str) -> Eagle3Network:
         """From a folder in the format of speculators; errors as those of `load_head`."""
         return cls(load_head(folder))
-
-    def check(self, policy: Any) -> None:
-        """Whether the head was made for a policy of this configuration.
-
-        Raises:
-            ValueError: it has another width, vocabulary or layers.
-        """
-        own = self.module.config.transformer_layer_config
-        expected = (policy.hidden_size, policy.vocab_size, tuple(feature_layers(policy.num_hidden_layers)))
-        found = (own.hidden_size, own.vocab_size, self.layers)
-        if found[:2] != expected[:2] or max(self.layers) >= policy.num_hidden_layers:
-            raise ValueError(
-                f"the head reads layers {found[2]} of width {found[0]} with a vocabulary of {found[1]}, the policy has "
-                f"{policy.num_hidden_layers} layers of width {expected[0]} and {expected[1]} tokens; build a head for this policy"
-            )
 
     def draft_steps(self, lessons: Sequence[Lesson], num_steps: int) -> Iterator[DraftStep]:
         dtype = self.module.fc.weight.dtype

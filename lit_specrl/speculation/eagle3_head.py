@@ -94,29 +94,56 @@ def build_head(policy: PreTrainedModel, model: str, vocabulary: Tensor | None = 
 
 
 def load_head(folder: str) -> Any:
-    """A head from a folder in the format of speculators.
+    """A head from the hub or a folder in the format of speculators.
 
     Raises:
         ImportError: speculators is missing.
         ValueError: there is no such head.
     """
-    _require_speculators()
-    from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+    config = _head_config(folder)
+    from speculators.models.eagle3 import Eagle3DraftModel
 
+    load: Any = PreTrainedModel.from_pretrained
     try:
-        config = Eagle3SpeculatorConfig.from_pretrained(folder)
-        config.transformer_layer_config._attn_implementation = "sdpa"
         # the class's own `from_pretrained` reads the policy from where it was when the head was made
-        load: Any = PreTrainedModel.from_pretrained
         head = load.__func__(Eagle3DraftModel, folder, config=config, dtype=torch.float32)
         if any(weight.isnan().any() for weight in (head.embed_tokens.weight, head.lm_head.weight)):
             head.load_verifier_weights()  # a head that was saved without them
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the weights of the EAGLE-3 head {folder!r} cannot be read: {error}") from error
+    _freeze(head)
+    return head
+
+
+def check_head(folder: str, policy: PreTrainedConfig) -> None:
+    """Whether a head was made for a policy of this configuration; its weights are not read.
+
+    Raises:
+        ImportError: speculators is missing.
+        ValueError: there is no such head, or it has another width, vocabulary or layers.
+    """
+    config = _head_config(folder)
+    own, layers = config.transformer_layer_config, config.eagle_aux_hidden_state_layer_ids
+    same = (own.hidden_size, own.vocab_size) == (policy.hidden_size, policy.vocab_size)
+    if not same or max(layers) >= policy.num_hidden_layers:
+        raise ValueError(
+            f"the head {folder!r} reads layers {layers} of width {own.hidden_size} with a vocabulary of {own.vocab_size}, the policy has "
+            f"{policy.num_hidden_layers} layers of width {policy.hidden_size} and {policy.vocab_size} tokens; make a head for this policy"
+        )
+
+
+def _head_config(folder: str) -> Any:
+    _require_speculators()
+    from speculators.models.eagle3 import Eagle3SpeculatorConfig
+
+    try:
+        config = Eagle3SpeculatorConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"{folder!r} is no EAGLE-3 head in the format of speculators: {error}. `lit-specrl drafter` makes one"
         ) from error
-    _freeze(head)
-    return head
+    config.transformer_layer_config._attn_implementation = "sdpa"
+    return config
 
 
 def save_head(head: Any, folder: str | Path) -> None:

@@ -1,5 +1,8 @@
 """Networks that draft, and how they learn."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -183,3 +186,38 @@ def test_micro_batches_hold_similar_lessons_within_the_budget(policy):
     lengths = [[len(one) for one in batch] for batch in micro_batches(lessons, 15)]
     assert lengths == [[5, 5], [6], [11], [22]]
     assert list(micro_batches([lessons[1]], 15)) == []
+
+
+def test_two_ranks_learn_what_one_learns(tmp_path):
+    """Three lessons on one rank and two on the other, of other lengths; then none on the second."""
+    program = [sys.executable, __file__]
+    one = subprocess.run([*program, "0", "1", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert one.returncode == 0, one.stderr[-2000:]
+    ranks = [subprocess.Popen([*program, str(rank), "2", str(tmp_path)]) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    alone, together = (torch.load(tmp_path / name) for name in ("0-of-1.pt", "0-of-2.pt"))
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.load(tmp_path / "1-of-2.pt"), together, atol=0, rtol=0)
+
+
+def train_on_a_rank(rank, world_size, folder):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).eval()
+    lessons = [lesson(model, seed, 3, 4 + seed, weight=0.5 + seed) for seed in range(5)]
+    if world_size > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
+        )
+        shares = [(lessons[:3], lessons[:2]), (lessons[3:], [])][rank]
+    else:
+        shares = (lessons, lessons[:2])
+    network = Eagle3Network(build_head(model, "policy"))
+    own = training(network)
+    own.optimizer = torch.optim.SGD(network.parameters, lr=0.1)
+    losses = [own.update(share) for share in shares]
+    torch.save([torch.tensor(losses), *network.parameters], f"{folder}/{rank}-of-{world_size}.pt")
+
+
+if __name__ == "__main__":
+    train_on_a_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

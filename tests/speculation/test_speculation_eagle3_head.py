@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from lit_specrl.speculation import Eagle3Network, build_head, draft_vocabulary, feature_layers, load_head, save_head
+from lit_specrl.speculation import build_head, check_head, draft_vocabulary, feature_layers, load_head, save_head
 from lit_specrl.speculation.eagle3_head import trained_weights, unrolled_states, vocabulary_of
 
 SHAPE = {
@@ -132,11 +133,18 @@ def test_a_folder_that_is_no_head_is_refused(tmp_path, tiny_model):
             load_head(folder)
 
 
-def test_a_head_of_another_policy_is_refused(head, policy):
-    network = Eagle3Network(head)
-    network.check(policy.config)
-    with pytest.raises(ValueError, match="the policy has 3 layers of width 64 and 128 tokens; build a head"):
-        network.check(LlamaConfig(**SHAPE))
+def test_a_head_of_another_policy_is_refused(head, policy, tmp_path):
+    save_head(head, tmp_path / "head")
+    check_head(str(tmp_path / "head"), policy.config)
+    with pytest.raises(ValueError, match="the policy has 3 layers of width 64 and 128 tokens; make a head"):
+        check_head(str(tmp_path / "head"), LlamaConfig(**SHAPE))
+
+
+def test_a_head_without_weights_is_refused(head, tmp_path):
+    save_head(head, tmp_path / "head")
+    (tmp_path / "head" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises((ValueError, SafetensorError), match=r"cannot be read|[Hh]eader"):
+        load_head(str(tmp_path / "head"))
 
 
 def test_frequent_tokens_can_be_drafted():
