@@ -108,13 +108,22 @@ def take_over_sampling(llm: Any, drafter: Drafter | None) -> Speculation | None:
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     sampler: CPUSampler | VerificationCounter
     if runner.device.type == "cpu":
-        sampler = CPUSampler(runner)
+        sampler = CPUSampler(runner, _draft_vocabulary(runner))
         runner._sample = sampler.sample
         if drafter is not None and hasattr(runner.drafter, "_sample_from_logits"):
             runner.drafter._sample_from_logits = sampler.sample_draft
     elif drafter is not None:
         runner.rejection_sampler = sampler = VerificationCounter(runner.rejection_sampler)
     return None if drafter is None else Speculation(llm, runner, sampler, drafter)
+
+
+def _draft_vocabulary(runner: Any) -> Tensor | None:
+    """[V'] token ids that the drafter can draft, where they are ascending and not all."""
+    offsets = getattr(getattr(getattr(runner, "drafter", None), "model", None), "draft_id_to_target_id", None)
+    if offsets is None:
+        return None
+    token_ids = offsets.detach() + torch.arange(len(offsets), device=offsets.device)
+    return token_ids if bool((token_ids.diff() > 0).all()) else None
 
 
 def _speculative_options(drafter: Drafter | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,11 @@ class CPUSampler:
 
     Args:
         runner: the model runner.
+        draft_vocabulary: [V'] long, ascending token ids that its drafter can draft; `None` for all.
     """
 
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
+    def __init__(self, runner: Any, draft_vocabulary: Tensor | None = None) -> None:
+        self._runner, self._draft_vocabulary = runner, draft_vocabulary
         self._next_positions: list[int] = []  # of the tokens that are drafted next
         self.drafted: list[int] = []
         """Of the latest step: rows that had a k-th drafted token, by position."""
@@ -54,6 +55,7 @@ class CPUSampler:
             token_uniforms(seeds, positions, "token"),
             None if probs is None else token_uniforms(seeds, positions, "acceptance"),
             None if sampling.all_random else _is_greedy(sampling, num_rows),
+            self._draft_vocabulary,
         )
         emitted = (verified.token_ids >= 0).sum(-1).tolist()
         self._next_positions = [start + count for start, count in zip(starts, emitted, strict=True)]
@@ -63,18 +65,22 @@ class CPUSampler:
         return SamplerOutput(verified.token_ids.int(), LogprobsTensors(flat, verified.logprobs.reshape(-1, 1), ranks))
 
     def sample_draft(self, logits: Tensor, sampling: Any) -> tuple[Tensor, Tensor | None]:
-        """As `SpecDecodeBaseProposer._sample_from_logits`: draft tokens [N] and the distributions [N, V] that they come from.
+        """As `SpecDecodeBaseProposer._sample_from_logits`: draft tokens [N] and the distributions [N, V'] that they come from.
 
-        vLLM draws them from the global generator, so that no run could be repeated.
+        vLLM draws them from the global generator, so that no run could be repeated, and spreads them over the whole vocabulary, which is most of what a head
+        of few tokens costs.
         """
         if sampling.all_greedy:
             return logits.argmax(-1), None
-        rows = list(range(len(logits)))
-        greedy = _is_greedy(sampling, len(rows))
-        probs = _processed(logits.float(), sampling, torch.tensor(rows)).softmax(-1)
+        own = logits if self._draft_vocabulary is None else logits[:, self._draft_vocabulary]  # [N, V']
+        rows = list(range(len(own)))
+        probs = _processed(own.float(), sampling, torch.tensor(rows)).softmax(-1)
         uniforms = token_uniforms(_seeds(sampling, rows), self._next_positions, "draft")
         self._next_positions = [position + 1 for position in self._next_positions]
-        return torch.where(greedy, logits.argmax(-1), draw(probs, uniforms)), probs
+        drafted = draw(probs, uniforms)
+        if not sampling.all_random:
+            drafted = torch.where(_is_greedy(sampling, len(rows)), own.argmax(-1), drafted)
+        return drafted if self._draft_vocabulary is None else self._draft_vocabulary[drafted], probs
 
 
 def _seeds(sampling: Any, rows: list[int]) -> list[int]:
@@ -96,6 +102,7 @@ def _processed(logits: Tensor, sampling: Any, rows: Tensor) -> Tensor:
         if (temperature != 1).any():
             logits = logits / temperature.masked_fill(temperature == 0, 1)[:, None]
     top_k, top_p = (None if values is None else values[rows] for values in (sampling.top_k, sampling.top_p))
+    top_k = None if top_k is None else top_k.clamp_max(logits.shape[-1])  # of a drafter that knows fewer tokens
     return apply_top_k_top_p(logits, top_k, top_p)
 
 

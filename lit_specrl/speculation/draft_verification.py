@@ -87,6 +87,7 @@ def verify_drafts(
     uniforms: Tensor,
     acceptance_uniforms: Tensor | None = None,
     is_greedy: Tensor | None = None,
+    draft_vocabulary: Tensor | None = None,
 ) -> VerifiedTokens:
     """Accept drafted tokens, and sample the one that follows them. Exact: what is emitted is distributed as without drafts.
 
@@ -101,10 +102,11 @@ def verify_drafts(
         target_logits: [T + N, V] float32, rows behind one another, `num_drafted[i] + 1` positions each; temperature and truncation applied.
         draft_ids: [T] drafted tokens, in the same order.
         num_drafted: [N] how many each row has; 0 is allowed.
-        draft_probs: [T, V] distributions that the drafted tokens were sampled from; `None` where they were not sampled.
+        draft_probs: [T, V] distributions that the drafted tokens were sampled from; `None` where they were not sampled. [T, V'] with `draft_vocabulary`.
         uniforms: [T + N] float64 in [0, 1), ordered like `target_logits`; decide what is sampled at a position.
         acceptance_uniforms: [T + N], the same for the acceptance of sampled drafts.
         is_greedy: [N] bool, True where the most probable token shall be taken; `None` for nowhere.
+        draft_vocabulary: [V'] long, ascending token ids that the drafter can draft; `None` for all.
 
     Example: the second of two drafted tokens is impossible, so that the other one takes its place:
 
@@ -115,7 +117,6 @@ def verify_drafts(
     drafted = torch.tensor(num_drafted, device=target_logits.device)  # [N]
     first = (drafted + 1).cumsum(0) - drafted - 1  # [N], row's first position among the logits
     first_draft = drafted.cumsum(0) - drafted  # [N], row's first drafted token
-    greedy = torch.zeros_like(drafted, dtype=torch.bool) if is_greedy is None else is_greedy
     emitted = VerifiedTokens(
         torch.full((len(drafted), int(drafted.max()) + 1), -1, device=drafted.device),
         torch.zeros(len(drafted), int(drafted.max()) + 1, dtype=target_logits.dtype, device=drafted.device),
@@ -125,7 +126,8 @@ def verify_drafts(
         # without drafts all positions are first ones, and nothing is copied
         logits = target_logits if len(active) == len(target_logits) else target_logits[first[active] + column]
         if draft_probs is None:
-            tokens, logprobs = sample_tokens(logits, uniforms[first[active] + column], greedy[active])
+            greedy = None if is_greedy is None else is_greedy[active]
+            tokens, logprobs = sample_tokens(logits, uniforms[first[active] + column], greedy)
         else:
             assert acceptance_uniforms is not None
             tokens, logprobs = _sampled_draft(
@@ -136,7 +138,8 @@ def verify_drafts(
                 draft_probs,
                 uniforms[first[active] + column],
                 acceptance_uniforms[first[active] + column],
-                greedy[active],
+                None if is_greedy is None else is_greedy[active],
+                draft_vocabulary,
             )
         emitted.token_ids[active, column], emitted.logprobs[active, column] = tokens, logprobs
         has_draft = column < drafted[active]
@@ -155,23 +158,33 @@ def _sampled_draft(
     draft_probs: Tensor,
     uniforms: Tensor,
     acceptance_uniforms: Tensor,
-    is_greedy: Tensor,
+    is_greedy: Tensor | None,
+    vocabulary: Tensor | None,
 ) -> SampledTokens:
     """The tokens [n] of one position, where `draft` [n] points at the drafted tokens of rows that have one."""
     target = logits.softmax(-1)
     token_ids = draft_ids[draft].long()
     chosen = target.gather(-1, token_ids[:, None]).squeeze(-1)
-    drafted = draft_probs[draft, token_ids]
+    columns = token_ids
+    if vocabulary is not None:
+        columns = torch.searchsorted(vocabulary, token_ids).clamp_max(len(vocabulary) - 1)
+    drafted = draft_probs[draft, columns]
     accepted = has_draft & (acceptance_uniforms * drafted < chosen)
     rejected = has_draft & ~accepted
     weights = target
     if rejected.any():
-        residual = (target[rejected] - draft_probs[draft[rejected]]).clamp_min(0)
+        residual = target[rejected]
+        if vocabulary is None:
+            residual -= draft_probs[draft[rejected]]
+        else:
+            residual.index_add_(1, vocabulary, draft_probs[draft[rejected]], alpha=-1)
+        residual.clamp_min_(0)
         # nothing is left where rounding made draft and target the same and the token was rejected all the same
         weights = target.clone()
         weights[rejected] = torch.where(residual.sum(-1, keepdim=True) > 0, residual, target[rejected])
     others = (~accepted).nonzero().squeeze(-1)
     token_ids = token_ids.clone()
     token_ids[others] = draw(weights[others], uniforms[others])
-    token_ids = torch.where(is_greedy, logits.argmax(-1), token_ids)
+    if is_greedy is not None:
+        token_ids = torch.where(is_greedy, logits.argmax(-1), token_ids)
     return SampledTokens(token_ids, target.gather(-1, token_ids[:, None]).squeeze(-1).log())

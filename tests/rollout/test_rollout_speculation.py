@@ -258,7 +258,7 @@ def test_rows_that_wait_are_not_active(colocated):
     lengths = Lengths([3])
     generate(colocated, lengths)
     active = [step.num_active for step in lengths.steps]
-    assert max(active) == 100 and min(active) < 20
+    assert 20 < max(active) <= 100 and min(active) < 20
 
 
 @pytest.mark.parametrize("started", ["small model"], indirect=True)

@@ -185,3 +185,20 @@ def test_logits_that_are_not_finite_are_an_error(value):
     logits[1] = value
     with pytest.raises(FloatingPointError, match="the logits of the policy, or of its drafter, are not finite"):
         sample_tokens(logits, uniforms(2))
+
+
+def test_distributions_over_some_tokens_are_those_that_give_the_others_nothing():
+    vocabulary = torch.tensor([0, 2, 3])
+    target = distributions(900, seed=5)
+    few = distributions(600, seed=6)[:, :3]
+    few = few / few.sum(-1, keepdim=True)
+    whole = torch.zeros(600, VOCABULARY, dtype=torch.float64).index_copy(1, vocabulary, few)
+    drafts = vocabulary[sampled(few, uniforms(600, seed=7))]
+    draws = uniforms(900, seed=8), uniforms(900, seed=9)
+    greedy = torch.arange(300) % 5 == 0
+    for is_greedy in (None, greedy):
+        expected = verify_drafts(target.log(), drafts, [2] * 300, whole, *draws, is_greedy)
+        found = verify_drafts(target.log(), drafts, [2] * 300, few, *draws, is_greedy, vocabulary)
+        assert torch.equal(found.token_ids, expected.token_ids)
+        torch.testing.assert_close(found.logprobs, expected.logprobs)
+    assert 1 in expected.token_ids  # what cannot be drafted is emitted all the same
