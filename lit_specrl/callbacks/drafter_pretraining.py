@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_specrl.callbacks.drafter_distillation import cut, default_optimizer, is_held_out
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
-from lit_specrl.experience import padded_experience, padded_rows
+from lit_specrl.experience import padded_rows
 from lit_specrl.lesson_collector import LessonCollector
 from lit_specrl.policy import load_pretrained
 from lit_specrl.ranks import gather_objects, sum_over_ranks
@@ -122,7 +122,7 @@ class DrafterPretraining(RolloutCallback):
         if trainer.is_global_zero:
             network.save(self.output)
             print(
-                f"Of drafts of {self.num_speculative_tokens} tokens, {_describe(before)} before the training and {_describe(after)} after it, "
+                f"The drafter is in {self.output}. Of drafts of {self.num_speculative_tokens} tokens, {_describe(before)} before the training and {_describe(after)} after it, "
                 f"on {after.num_drafts} places of responses that it has not seen."
             )
             if buffer.num_evicted:
@@ -169,7 +169,7 @@ class DrafterPretraining(RolloutCallback):
 
     def _responses(self, trainer: L.Trainer, pl_module: RLVRModule) -> Iterator[Experience]:
         if self.rollouts is not None:
-            yield from _read(self.rollouts, pl_module, self.num_rollouts)
+            yield from _read(self.rollouts, pl_module.tokenizer, self.num_rollouts, trainer)
             return
         loader: Iterable[PromptBatch] = trainer.train_dataloader  # type: ignore[assignment]
         batches = chain.from_iterable(repeat(loader))
@@ -177,37 +177,43 @@ class DrafterPretraining(RolloutCallback):
         rows = len(first) * pl_module.sampling.num_generations * trainer.world_size
         num_rounds = math.ceil(self.num_rollouts / rows)
         for index in _tracked(range(num_rounds), "the policy generates", trainer):
-            rollouts = pl_module.generate(next(batches) if index else first, pl_module.sampling, f"drafter/{index}")
-            pl_module.score(rollouts)
-            yield padded_experience(rollouts)
+            batch = next(batches) if index else first
+            rollouts = pl_module.generate(batch, pl_module.sampling, f"drafter/{index}")
+            owners = [rollouts.request.prompt_index(row) for row in range(rollouts.num_rows)]
+            yield padded_rows(batch.prompt_ids, owners, rollouts.response_ids)
 
 
-def _read(path: str, pl_module: RLVRModule, num_rollouts: int) -> Iterator[Experience]:
-    """Responses of a file, 32 at a time."""
-    tokenizer = pl_module.tokenizer
-    prompts: list[list[int]] = []
-    responses: list[list[int]] = []
+def _read(path: str, tokenizer: Any, num_rollouts: int, trainer: L.Trainer) -> Iterator[Experience]:
+    """This rank's share of the responses of a file, 32 at a time."""
     with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if len(prompts) == num_rollouts:
-                break
-            record = json.loads(line)
-            missing = {"prompt", "completion"} - record.keys()
-            if missing:
-                raise MisconfigurationException(
-                    f"{path}, line {number}: no {' and no '.join(sorted(missing))}; found {', '.join(sorted(record))}"
-                )
-            completion = record.get("completion_ids")
-            if completion is None:
-                completion = tokenizer(record["completion"], add_special_tokens=False).input_ids
-                completion += [] if record.get("finish_reason") == "length" else [tokenizer.eos_token_id]
-            prompts.append(tokenizer(record["prompt"], add_special_tokens=False).input_ids)
-            responses.append(completion)
-    if not prompts:
+        records = [_record(path, number, line) for number, line in enumerate(islice(lines, num_rollouts), start=1)]
+    if not records:
         raise MisconfigurationException(f"{path} holds no responses")
-    for start in range(0, len(prompts), 32):
-        part = slice(start, start + 32)
-        yield padded_rows(prompts[part], list(range(len(prompts[part]))), responses[part])
+    own = records[trainer.global_rank :: trainer.world_size]
+    for start in range(0, len(own), 32):
+        part = own[start : start + 32]
+        prompts = [tokenizer(record["prompt"], add_special_tokens=False).input_ids for record in part]
+        yield padded_rows(prompts, list(range(len(part))), [_response(record, tokenizer) for record in part])
+
+
+def _record(path: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise MisconfigurationException(f"{path}, line {number} is no JSON object: {error}") from error
+    missing = {"prompt", "completion"} - record.keys()
+    if missing:
+        raise MisconfigurationException(
+            f"{path}, line {number}: no {' and no '.join(sorted(missing))}; found {', '.join(sorted(record))}"
+        )
+    return record
+
+
+def _response(record: dict[str, Any], tokenizer: Any) -> list[int]:
+    if "completion_ids" in record:
+        return list(record["completion_ids"])
+    token_ids = list(tokenizer(record["completion"], add_special_tokens=False).input_ids)
+    return token_ids if record.get("finish_reason") == "length" else [*token_ids, tokenizer.eos_token_id]
 
 
 def _tracked(values: Iterable[Any], title: str, trainer: L.Trainer) -> Iterable[Any]:
@@ -220,5 +226,7 @@ def _evaluate(training: DrafterTraining, lessons: list[Lesson]) -> DrafterEvalua
 
 
 def _describe(found: DrafterEvaluation) -> str:
+    if not found.num_drafts:
+        return "nothing is known"
     shares = " / ".join(f"{share:.2f}" for share in found.acceptance)
     return f"{shares} of the 1st, 2nd, ... are accepted ({found.acceptance_length:.2f} tokens a step)"
