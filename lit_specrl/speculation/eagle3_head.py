@@ -241,8 +241,8 @@ def _require_speculators() -> None:
         import speculators  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "an EAGLE-3 head needs speculators: pip install 'lit_specrl[eagle3]' (on a machine without GPU then `pip uninstall torchvision torchaudio`, which "
-            f"come along and would break transformers). The import says: {error}"
+            "an EAGLE-3 head needs speculators: pip install 'lit_specrl[eagle3]', then pip install --no-deps 'speculators==0.9.*' 'hs-connectors==0.9.*'. "
+            f"The import says: {error}"
         ) from error
 
 
