@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from transformers import (
 
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config
 from lit_specrl.policy import Policy, unreachable_model_message
+from lit_specrl.whole_folder import whole_folder
 
 _PREFIX = "policy.model."
 
@@ -69,15 +68,9 @@ def export_checkpoint(
         raise ValueError(f"the weights of {source} do not fit the architecture of {model}: {error}") from error
     with suppress(OSError):  # many base models come without a generation config
         policy.generation_config = GenerationConfig.from_pretrained(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name + ".partial-"))
-    try:
+    with whole_folder(target) as partial:
         policy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

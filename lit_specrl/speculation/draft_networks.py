@@ -19,6 +19,7 @@ from lit_specrl.speculation.eagle3_head import (
     vocabulary_of,
 )
 from lit_specrl.speculation.lessons import Lesson
+from lit_specrl.whole_folder import whole_folder
 
 
 class DraftStep(NamedTuple):
@@ -141,7 +142,8 @@ class CausalNetwork(DraftNetwork):
             yield name, parameter.detach()
 
     def save(self, folder: str | Path) -> None:
-        self.module.save_pretrained(folder)
+        with whole_folder(folder) as partial:
+            self.module.save_pretrained(partial)
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

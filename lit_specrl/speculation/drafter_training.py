@@ -13,6 +13,7 @@ from lit_specrl.speculation.distillation_loss import (
     acceptance_probability,
     distillation_loss,
     draft_kl,
+    expected_acceptance_length,
 )
 from lit_specrl.speculation.draft_networks import DraftNetwork, DraftStep
 from lit_specrl.speculation.lessons import Lesson
@@ -150,15 +151,16 @@ class DrafterTraining:
         # entry t of step s belongs to the draft whose first token is at place t
         drafts = torch.stack([_shifted(probabilities[step], step) for step in range(self.num_steps)])  # [K, N, R]
         whole = ~drafts.isnan().any(0)  # [N, R]
-        lengths = 1 + drafts[:, whole].cumprod(0).sum(0)
+        num_drafts = int(whole.sum())
+        mean_length = expected_acceptance_length(list(drafts[:, whole])) if num_drafts else 0.0
         tried = ~drafts.isnan()
         return DrafterEvaluation(
             kl_sum,
             num_tokens,
             tuple(drafts.nan_to_num().sum((1, 2)).tolist()),
             tuple(tried.sum((1, 2)).tolist()),
-            float(lengths.sum()),
-            int(whole.sum()),
+            float(mean_length) * num_drafts,
+            num_drafts,
         )
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from lit_specrl.whole_folder import whole_folder
 
 _VOCABULARY = 4096
 """Tokens that a head can draft, where nobody says otherwise."""
@@ -151,21 +150,8 @@ def save_head(head: Any, folder: str | Path) -> None:
 
     vLLM loads it as it is.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))
-    try:
+    with whole_folder(folder) as partial:
         head.save_pretrained(partial)
-        partial.chmod(0o755)
-        if folder.exists():
-            old = partial.with_name(partial.name.replace(".partial-", ".old-"))
-            os.rename(folder, old)
-            os.rename(partial, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def trained_weights(head: Any) -> Iterator[tuple[str, Tensor]]:
