@@ -73,6 +73,16 @@ def make_llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen(tmp_path_factory) -> str:
+def make_qwen(tmp_path_factory):
+    """Makes folders of Qwens with tied embeddings that differ from the tiny one in some settings."""
+
+    def make(**settings) -> str:
+        return save_model(tmp_path_factory.mktemp("qwen"), Qwen3Config(**SHAPE | settings, tie_word_embeddings=True))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(make_qwen) -> str:
     """Folder of a two-layer Qwen3 with tied embeddings."""
-    return save_model(tmp_path_factory.mktemp("tiny-qwen"), Qwen3Config(**SHAPE, tie_word_embeddings=True))
+    return make_qwen()

@@ -91,7 +91,8 @@ class Speculation:
         for module in self._drafter.model.modules():
             if not isinstance(module, (LinearBase, RMSNorm)):
                 continue
-            width = module.input_size if isinstance(module, LinearBase) else module.hidden_size
+            width = module.hidden_size if isinstance(module, RMSNorm) else module.input_size
+            width = getattr(module, "input_size_per_partition", width)  # of layers that are cut by their inputs
             probe = torch.linspace(-1, 1, width, dtype=self._drafter.dtype, device=self._drafter.device)[None]
             output = module(probe)
             output = output[0] if isinstance(output, tuple) else output

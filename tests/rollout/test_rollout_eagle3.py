@@ -30,9 +30,11 @@ def model(make_llama):
     return make_llama(num_hidden_layers=7)
 
 
-@pytest.fixture(scope="module", params=["all tokens", "some tokens", "model", "tied model"])
-def colocated(request, model, make_llama, tiny_qwen, tmp_path_factory):
+@pytest.fixture(scope="module", params=["all tokens", "some tokens", "qwen", "model", "tied model"])
+def colocated(request, model, make_llama, make_qwen, tiny_qwen, tmp_path_factory):
     engine = VLLMEngine(dtype="float32", max_num_seqs=8, cpu_kv_cache_gib=1)
+    if request.param == "qwen":
+        model = make_qwen(num_hidden_layers=4)
     if request.param == "tied model":  # of which vLLM keeps a packed copy of the embeddings
         engine.drafter = DraftModel(tiny_qwen, DRAFTED)
     elif request.param == "model":
