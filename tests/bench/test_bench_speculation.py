@@ -30,7 +30,7 @@ def test_every_way_of_drafting_is_timed(tiny_model, drafter):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drafter": "model"}, "--draft_model belongs to --drafter model, and is needed there"),
+        ({"drafter": "model"}, "--draft_model belongs to --drafter model and eagle3, and is needed there"),
         ({"draft_model": "some"}, "--draft_model belongs to --drafter model"),
         ({"rows": 0}, "--rows must be at least 1, got 0"),
     ],
