@@ -17,7 +17,7 @@ import lit_specrl.callbacks  # noqa: E402
 import lit_specrl.critic  # noqa: E402
 import lit_specrl.rewards  # noqa: E402
 import lit_specrl.rollout  # noqa: E402, F401
-from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, TensorBoardReport  # noqa: E402
+from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
 from lit_specrl.data import PromptDataModule  # noqa: E402
 from lit_specrl.module import RLVRModule  # noqa: E402
 
@@ -30,12 +30,13 @@ _MISLEADING_WARNINGS = [
 
 
 class LitSpecRLCLI(LightningCLI):
-    """The command line: any `RLVRModule`, any data module, and three callbacks that every run has.
+    """The command line: any `RLVRModule`, any data module, and four callbacks that every run has.
 
     A callback of this library that a later file or option names again takes the place of the earlier one.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RunPlan, "plan")
         parser.add_lightning_class_args(RolloutProgressBar, "progress_bar")
         parser.add_lightning_class_args(TensorBoardReport, "tensorboard")
         parser.add_lightning_class_args(CompletionWriter, "completions")

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM
 
 from lit_specrl.losses import value_loss
@@ -78,8 +77,8 @@ class Critic(nn.Module, ABC):
         """Parameters that the critic's optimizer owns."""
 
     @abstractmethod
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Shard what is not the policy's (FSDP2)."""
+    def shard(self, **options: Any) -> None:
+        """Shard what is not the policy's (FSDP2); arguments as those of `Policy.shard`."""
 
     def loss(self, values: Tensor, part: Experience) -> tuple[Tensor, CriticStatistics]:
         """Clipped squared error of each token.
@@ -148,8 +147,8 @@ class SeparateCritic(Critic):
     def trained_parameters(self, policy: Policy) -> Iterator[nn.Parameter]:
         return self.parameters()
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        shard_by_layer(self, self.backbone.layers, mesh)
+    def shard(self, **options: Any) -> None:
+        shard_by_layer(self, self.backbone.layers, **options)
 
     def forward(
         self,
@@ -207,5 +206,5 @@ class SharedTrunkCritic(Critic):
         assert policy.value_head is not None
         return policy.value_head.parameters()
 
-    def shard(self, mesh: DeviceMesh) -> None:
+    def shard(self, **options: Any) -> None:
         """The head is sharded with the policy."""

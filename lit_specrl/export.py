@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
+from torch.distributed import checkpoint as sharded
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,9 +23,12 @@ from transformers import (
 
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config
 from lit_specrl.policy import Policy, unreachable_model_message
-from lit_specrl.whole_folder import whole_folder
+from lit_specrl.rollout import DraftModel, Eagle3Drafter
+from lit_specrl.speculation import DraftNetwork
+from lit_specrl.whole_files import whole_folder
 
 _PREFIX = "policy.model."
+_OF_ALL_RANKS = "meta.pt"  # what a sharded checkpoint holds beside its tensors
 
 
 def export_checkpoint(
@@ -31,24 +37,31 @@ def export_checkpoint(
     model: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     adapter_only: bool = False,
+    drafter: str | None = None,
 ) -> Path:
     """Write the policy of a checkpoint, with its tokenizer, as a HuggingFace folder.
 
     Args:
-        checkpoint: a `.ckpt` file of `lit-specrl fit`.
+        checkpoint: a `.ckpt` of `lit-specrl fit`: a file, or the folder that sharded training writes.
         folder: where the model goes; must not exist. It appears when it is complete.
         model: hub name or folder that the run started from, for architecture and tokenizer; by default as in the checkpoint.
         dtype: of the written weights.
         adapter_only: of a run with `lora`, write the adapters for peft instead of the model that they are merged into.
+        drafter: a folder for the drafter that `DrafterDistillation` has trained, as `Eagle3Drafter` or `DraftModel` and vLLM load it; must
+            not exist either. `None` leaves it out.
 
     Raises:
         ImportError: the run had `lora`, and peft is missing.
         ValueError: no such checkpoint, not one of this library, an existing folder, or weights of another architecture.
     """
     source, target = Path(checkpoint), Path(folder)
-    if target.exists():
-        raise ValueError(f"{target} exists already; export into a new folder")
-    state, model, lora = _read(source, model)
+    for new in [target, *([Path(drafter)] if drafter else [])]:
+        if new.exists():
+            raise ValueError(f"{new} exists already; export into a new folder")
+    content, state = _read(source)
+    run = content.get("rlvr", {})
+    model, lora = model or run["model"], run.get("lora")  # earlier checkpoints do not know `lora`
+    network = None if drafter is None else _drafter(source, content, model)
     if adapter_only and lora is None:
         raise ValueError(f"{source} holds no adapters: the run had no lora; export without adapter_only")
     try:
@@ -71,30 +84,51 @@ def export_checkpoint(
     with whole_folder(target) as partial:
         policy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+    if drafter is not None and network is not None:
+        network.save(drafter)
     return target
 
 
-def _read(source: Path, model: str | None) -> tuple[dict[str, torch.Tensor], str, dict[str, Any] | None]:
-    if source.is_dir():
-        raise ValueError(
-            f"{source} is a folder, as sharded training writes it; make one file of it first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {source}"
-        )
-    if not source.is_file():
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a checkpoint holds, and the weights of its policy."""
+    if not source.exists():
         raise ValueError(f"there is no checkpoint at {source}")
+    file = source / _OF_ALL_RANKS if source.is_dir() else source
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        weights = _gather_shards(source) if source.is_dir() else content.get("state_dict", {})
+    except (OSError, RuntimeError, pickle.UnpicklingError, CheckpointException) as error:
         raise ValueError(f"{source} is not a checkpoint of Lightning: {error}") from error
-    state = {
-        name.removeprefix(_PREFIX): tensor
-        for name, tensor in content.get("state_dict", {}).items()
-        if name.startswith(_PREFIX)
-    }
+    state = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items() if name.startswith(_PREFIX)}
     if not state:
         raise ValueError(f"{source} holds no policy of this library (no weights called {_PREFIX}*)")
-    run = content.get("rlvr", {})
-    return state, model or run["model"], run.get("lora")  # earlier checkpoints do not know `lora`
+    return content, state
+
+
+def _gather_shards(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of the policy in a checkpoint of several ranks."""
+    prefix = "state_dict."
+    stored = sharded.FileSystemReader(folder).read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(prefix + _PREFIX) and isinstance(entry, TensorStorageMetadata)
+    }
+    sharded.load(weights, checkpoint_id=folder, no_dist=True)
+    return {name.removeprefix(prefix): weight for name, weight in weights.items()}
+
+
+def _drafter(source: Path, content: dict[str, Any], model: str) -> DraftNetwork:
+    """The drafter of a checkpoint, with its trained weights."""
+    saved = content.get("drafter_distillation")
+    if saved is None:
+        raise ValueError(f"{source} holds no drafter: the run had no DrafterDistillation; export without drafter")
+    origin = dict(saved["origin"])
+    drafter = {kind.__name__: kind for kind in (Eagle3Drafter, DraftModel)}[origin.pop("kind")](**origin)
+    drafter.prepare(model)
+    network = drafter.network()
+    network.load_weights(saved["weights"], saved["vocabulary"])
+    return network
 
 
 def _with_adapters(config: PreTrainedConfig, lora: dict[str, Any], state: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -124,7 +158,7 @@ def _merged(adapted: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def export_command(arguments: list[str]) -> None:
-    """`lit-specrl export CHECKPOINT FOLDER [--model ...] [--dtype ...] [--adapter_only true]`."""
+    """`lit-specrl export CHECKPOINT FOLDER [--model ...] [--dtype ...] [--adapter_only true] [--drafter FOLDER]`."""
     try:
         print(auto_cli(export_checkpoint, args=arguments, prog="lit-specrl export"))
     except (ImportError, ValueError) as error:

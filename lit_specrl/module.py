@@ -43,6 +43,7 @@ from lit_specrl.policy import Policy, TokenStatistics
 from lit_specrl.ranks import average_gradients, gather_objects, gather_rows, max_over_ranks, num_ranks, sum_over_ranks
 from lit_specrl.rewards import Reward
 from lit_specrl.scoring_module import ScoringModule
+from lit_specrl.strategy import sharding
 from lit_specrl.sums import total
 from lit_specrl.teaching import Student
 from lit_specrl.types import Experience, PromptBatch, Rollouts, SamplingConfig
@@ -282,11 +283,9 @@ class RLVRModule(ScoringModule):
             reference = Policy.build(self.model_name, **{**self.model_options, "gradient_checkpointing": False})
             self._frozen = [reference.requires_grad_(False).eval()]
         if self.is_sharded:
-            mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
             models: list[Policy | Critic] = [self.policy, *self._frozen, *([self.critic] if self.critic else [])]
             for shardable in models:
-                shardable.to(self.trainer.strategy.root_device)
-                shardable.shard(mesh)
+                shardable.shard(**sharding(self.trainer))
 
     def configure_optimizers(self) -> Any:
         owned = [(self._policy_parameters, self.make_optimizer, self.make_lr_scheduler)]
@@ -307,6 +306,11 @@ class RLVRModule(ScoringModule):
         return list(self.critic.trained_parameters(self.policy))
 
     def on_train_start(self) -> None:
+        epochs: Any = self.trainer.fit_loop.epoch_progress
+        if self.trainer.fit_loop.restarted_mid_epoch and epochs.total.ready == epochs.total.processed:
+            # Lightning 2.6 does not count the epoch that begins when a run is resumed behind the last step of one; the next resume would lose or repeat an epoch
+            epochs.increment_ready()
+            epochs.increment_started()
         if self.dynamic_sampling and not hasattr(self.trainer.train_dataloader, "draw"):
             raise MisconfigurationException(
                 "dynamic_sampling draws fresh prompts from the training data, which "
@@ -445,15 +449,15 @@ class RLVRModule(ScoringModule):
         optimizer, critic_optimizer = self._optimizers()
         updated = []
         if not self._critic_warms_up:
-            updated.append((self._policy_step, optimizer, self._policy_parameters))
+            updated.append((self._policy_step, optimizer))
         if shared is not None:
             assert self.policy.value_head is not None
             self.policy.value_head.detach = self._critic_warms_up
-            updated.append((self._critic_step, critic_optimizer, self._critic_parameters))
+            updated.append((self._critic_step, critic_optimizer))
         if not updated:
             return UpdateStatistics()
         with self.timer("update_actor"):
-            for _, owner, _ in updated:
+            for _, owner in updated:
                 owner.zero_grad()
             weights = self._token_weights(experience, self.aggregation)
             value_weights = weights if shared is None else self._token_weights(experience, "token")
@@ -487,8 +491,8 @@ class RLVRModule(ScoringModule):
                         computed_tokens=micro_batch.num_tokens,
                         real_tokens=micro_batch.num_real_tokens,
                     )
-            for gradient_step, owner, parameters in updated:
-                applied = self._apply_gradient(gradient_step, owner, parameters)
+            for gradient_step, owner in updated:
+                applied = self._apply_gradient(gradient_step, owner)
                 self.policy_version += applied and gradient_step is self._policy_step
         return update
 
@@ -517,7 +521,7 @@ class RLVRModule(ScoringModule):
                 self._backward(loss * micro_batch.counts)
                 if micro_batch.counts:
                     self._critic_updates.append(found)
-            self._apply_gradient(self._critic_step, optimizer, self._critic_parameters)
+            self._apply_gradient(self._critic_step, optimizer)
 
     @property
     def _several_updates(self) -> bool:
@@ -568,10 +572,10 @@ class RLVRModule(ScoringModule):
         with block_backward_sync():
             self.manual_backward(loss)
 
-    def _apply_gradient(
-        self, gradient_step: GradientStep, optimizer: Any, parameters: list[torch.nn.Parameter]
-    ) -> bool:
+    def _apply_gradient(self, gradient_step: GradientStep, optimizer: Any) -> bool:
         """Update from the gradients of all ranks; says whether it was done."""
+        # not the model's: between passes some of those are whole ones, which get no gradient
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not self.is_sharded:
             average_gradients(parameters)
         applied, metrics = gradient_step(optimizer, parameters, self.step)

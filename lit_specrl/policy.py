@@ -10,13 +10,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_specrl.logprobs import token_logprobs
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config, merged_weight
-from lit_specrl.ranks import whole_tensor
+from lit_specrl.ranks import compute_device, whole_tensor
 from lit_specrl.response_states import response_states
 from lit_specrl.teaching import TaughtRow, Teaching, teach
 from lit_specrl.value_head import ValueHead
@@ -101,7 +100,8 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where it computes, also where its weights wait on the host."""
+        return compute_device(next(self.model.parameters()))
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -164,9 +164,13 @@ class Policy(nn.Module):
             else teach(teaching, states, head, prompt_mask, prompt_index, response_mask, temperature),
         )
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Shard every decoder layer, then the rest, over a one-dimensional device mesh (FSDP2)."""
-        shard_by_layer(self, self.model.base_model.layers, mesh)  # type: ignore[union-attr, arg-type]
+    def shard(self, **options: Any) -> None:
+        """Shard every decoder layer, then the rest (FSDP2), on the device of the mesh; no device ever holds more than a layer of the whole model.
+
+        Args:
+            options: arguments of `torch.distributed.fsdp.fully_shard`, see `lit_specrl.strategy.sharding`.
+        """
+        shard_by_layer(self, self.model.base_model.layers, **options)  # type: ignore[union-attr, arg-type]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -213,11 +217,17 @@ class Policy(nn.Module):
         self.model.save_pretrained(folder, **options)
 
 
-def shard_by_layer(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
+def shard_by_layer(module: nn.Module, layers: nn.ModuleList, **options: Any) -> None:
     """Shard each layer of `module`, then what is left of it (FSDP2)."""
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+        fully_shard(layer, **options)
+    fully_shard(module, **options)
+
+
+def release(module: nn.Module) -> None:
+    """After a forward pass that no backward pass will follow: give up the whole weights that sharded modules keep for it."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def disable_dropout(model: nn.Module) -> None:

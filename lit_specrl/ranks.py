@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,7 +53,17 @@ def gather_rows(values: Tensor) -> tuple[Tensor, slice]:
 def whole_tensor(parameter: Tensor) -> Tensor:
     """A parameter without its gradient, gathered where it is sharded; every rank must ask."""
     tensor = parameter.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    on_device: Any = tensor.to(compute_device(tensor))
+    return on_device.full_tensor()
+
+
+def compute_device(parameter: Tensor) -> torch.device:
+    """Where a parameter is when it is computed with; shards may wait on the host."""
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.device_type == "cpu":
+        return parameter.device
+    return torch.device(parameter.device_mesh.device_type, torch.cuda.current_device())
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

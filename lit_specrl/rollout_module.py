@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig, AutoTokenizer
 
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
+from lit_specrl.checkpoint_io import WholeCheckpointIO
 from lit_specrl.evaluation import AccuracyMeter
 from lit_specrl.policy import Policy, check_model_exists, unreachable_model_message
 from lit_specrl.rewards import Reward, RewardSet
 from lit_specrl.rewards.answers import extract_answer
 from lit_specrl.rollout import RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.seeds import rollout_seeds
-from lit_specrl.strategy import FSDP2Strategy  # noqa: F401 (registers strategy="fsdp2")
 from lit_specrl.timing import StageTimer
 from lit_specrl.types import PromptBatch, RolloutProgress, RolloutRequest, Rollouts, SamplingConfig
 
@@ -69,6 +72,8 @@ class RolloutModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_model_exists(self.model_name)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.engine, VLLMEngine):
             raise MisconfigurationException(
                 "TransformersEngine cannot generate with sharded weights; add SpeculativeRollout(engine=VLLMEngine()), or "
@@ -228,6 +233,14 @@ class RolloutModule(L.LightningModule):
         self.evaluation = metrics
 
     # --------------------------------------------------------------------------------------------------------- helpers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy computes, also where its weights wait on the host."""
+        with suppress(RuntimeError):  # without a trainer
+            if getattr(self.trainer.strategy, "cpu_offload", False):
+                return self.trainer.strategy.root_device
+        return super().device
 
     @property
     def _datamodule(self) -> Any:

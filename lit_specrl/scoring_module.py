@@ -14,7 +14,7 @@ from lit_specrl.block_scoring import Survivors, block_logprobs
 from lit_specrl.critic import SeparateCritic
 from lit_specrl.experience import padded_rows
 from lit_specrl.micro_batches import MicroBatch, plan_micro_batches
-from lit_specrl.policy import Policy, TokenStatistics
+from lit_specrl.policy import Policy, TokenStatistics, release
 from lit_specrl.ranks import max_over_ranks
 from lit_specrl.rollout_module import RolloutModule
 from lit_specrl.teaching import Student, Teaching
@@ -56,6 +56,7 @@ class ScoringModule(RolloutModule):
             logprobs[cut], entropy[cut] = statistics.logprobs, statistics.entropy
             if statistics.values is not None:
                 values[cut] = statistics.values
+        release(policy)
         return TokenStatistics(logprobs, entropy, None if policy.value_head is None else values)
 
     @torch.no_grad()
@@ -68,6 +69,7 @@ class ScoringModule(RolloutModule):
             taught = self._forward(self.policy, part, micro_batch, teaching).taught
             if taught:
                 student.listens(part, taught)
+        release(self.policy)
 
     @torch.no_grad()
     def response_logprobs(
@@ -126,6 +128,7 @@ class ScoringModule(RolloutModule):
             part = experience.select(micro_batch.rows)
             values = self._values(critic, part, micro_batch)
             result[micro_batch.rows, : values.shape[1]] = values
+        release(critic)
         return result
 
     def reference_logprobs(self, experience: Experience, rollouts: Rollouts) -> Tensor:
@@ -133,7 +136,8 @@ class ScoringModule(RolloutModule):
         known = [rollouts.known_row(row) for row in range(rollouts.num_rows)]
         rows = [row for row, found in enumerate(known) if found is None or found.reference_logprobs is None]
         if self.lora is None:
-            result = self.token_statistics(self._frozen[0].to(self.device), experience, rows).logprobs
+            reference = self._frozen[0] if self.is_sharded else self._frozen[0].to(self.device)
+            result = self.token_statistics(reference, experience, rows).logprobs
         else:
             assert self.policy is not None
             with self.policy.adapters_disabled():
@@ -149,7 +153,7 @@ class ScoringModule(RolloutModule):
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def _plan(self, experience: Experience, rows: list[int]) -> list[MicroBatch]:
-        """Micro-batches of the given rows; sharded ranks, which meet in every layer of every pass, get equally many."""
+        """Micro-batches of the given rows; sharded ranks, which meet in every layer of every pass, get equally many, of one pass each."""
         plan = self._plan_rows(experience, rows)
         if self.is_sharded:
             spare = plan[-1] if plan else self._plan_rows(experience, [0])[0]
@@ -163,7 +167,7 @@ class ScoringModule(RolloutModule):
             experience.prompt_lengths[rows].tolist(),
             experience.response_lengths[rows].tolist(),
             self.micro_batch_tokens,
-            self.policy.can_share_prompts,
+            self.policy.can_share_prompts and not self.is_sharded,  # a shared prompt takes a pass of its own
         )
         return [replace(part, rows=[rows[row] for row in part.rows]) for part in plan]
 

@@ -2,30 +2,88 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import lightning as L
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+from lit_specrl.whole_files import new_partial, put_in_place
 
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with all ranks in one data-parallel group.
 
-    The strategy's own defaults mean tensor parallelism within a node. Checkpoints are folders with a file per rank unless
-    `save_distributed_checkpoint` is False.
+    The strategy's own defaults mean tensor parallelism within a node. Checkpoints are folders with a file per rank, written under
+    another name first, unless `save_distributed_checkpoint` is False.
 
     Args:
         save_distributed_checkpoint: every rank writes its shard; otherwise rank 0 writes one file.
+        cpu_offload: keep weights, gradients and the optimizer's moments on the host, and update them there; a layer at a time comes to the device.
         options: further arguments of `ModelParallelStrategy`.
+
+    Raises:
+        ValueError: for tensor parallelism in training, which the policy does not know.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, **options: Any) -> None:
+    def __init__(self, save_distributed_checkpoint: bool = True, cpu_offload: bool = False, **options: Any) -> None:
+        for name, expected in {"tensor_parallel_size": 1, "data_parallel_size": "auto"}.items():
+            if options.pop(name, expected) != expected:
+                raise ValueError(
+                    f"fsdp2 shards over all ranks and knows no {name}; leave it out. The engine can be tensor parallel: "
+                    "VLLMEngine(tensor_parallel_size=...)"
+                )
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, **options)
+        self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_processes * self.num_nodes
-        if self._process_group_backend is None and self.root_device.type == "cpu":
-            self._process_group_backend = "gloo"
+        if self._process_group_backend is None:
+            if self.root_device.type == "cpu":
+                self._process_group_backend = "gloo"
+            elif self.cpu_offload:
+                self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients are added up on the host
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        if not self.cpu_offload:
+            super().model_to_device()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        partial = path.with_name(f"{path.name}.partial")
+        if self.is_global_zero:
+            new_partial(path)
+        self.barrier()
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            put_in_place(partial, path)
+        self.barrier()
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ranks")
+
+
+def sharding(trainer: L.Trainer) -> dict[str, Any]:
+    """How models are sharded: arguments of `torch.distributed.fsdp.fully_shard`.
+
+    With `precision="bf16-mixed"`, weights travel and compute in bfloat16; those that the optimizer owns, and the sums of gradients, are float32.
+
+    Args:
+        trainer: with a `ModelParallelStrategy`.
+    """
+    strategy: Any = trainer.strategy
+    options: dict[str, Any] = {"mesh": strategy.device_mesh["data_parallel"]}
+    if getattr(strategy, "cpu_offload", False):
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=strategy.root_device.type == "cuda")
+    if trainer.precision == "bf16-mixed":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return options

@@ -174,13 +174,6 @@ def test_a_missing_file_is_named(refused, tmp_path):
     assert refused(tmp_path / "last.ckpt") == f"there is no checkpoint at {tmp_path / 'last.ckpt'}"
 
 
-def test_a_sharded_checkpoint_is_told_how_to_become_a_file(refused, tmp_path):
-    (tmp_path / "last.ckpt").mkdir()
-    message = refused(tmp_path / "last.ckpt")
-    assert "is a folder, as sharded training writes it" in message
-    assert message.endswith(f"python -m lightning.pytorch.utilities.consolidate_checkpoint {tmp_path / 'last.ckpt'}")
-
-
 @pytest.mark.parametrize(
     "content", [{"state_dict": {"layer.weight": torch.zeros(1)}}, {"epoch": 3}], ids=["weights", "none"]
 )

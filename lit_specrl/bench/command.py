@@ -15,6 +15,7 @@ from lit_specrl.bench.report import Report
 from lit_specrl.bench.rollout.command import bench_rollout, rollout_command
 from lit_specrl.bench.shared_prompts import bench_shared_prompts
 from lit_specrl.bench.speculation import bench_speculation
+from lit_specrl.bench.weight_sync import bench_weight_sync
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "logprobs": bench_logprobs,
@@ -22,6 +23,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "prefix-cache": bench_prefix_cache,
     "shared-prompts": bench_shared_prompts,
     "speculation": bench_speculation,
+    "weight-sync": bench_weight_sync,
 }
 
 

@@ -8,6 +8,7 @@ from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.progress_bar import RolloutProgressBar
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.callbacks.rollout_recorder import RolloutRecorder
+from lit_specrl.callbacks.run_plan import RunPlan
 from lit_specrl.callbacks.run_summary import RunSummary
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.callbacks.tensorboard_report import TensorBoardReport
@@ -21,6 +22,7 @@ __all__ = [
     "RolloutCallback",
     "RolloutProgressBar",
     "RolloutRecorder",
+    "RunPlan",
     "RunSummary",
     "SpeculativeRollout",
     "TensorBoardReport",

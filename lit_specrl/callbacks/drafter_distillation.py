@@ -140,7 +140,8 @@ class DrafterDistillation(RolloutCallback):
         self.version = 0
         """Trainings behind the drafter's weights."""
         self.network: DraftNetwork | None = None
-        self._generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self._generator = torch.Generator()
         self._newest_taught = 0  # policy version
         self._has_news = False
         self._step_s = 0.0
@@ -181,6 +182,13 @@ class DrafterDistillation(RolloutCallback):
         self._restored = None
 
     # ------------------------------------------------------------------------------------------------------- algorithm
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: RLVRModule, batch: Any, batch_idx: int
+    ) -> None:
+        """What is drawn in a step is decided by the step and the rank alone."""
+        place = f"{self.seed}/{pl_module.step}/{trainer.global_rank}"
+        self._generator.manual_seed(xxhash.xxh3_64_intdigest(place.encode()) >> 1)
 
     def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
         """Learn from the step before, then publish: the engine drafts with the newest weights, and still has them."""
@@ -282,7 +290,7 @@ class DrafterDistillation(RolloutCallback):
             "drafter/rolled_back": 0.0,
         }
         if after.num_drafts and after.acceptance_length < before.acceptance_length - _WORSE:
-            self._put_back(weights)
+            self.network.load_weights(weights, self.network.vocabulary)
             self.training.optimizer.load_state_dict(optimizer)
             metrics["drafter/rolled_back"] = 1.0
             after = before
@@ -301,12 +309,6 @@ class DrafterDistillation(RolloutCallback):
     def _evaluate(self, lessons: Sequence[Lesson]) -> DrafterEvaluation:
         ranks = gather_objects(self.training.evaluate(lessons))
         return sum(ranks[1:], start=ranks[0])
-
-    def _put_back(self, weights: dict[str, torch.Tensor]) -> None:
-        assert self.network is not None
-        with torch.no_grad():
-            for name, weight in self.network.weights():
-                weight.copy_(weights[name])
 
     # ---------------------------------------------------------------------------------------------------------- resume
 
@@ -327,6 +329,7 @@ class DrafterDistillation(RolloutCallback):
             "folder": str(folder),
             "step": module.step,
             "world_size": trainer.world_size,
+            "origin": self.drafter.origin(),
             "version": self.version,
             "newest_taught": self._newest_taught,
             "has_news": self._has_news,
@@ -335,7 +338,6 @@ class DrafterDistillation(RolloutCallback):
             "vocabulary": None if self.network.vocabulary is None else self.network.vocabulary.cpu(),
             "optimizer": self.training.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "generator": self._generator.get_state(),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -344,19 +346,14 @@ class DrafterDistillation(RolloutCallback):
 
     def _restore(self, trainer: L.Trainer, pl_module: RLVRModule, state: dict[str, Any]) -> None:
         assert self.network is not None
-        own = {name: weight.shape for name, weight in self.network.weights()}
-        saved = {name: weight.shape for name, weight in state["weights"].items()}
-        same_vocabulary = _same(self.network.vocabulary, state["vocabulary"])
-        if own != saved or not same_vocabulary:
-            rank_zero_warn(
-                "the checkpoint was written with another drafter, which is not used: the drafter of the configuration starts as it is"
-            )
+        try:
+            self.network.load_weights(state["weights"], state["vocabulary"])
+        except ValueError as error:
+            rank_zero_warn(f"the checkpoint's drafter is not used, that of the configuration starts as it is: {error}")
             return
-        self._put_back(state["weights"])
         self.training.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self._generator.set_state(state["generator"].cpu())
         self.version, self._newest_taught = state["version"], state["newest_taught"]
         self._has_news, self._step_s = state["has_news"], state["step_s"]
         if state["world_size"] != trainer.world_size:
@@ -427,9 +424,3 @@ def _copied(state: Any) -> Any:
     if isinstance(state, dict):
         return {name: _copied(value) for name, value in state.items()}
     return [_copied(value) for value in state] if isinstance(state, list) else state
-
-
-def _same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return torch.equal(first.cpu(), second.cpu())

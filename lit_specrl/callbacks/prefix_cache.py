@@ -172,7 +172,7 @@ class PrefixCache(RolloutCallback):
             request.past_responses = self._past_responses(request)
         current = ReuseRound(request, self._find_drafts(request), self.rule)
         if self.verifier == "engine" and self.rule.needs_logprobs:
-            current.hand_over()
+            current.hand_over(self.block_length)
         else:
             with pl_module.timer("verify"):
                 current.verify(partial(pl_module.response_logprobs, block_length=self.block_length))
@@ -346,7 +346,7 @@ class PrefixCache(RolloutCallback):
         engine = pl_module.engine or TransformersEngine()  # what the module takes where it was given none
         if self.verifier == "engine" and not engine.can_verify:
             raise MisconfigurationException(
-                f"verifier='engine' needs SpeculativeRollout(engine=VLLMEngine()), found {type(engine).__name__}; "
+                f"verifier='engine' needs SpeculativeRollout(engine=VLLMEngine()) with tensor_parallel_size=1, found {type(engine).__name__}; "
                 "use verifier='policy'"
             )
         uids = getattr(trainer.train_dataloader, "uids", None)

@@ -63,12 +63,14 @@ class SpeculativeRollout(RolloutCallback):
             self.drafter.check(AutoConfig.from_pretrained(module.model_name))
         module.engine, self.engine.drafter = self.engine, self.drafter
         if isinstance(self.engine, VLLMEngine):
+            self.engine.check_run(trainer.world_size, module.max_length)
             check_version()
 
     def _check_drafter(self, trainer: L.Trainer, drafter: Drafter) -> None:
         if not self.engine.can_speculate:
             raise MisconfigurationException(
-                f"{type(self.engine).__name__} cannot speculate; use SpeculativeRollout(engine=VLLMEngine(), drafter=...), or leave the drafter out"
+                f"this {type(self.engine).__name__} cannot speculate; use SpeculativeRollout(engine=VLLMEngine(), drafter=...), with "
+                "tensor_parallel_size=1, or leave the drafter out"
             )
         caches = any(isinstance(callback, PrefixCache) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if isinstance(drafter, HistoryDrafter) and not caches:

@@ -46,6 +46,7 @@ class PromptDataModule(L.LightningDataModule):
 
     Attributes:
         num_dropped: prompts left out because of their length, by split; filled by `setup`.
+        num_train_prompts: training prompts of all ranks; filled by `setup`.
 
     Raises:
         ValueError: for unknown presets, and from `setup` for data that cannot be read, rendered or cut into batches.
@@ -96,6 +97,7 @@ class PromptDataModule(L.LightningDataModule):
         self.shuffle = shuffle
         self.sampling = {"validation": validation_sampling, "test": test_sampling, "predict": test_sampling}
         self.num_dropped: dict[str, int] = {}
+        self.num_train_prompts: int | None = None
         self._train_loader: PromptLoader | None = None
         self._eval_loaders: dict[str, EvaluationLoader] = {}
 
@@ -167,6 +169,7 @@ class PromptDataModule(L.LightningDataModule):
                 " give the source a `limit` instead"
             )
         loader = PromptLoader(prompts, self.batch_size, seed=self.seed, shuffle=self.shuffle, **self._ranks())
+        self.num_train_prompts = loader.num_prompts
         left_over = f"; {loader.num_left_over} prompts sit out each epoch" if loader.num_left_over else ""
         rank_zero_info(f"train data: {len(prompts)} prompts, {len(loader)} steps an epoch{left_over}.")
         return loader

@@ -56,6 +56,10 @@ class Drafter(ABC):
             model: hub name or folder that the policy was built from. What is made is the same, however far the policy has been trained.
         """
 
+    def origin(self) -> dict[str, Any]:
+        """The class, as `kind`, and the arguments that make the same network again, as it was before any training."""
+        return {"kind": type(self).__name__}
+
     def network(self) -> DraftNetwork:
         """The network that drafts, for training; after `prepare`.
 
@@ -106,19 +110,22 @@ class HistoryDrafter(Drafter):
 class DraftModel(Drafter):
     """A small causal language model with the policy's vocabulary.
 
-    Its proposals are sampled, and accepted with probability `min(1, target / draft)`.
-
     Args:
         model: hub name or folder in the transformers format.
         num_speculative_tokens: longest draft.
+        sampled: its proposals are samples, accepted with probability `min(1, target / draft)`. False: they are its most likely tokens; at a temperature of 1 fewer are
+            accepted, but on a CPU in float32 the rollouts are then the very same as without, whatever an `AdaptiveScheduler` does.
     """
 
-    def __init__(self, model: str, num_speculative_tokens: int = 3) -> None:
+    def __init__(self, model: str, num_speculative_tokens: int = 3, sampled: bool = True) -> None:
         super().__init__(num_speculative_tokens)
-        self.model = model
+        self.model, self.sampled = model, sampled
 
     def vllm_config(self) -> dict[str, Any]:
-        return {"method": "draft_model", "model": self.model, "draft_sample_method": "probabilistic"}
+        return {"method": "draft_model", "model": self.model, "draft_sample_method": _draft_sampling(self.sampled)}
+
+    def origin(self) -> dict[str, Any]:
+        return super().origin() | {"model": self.model}
 
     def network(self) -> DraftNetwork:
         return CausalNetwork.load(self.model)
@@ -135,13 +142,14 @@ class DraftModel(Drafter):
 class Eagle3Drafter(Drafter):
     """An EAGLE-3 head on the policy's hidden states (Li et al. 2025, arXiv 2503.01840), in the format of speculators.
 
-    Its proposals are sampled, and accepted with probability `min(1, target / draft)`. Needs `pip install 'lit_specrl[eagle3]'`.
+    Needs `pip install 'lit_specrl[eagle3]'`.
 
     Args:
         model: hub name or folder of a head, such as `lit-specrl drafter` makes; `None` for a new one, which proposes nothing of use until
             `DrafterDistillation` has trained it.
         num_speculative_tokens: longest draft.
         vocabulary_size: tokens that a new head can draft; `None` for 4096. Those with the lowest ids, unless `build` is told of counts.
+        sampled: as that of `DraftModel`.
 
     Example::
 
@@ -149,12 +157,16 @@ class Eagle3Drafter(Drafter):
     """
 
     def __init__(
-        self, model: str | None = None, num_speculative_tokens: int = 3, vocabulary_size: int | None = None
+        self,
+        model: str | None = None,
+        num_speculative_tokens: int = 3,
+        vocabulary_size: int | None = None,
+        sampled: bool = True,
     ) -> None:
         super().__init__(num_speculative_tokens)
         if model is not None and vocabulary_size is not None:
             raise ValueError(f"vocabulary_size={vocabulary_size} is of a new head; {model!r} has its own")
-        self.model, self.vocabulary_size = model, vocabulary_size
+        self.model, self.vocabulary_size, self.sampled = model, vocabulary_size, sampled
         self._own_folder: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
@@ -190,7 +202,7 @@ class Eagle3Drafter(Drafter):
 
     def vllm_config(self) -> dict[str, Any]:
         assert self.model is not None, "`prepare` makes it"
-        return {"method": "eagle3", "model": self.model, "draft_sample_method": "probabilistic"}
+        return {"method": "eagle3", "model": self.model, "draft_sample_method": _draft_sampling(self.sampled)}
 
     def check(self, policy: PretrainedConfig) -> None:
         if self.model is None:
@@ -207,6 +219,14 @@ class Eagle3Drafter(Drafter):
                 policy, model, folder, None, self.vocabulary_size, self.num_speculative_tokens
             ).model
 
+    def origin(self) -> dict[str, Any]:
+        model = None if self._own_folder else self.model
+        return super().origin() | {"model": model, "vocabulary_size": self.vocabulary_size}
+
     def network(self) -> DraftNetwork:
         assert self.model is not None, "`prepare` makes it"
         return Eagle3Network.load(self.model)
+
+
+def _draft_sampling(sampled: bool) -> str:
+    return "probabilistic" if sampled else "greedy"

@@ -51,6 +51,8 @@ class RolloutEngine(ABC):
     """Whether `generate` verifies the drafts of a request."""
     can_speculate: bool = False
     """Whether a drafter may propose tokens to it."""
+    generates_together: bool = False
+    """Whether several ranks hold one engine, and all of them must ask when one does."""
     drafter: Drafter | None = None
     """Proposes tokens; set before `start`."""
     drafter_version: int = 0
@@ -104,7 +106,8 @@ class RolloutEngine(ABC):
             rows.sort(key=lambda row: -request.expected_lengths[row])
         meter = ProgressMeter(request.num_rows, on_progress)
         meter.advance(0, request.num_rows - len(rows))
-        continued = dict(zip(rows, self.continue_rows(request, rows, meter) if rows else [], strict=True))
+        asks = rows or self.generates_together
+        continued = dict(zip(rows, self.continue_rows(request, rows, meter) if asks else [], strict=True))
         responses = [continued.get(row, Continuation()) for row in range(request.num_rows)]
         complete = [self.finish_reason(request, row) for row in range(request.num_rows)]  # after verification
         return Rollouts(

@@ -89,6 +89,8 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
         options["distributed_executor_backend"] = "external_launcher"
         os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
         os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+        if options.get("tensor_parallel_size", 1) > 1:
+            _leave_shared_memory_alone()
     own_options: dict[str, Any] = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
@@ -97,6 +99,18 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
         "enable_prefix_caching": True,
     }
     return LLM(model=model, **(own_options | options | _speculative_options(drafter, options)))
+
+
+def _leave_shared_memory_alone() -> None:
+    """Let the ranks of a CPU engine talk through the process group.
+
+    vLLM 0.32 takes shared memory, whose name is the same for all runs of a machine under an external launcher: two of them would write into each other's, and after one that was killed
+    none could start.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    communicator: Any = CpuCommunicator
+    communicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 def take_over_sampling(llm: Any, drafter: Drafter | None) -> Speculation | None:
@@ -110,7 +124,7 @@ def take_over_sampling(llm: Any, drafter: Drafter | None) -> Speculation | None:
     if runner.device.type == "cpu":
         sampler = CPUSampler(runner, _draft_vocabulary(runner))
         runner._sample = sampler.sample
-        if drafter is not None and hasattr(runner.drafter, "_sample_from_logits"):
+        if getattr(drafter, "sampled", False):
             runner.drafter._sample_from_logits = sampler.sample_draft
     elif drafter is not None:
         runner.rejection_sampler = sampler = VerificationCounter(runner.rejection_sampler)
@@ -188,6 +202,22 @@ def filler_job(prompt_length: int, num_tokens: int, seed: int) -> Job:
 
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=seed, logprobs=0, detokenize=False)
     return Job([seed % 7] * prompt_length, params)
+
+
+def jobs_of_all_ranks(jobs: Mapping[int, Job]) -> tuple[dict[int, Job], dict[int, int]]:
+    """Jobs of the ranks that hold an engine together, the same and in the same order on each.
+
+    Returns:
+        The jobs, numbered; and by number this rank's rows.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    ranks: list[list[Job]] = [[]] * group.world_size
+    torch.distributed.all_gather_object(ranks, list(jobs.values()), group=group.cpu_group)
+    start = sum(len(rank) for rank in ranks[: group.rank_in_group])
+    everyone = [job for rank in ranks for job in rank]
+    return dict(enumerate(everyone)), dict(enumerate(jobs, start=start))
 
 
 class FinishedRow(NamedTuple):

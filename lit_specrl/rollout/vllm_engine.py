@@ -37,10 +37,10 @@ class VLLMEngine(RolloutEngine):
         enforce_eager: run without compilation and CUDA graphs. `None` is True on a CPU and False on a GPU.
         sleep_level: what `sleep` gives back on a GPU. 1 = the key-value cache, with the weights moved to the host;
             0 = nothing. Level 2 (drop the weights) is refused: it loses a drafter's weights without any error.
+        tensor_parallel_size: ranks that hold one engine between them, for policies that do not fit one device. They generate for all of their
+            prompts together, neither verify nor speculate, and must be neighbours (of one node, if it is to be fast). 1 = an engine for each rank.
         options: further arguments of `vllm.LLM`.
     """
-
-    can_verify = can_speculate = True
 
     def __init__(
         self,
@@ -51,12 +51,15 @@ class VLLMEngine(RolloutEngine):
         max_model_len: int | None = None,
         enforce_eager: bool | None = None,
         sleep_level: int = 1,
+        tensor_parallel_size: int = 1,
         options: dict[str, Any] | None = None,
     ):
         if sleep_level not in (0, 1):
             raise ValueError(
                 f"sleep_level must be 0 or 1, got {sleep_level}; level 2 would drop weights that nobody restores"
             )
+        if tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
         if "speculative_config" in (options or {}):
             raise ValueError(
                 "speculation is not an option of the engine: give SpeculativeRollout a drafter, whose drafts are verified exactly"
@@ -64,11 +67,42 @@ class VLLMEngine(RolloutEngine):
         self.dtype, self.max_num_seqs, self.max_model_len = dtype, max_num_seqs, max_model_len
         self.gpu_memory_utilization, self.cpu_kv_cache_gib = gpu_memory_utilization, cpu_kv_cache_gib
         self.enforce_eager, self.sleep_level = enforce_eager, sleep_level
+        self.tensor_parallel_size = tensor_parallel_size
+        self.can_verify = self.can_speculate = tensor_parallel_size == 1
+        self.generates_together = tensor_parallel_size > 1
         self.options = dict(options or {})
         self.llm: Any = None
         self._speculation: Speculation | None = None
         self._drafter_fingerprint: str | None = None
         self._asleep = False
+
+    def check_run(self, num_ranks: int, max_length: int | None) -> None:
+        """Whether the engine fits a run, before anything is loaded.
+
+        Args:
+            num_ranks: of the run.
+            max_length: longest prompt plus response, in tokens, if it is known.
+
+        Raises:
+            ValueError: the ranks cannot be divided among engines, or the longest rollouts do not fit.
+        """
+        if num_ranks % self.tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} ranks hold one engine, which {num_ranks} ranks cannot be divided "
+                "into; use a size that divides the number of devices"
+            )
+        if self.max_model_len is not None and max_length is not None and self.max_model_len < max_length:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} is less than the run's prompts and responses of up to {max_length} tokens; raise it, or "
+                "leave it out"
+            )
+
+    def memory(self, num_parameters: int, device: torch.device) -> int:
+        """Bytes that the engine will hold on a device while it generates; on a GPU what it was allotted, on a CPU weights and key-value cache."""
+        if device.type == "cuda":
+            return int(self.gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory)
+        weights = num_parameters * getattr(torch, self.dtype).itemsize // self.tensor_parallel_size
+        return weights + int(max(1, self.cpu_kv_cache_gib) * 2**30)
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
         self._on_gpu = policy.device.type == "cuda"
@@ -82,6 +116,7 @@ class VLLMEngine(RolloutEngine):
             "max_num_seqs": self.max_num_seqs,
             "async_scheduling": False,
             "enforce_eager": not self._on_gpu if self.enforce_eager is None else self.enforce_eager,
+            "tensor_parallel_size": self.tensor_parallel_size,
         }
         if not self._on_gpu:
             # vLLM 0.32 rewinds a row's generator after a partial prefill, which CPU generators cannot do: no partial prefills
@@ -126,7 +161,11 @@ class VLLMEngine(RolloutEngine):
         self.wake_up()
         finished: dict[int, vllm_adapter.FinishedRow] = {}
         self._histories = _histories(request) if isinstance(self.drafter, HistoryDrafter) else {}
+        self._scored: dict[int, list[float]] = {}  # log-probs of drafts, as far as they are verified
         jobs = {row: self._first_job(request, row) for row in rows}
+        own = {row: row for row in rows}
+        if self.generates_together:
+            jobs, own = vllm_adapter.jobs_of_all_ranks(jobs)
         control, steps = self.speculation_control, list[DecodeStep]()
         choose_length = None if control is None else control.length
         # the trainer's autocast would silently change the dtype of the engine's own arithmetic
@@ -138,8 +177,9 @@ class VLLMEngine(RolloutEngine):
                     steps.append(step.decoding)
                     if control is not None:
                         control.observe(step.decoding)
-                finished |= {row.row: row for row in step.finished}
-                meter.advance(step.num_tokens, len(step.finished))
+                newly = {own[row.row]: row for row in step.finished if row.row in own}
+                finished |= newly
+                meter.advance(step.num_tokens, len(newly))
         self.decode_steps = steps
         return [
             Continuation(
@@ -176,14 +216,25 @@ class VLLMEngine(RolloutEngine):
         if row not in request.drafts or room < 1:
             return self._generation(request, row)
         request.drafts[row] = request.drafts[row][:room]
-        # scoring fills the KV prefix cache, in which the continuation then finds the verified prefix
-        return vllm_adapter.scoring_job(prompt + request.drafts[row], len(request.drafts[row]))
+        self._scored[row] = []
+        return self._scoring(request, row)
+
+    def _scoring(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
+        """Of the next block of a draft; fills the KV prefix cache, in which the blocks after it and the continuation find what is verified."""
+        prompt = request.prompts.prompt_ids[request.prompt_index(row)]
+        start = len(self._scored[row])
+        block = request.drafts[row][start:][: request.draft_block_length]
+        return vllm_adapter.scoring_job(prompt + request.drafts[row][:start] + block, len(block))
 
     def _after_verification(self, request: RolloutRequest, row: int, logprobs: list[float]) -> vllm_adapter.Job | None:
-        """Enter the verified prefix of a row; the row goes on at once, whatever the others do."""
+        """Score on, or enter the verified prefix of a row; the row goes on at once, whatever the others do."""
         assert request.accept is not None
-        draft = request.drafts[row]
-        request.prefixes[row] = draft[: request.accept(row, logprobs)]
+        draft, scored = request.drafts[row], self._scored[row]
+        scored += logprobs
+        length = request.accept(row, scored)
+        if length == len(scored) < len(draft):
+            return self._scoring(request, row)
+        request.prefixes[row] = draft[:length]
         return None if self.finish_reason(request, row) else self._generation(request, row)
 
     def _generation(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
@@ -224,7 +275,8 @@ class VLLMEngine(RolloutEngine):
 
     def describe(self) -> str:
         drafter = "" if self.drafter is None else f", {type(self.drafter).__name__}"
-        return f"{vllm_adapter.check_version()}, {self.dtype}, in process{drafter}"
+        place = "in process" if self.tensor_parallel_size == 1 else f"over {self.tensor_parallel_size} ranks"
+        return f"{vllm_adapter.check_version()}, {self.dtype}, {place}{drafter}"
 
 
 def _histories(request: RolloutRequest) -> dict[int, Following]:

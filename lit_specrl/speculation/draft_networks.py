@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from lit_specrl.speculation.eagle3_head import (
     vocabulary_of,
 )
 from lit_specrl.speculation.lessons import Lesson
-from lit_specrl.whole_folder import whole_folder
+from lit_specrl.whole_files import whole_folder
 
 
 class DraftStep(NamedTuple):
@@ -64,6 +64,25 @@ class DraftNetwork(ABC):
     @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Write the drafter into a folder that vLLM loads, in place of an older one."""
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor], vocabulary: Tensor | None) -> None:
+        """Take over what `weights` gave once.
+
+        Args:
+            weights: by name, on any device.
+            vocabulary: [V'] of the drafter that they are of.
+
+        Raises:
+            ValueError: they are of another drafter.
+        """
+        own = dict(self.weights())
+        if {name: weight.shape for name, weight in own.items()} != {name: w.shape for name, w in weights.items()}:
+            raise ValueError("the weights are of another drafter: their names or shapes differ")
+        if not _same(self.vocabulary, vocabulary):
+            raise ValueError("the weights are of another drafter: it drafts other tokens")
+        for name, weight in own.items():
+            weight.copy_(weights[name])
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -144,6 +163,12 @@ class CausalNetwork(DraftNetwork):
     def save(self, folder: str | Path) -> None:
         with whole_folder(folder) as partial:
             self.module.save_pretrained(partial)
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first.cpu(), second.cpu())
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from lit_specrl.whole_folder import whole_folder
+from lit_specrl.whole_files import whole_folder
 
 _VOCABULARY = 4096
 """Tokens that a head can draft, where nobody says otherwise."""

@@ -63,16 +63,17 @@ class ReuseRound:
             kept[row][0][: kept[row][1]] if row in kept else [] for row in range(self.request.num_rows)
         ]
 
-    def hand_over(self) -> None:
-        """Let the engine verify, and go on with each row as soon as it is verified."""
+    def hand_over(self, block_length: int) -> None:
+        """Let the engine verify, so many tokens of a draft at a time, and go on with each row as soon as it is verified."""
 
         def accept(row: int, logprobs: list[float]) -> int:
-            self.target_logprobs[row] = torch.tensor(logprobs)
-            at = torch.tensor([self._position[row]])
-            return int(self._accepted(at, 0, self.target_logprobs[row][None]))
+            found, at = torch.tensor(logprobs), torch.tensor([self._position[row]])
+            unknown = self._mask.shape[1] - len(logprobs)
+            self.target_logprobs[row] = torch.nn.functional.pad(found, (0, unknown), value=torch.nan)
+            return int(self._accepted(at, 0, found[None]))
 
         self.request.drafts = dict(zip(self._rows, self._ids, strict=True))
-        self.request.accept = accept
+        self.request.accept, self.request.draft_block_length = accept, block_length
 
     def _accepted(self, rows: Tensor, start: int, target_logprobs: Tensor) -> Tensor:
         """Leading tokens of a block that are kept, [m].

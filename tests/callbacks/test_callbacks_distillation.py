@@ -184,6 +184,20 @@ def test_the_drafter_is_written_at_the_end(kept, model, tmp_path):
 
 
 @pytest.mark.parametrize("kept", ["head"], indirect=True)
+def test_the_drafter_of_another_run_is_not_taken_over(kept, model, make_llama, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="last", save_top_k=1)
+    run(kept, model, tmp_path, distillation(), saver, max_epochs=1)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    weights = content["drafter_distillation"]["weights"]
+    weights.pop(next(iter(weights)))
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.warns(
+        UserWarning, match="drafter is not used, that of the configuration starts as it is: .*names or shapes"
+    ):
+        run(kept, model, tmp_path, distillation(), ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+
+
+@pytest.mark.parametrize("kept", ["head"], indirect=True)
 def test_every_chart_of_speculation_has_curves(kept, model, tmp_path):
     _, trace, _ = run(kept, model, tmp_path, distillation(), PrefixCache(0.5), AdaptiveScheduler(), max_epochs=3)
     reported = {name for step in trace.metrics for name in step}

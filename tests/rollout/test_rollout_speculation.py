@@ -14,7 +14,8 @@ PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51
 GROUP, LENGTH = 96, 16
 LOOK_UP = ["ngram", "history"]
 HEADS = ["head", "head of few tokens"]
-ALL = [*LOOK_UP, "small model", "same model", *HEADS]
+LIKELIEST = ["small model, likeliest", "head of few tokens, likeliest"]  # drafts that are not sampled
+ALL = [*LOOK_UP, "small model", "same model", *HEADS, *LIKELIEST]
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,10 @@ class Lengths:
 
 
 def build_drafter(kind, policy_model, make_llama, folder) -> Drafter | None:
+    if kind in LIKELIEST:
+        drafter = build_drafter(kind.removesuffix(", likeliest"), policy_model, make_llama, folder)
+        drafter.sampled = False
+        return drafter
     if kind in HEADS:
         policy = AutoModelForCausalLM.from_pretrained(policy_model)
         return Eagle3Drafter.build(policy, policy_model, folder / "head", None, 48 if "few" in kind else None)
@@ -169,9 +174,9 @@ def test_a_changed_policy_is_what_decides(colocated):
     assert kolmogorov_distance(torch.cat(rows)) < 2.2
 
 
-@pytest.mark.parametrize("started", LOOK_UP, indirect=True)
+@pytest.mark.parametrize("started", [*LOOK_UP, *LIKELIEST], indirect=True)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_tokens_that_were_looked_up_change_no_rollout(colocated, plain, temperature):
+def test_drafts_that_are_not_sampled_change_no_rollout(colocated, plain, temperature):
     assert (
         generate(colocated, Lengths([3, 0, 2]), temperature=temperature).response_ids == plain[temperature].response_ids
     )

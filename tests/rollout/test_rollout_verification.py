@@ -104,6 +104,30 @@ def test_rows_go_on_as_from_a_prefix_that_was_given(colocated, prompts, temperat
 
 
 @with_engines(VLLM)
+@pytest.mark.parametrize("block", [1, 7, 32, 50])
+def test_drafts_are_scored_block_by_block_until_a_token_is_rejected(colocated, prompts, block):
+    """With the outcome of scoring whole drafts; the engine sees no block behind the one in which a draft ends."""
+    drafts, seen = drafts_of([40] * 16), {}
+    kept = {row: [40, 0, row, 39][row % 4] for row in drafts}
+
+    def accept(row, logprobs):
+        seen.setdefault(row, []).append(logprobs)
+        return min(kept[row], len(logprobs))
+
+    options = {"group": 4, "length": 50}
+    request = replace(colocated.request(prompts, **options), drafts=drafts, accept=accept, draft_block_length=block)
+    in_blocks = colocated.engine.generate(request)
+    whole = verify(colocated, prompts, drafts, lambda row, logprobs: kept[row], **options)
+    assert in_blocks.response_ids == whole.response_ids
+    assert in_blocks.request.prefixes == whole.request.prefixes
+    exact = dict(handed_over(colocated, prompts, drafts, **options))
+    for row, calls in seen.items():
+        needed = [min(start + block, 40) for start in range(0, 40, block) if start <= kept[row]]
+        assert [len(logprobs) for logprobs in calls] == needed
+        torch.testing.assert_close(torch.tensor(calls[-1]), torch.tensor(exact[row][: needed[-1]]), atol=1e-4, rtol=0)
+
+
+@with_engines(VLLM)
 def test_sampling_logprobs_are_unknown_where_a_draft_was_kept_and_the_policys_after_it(colocated, prompts):
     rollouts = verify(colocated, prompts, drafts_of([20] * 4), lambda row, logprobs: 5 * row, length=40)
     expected = policy_logprobs(colocated.policy, rollouts, 1.0)

@@ -182,7 +182,7 @@ def model_folder(tiny_model, tmp_path_factory):
 def both_ranks(model_folder, tmp_path_factory):
     """What each of two processes found, `RUNS` one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, __file__, model_folder, str(folder)]
     subprocess.run(command, env=environment, check=True, timeout=240, cwd=folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_specrl.whole_folder import whole_folder
+from lit_specrl.whole_files import whole_folder
 
 
 def names(folder):
