@@ -22,6 +22,7 @@ from lit_specrl.advantages import (
 )
 from lit_specrl.allocator import keep_freed_memory
 from lit_specrl.critic import Critic, SeparateCritic, SharedTrunkCritic
+from lit_specrl.deferred_signals import DeferredSignals
 from lit_specrl.dynamic_sampling import GroupSelection, groups_to_draw, groups_with_spread
 from lit_specrl.experience import active_rows, padded_experience
 from lit_specrl.gradient_step import GradientStep
@@ -251,6 +252,7 @@ class RLVRModule(ScoringModule):
 
         self._policy_step = GradientStep("actor", max_grad_norm, max_skipped_updates)
         self._critic_step = GradientStep("critic", critic.max_grad_norm if critic else 1.0, max_skipped_updates)
+        self._signals = DeferredSignals()
         self._generated: list[RolloutStatistics] = []  # all rounds of the current step
         self._critic_updates: list[CriticStatistics] = []
         self.step_metrics: dict[str, float] = {}  # of the latest training step, as logged
@@ -306,6 +308,7 @@ class RLVRModule(ScoringModule):
         return list(self.critic.trained_parameters(self.policy))
 
     def on_train_start(self) -> None:
+        self._signals.take_over(self.trainer)
         epochs: Any = self.trainer.fit_loop.epoch_progress
         if self.trainer.fit_loop.restarted_mid_epoch and epochs.total.ready == epochs.total.processed:
             # Lightning 2.6 does not count the epoch that begins when a run is resumed behind the last step of one; the next resume would lose or repeat an epoch
@@ -316,6 +319,9 @@ class RLVRModule(ScoringModule):
                 "dynamic_sampling draws fresh prompts from the training data, which "
                 f"{type(self.trainer.train_dataloader).__name__} cannot give; train with a PromptDataModule"
             )
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._signals.obey(self.device)
 
     # ------------------------------------------------------------------------------------------------------- algorithm
 

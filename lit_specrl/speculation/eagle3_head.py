@@ -146,10 +146,11 @@ def _head_config(folder: str) -> Any:
 
 
 def save_head(head: Any, folder: str | Path) -> None:
-    """Write a head; the folder appears when it is complete, and takes the place of an older one.
+    """Write a head, on every rank that asks; the folder appears when it is complete, and takes the place of an older one.
 
     vLLM loads it as it is.
     """
+    head.should_save_on_this_rank = lambda is_main_process: is_main_process  # transformers writes on rank 0 alone
     with whole_folder(folder) as partial:
         head.save_pretrained(partial)
 
