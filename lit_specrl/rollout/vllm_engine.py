@@ -229,8 +229,8 @@ class VLLMEngine(RolloutEngine):
     def _after_verification(self, request: RolloutRequest, row: int, logprobs: list[float]) -> vllm_adapter.Job | None:
         """Score on, or enter the verified prefix of a row; the row goes on at once, whatever the others do."""
         assert request.accept is not None
-        draft, scored = request.drafts[row], self._scored[row]
-        scored += logprobs
+        draft = request.drafts[row]
+        self._scored[row] = scored = self._scored[row] + logprobs
         length = request.accept(row, scored)
         if length == len(scored) < len(draft):
             return self._scoring(request, row)
