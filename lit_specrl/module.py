@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_specrl.advantages import (
+    AdvantageEstimator,
     ScaleRewards,
+    check_estimator,
     generalized_advantages,
     group_advantages,
     leave_one_out_advantages,
@@ -48,8 +50,6 @@ from lit_specrl.strategy import sharding
 from lit_specrl.sums import total
 from lit_specrl.teaching import Student
 from lit_specrl.types import Experience, PromptBatch, Rollouts, SamplingConfig
-
-AdvantageEstimator = Literal["grpo", "rloo", "gae"]
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -192,7 +192,7 @@ class RLVRModule(ScoringModule):
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
         if kl_target is not None and not kl_in_reward:
             raise ValueError(f"kl_target={kl_target} adapts a penalty in the reward; set kl_in_reward=True")
-        _check_estimator(advantage_estimator, num_generations, scale_rewards, critic, gamma, gae_lambda)
+        check_estimator(advantage_estimator, num_generations, scale_rewards, critic is not None, gamma, gae_lambda)
         if dynamic_sampling and num_generations < 2:
             raise ValueError(f"dynamic_sampling compares rows of a group, got num_generations={num_generations}")
 
@@ -642,38 +642,3 @@ class RLVRModule(ScoringModule):
         for name, value in self.step_metrics.items():
             self.log(name, value, prog_bar=name == "reward")
         self.log("tokens/s", self.step_metrics["perf/rollout_tokens_per_s"], prog_bar=True, logger=False)
-
-
-def _check_estimator(
-    estimator: AdvantageEstimator,
-    num_generations: int,
-    scale_rewards: ScaleRewards,
-    critic: Critic | None,
-    gamma: float,
-    gae_lambda: float,
-) -> None:
-    if estimator not in ("grpo", "rloo", "gae"):
-        raise ValueError(f"advantage_estimator must be 'grpo', 'rloo' or 'gae', got {estimator!r}")
-    if scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}")
-    if (estimator == "gae") != (critic is not None):
-        raise ValueError(
-            f"advantage_estimator={estimator!r} {'needs a' if critic is None else 'does not use its'} critic; 'gae' goes "
-            "with critic=SeparateCritic() or SharedTrunkCritic(), 'grpo' and 'rloo' without"
-        )
-    if estimator == "gae":
-        for name, value in {"gamma": gamma, "gae_lambda": gae_lambda}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
-        return
-    if gamma != 1 or gae_lambda != 1:
-        raise ValueError(
-            f"gamma={gamma} and gae_lambda={gae_lambda} are of 'gae' and would be ignored by {estimator!r}"
-        )
-    if num_generations < 2:
-        raise ValueError(
-            f"advantage_estimator={estimator!r} compares the rollouts of a prompt, got num_generations={num_generations}; "
-            "use at least 2, or 'gae' with a critic"
-        )
-    if estimator == "rloo" and scale_rewards == "group":
-        raise ValueError("advantage_estimator='rloo' takes scale_rewards='none' or 'batch', got 'group'")
