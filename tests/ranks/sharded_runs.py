@@ -49,7 +49,7 @@ RUNS = {
         overlong_buffer=0,
         optimizer=SGD,
     ),
-    "offload": grpo,
+    "offload": partial(grpo, gradient_checkpointing=True),
     "bf16": grpo,
     "one engine": grpo,
 }

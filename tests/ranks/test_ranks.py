@@ -18,6 +18,7 @@ from torch import distributed as dist
 from transformers import GenerationConfig
 
 from lit_specrl import DAPO, GRPO, PPO, PromptDataModule, SeparateCritic
+from lit_specrl.callbacks import PrefixCache
 from lit_specrl.data import PromptSource
 from lit_specrl.policy import Policy
 from lit_specrl.ranks import (
@@ -73,6 +74,7 @@ RUNS = {
         num_iterations=2,
         **COMMON,
     ),
+    "GRPO, cached": partial(GRPO, rewards=[small_tokens], num_generations=4, **COMMON),
     "PPO": lambda model: PPO(
         model,
         rewards=[small_tokens],
@@ -93,7 +95,7 @@ RUNS = {
         **COMMON,
     ),
 }
-NUM_STEPS = {"GRPO": 3, "GRPO, batch deviation": 2, "PPO": 3, "DAPO": 1}
+NUM_STEPS = {"GRPO": 3, "GRPO, cached": 3, "GRPO, batch deviation": 2, "PPO": 3, "DAPO": 1}
 
 
 class History(L.Callback):
@@ -114,7 +116,7 @@ def train(name, model, questions=QUESTIONS, **trainer_options):
         accelerator="cpu",
         max_epochs=NUM_STEPS[name],
         logger=False,
-        callbacks=[history],
+        callbacks=[history, *([PrefixCache(1.5)] if "cached" in name else [])],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -210,7 +212,7 @@ def test_ranks_keep_one_policy_and_report_the_same(both_ranks, name):
         assert sorted(question_of(prompt) for prompt in of_first + of_second) == sorted(QUESTIONS)
 
 
-@pytest.mark.parametrize("name", ["GRPO", "GRPO, batch deviation", "PPO"])
+@pytest.mark.parametrize("name", ["GRPO", "GRPO, batch deviation", "GRPO, cached", "PPO"])
 def test_two_ranks_learn_what_one_learns(both_ranks, model_folder, name):
     """The loss, its normalisation, the advantages, the gradient and every metric are those of all rows together."""
     one, two = train(name, model_folder, devices=1), both_ranks[0][name]
@@ -228,6 +230,8 @@ def test_two_ranks_learn_what_one_learns(both_ranks, model_folder, name):
         assert step["actor/grad_norm"] > 0.1
         assert step["completions/min_length"] < step["completions/mean_length"] < step["completions/max_length"]
     assert any(step["rewards/unscored"] for step in one["steps"])
+    if "cached" in name:
+        assert min(step["prefix_cache/reuse_fraction"] for step in one["steps"][1:]) > 0.1
 
 
 def test_a_rank_without_any_spread_learns_from_the_other_and_reports_its_rounds(both_ranks, model_folder):
