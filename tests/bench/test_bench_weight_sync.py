@@ -2,8 +2,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from lit_specrl.bench.weight_sync import bench_weight_sync
 from lit_specrl.rollout import VLLMEngine
 
@@ -28,22 +26,18 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from lit_specrl.bench import weight_sync
 from test_bench_weight_sync import Greedy
-if sys.argv[3] == "greedy":
-    weight_sync.VLLMEngine = Greedy
-(row,) = weight_sync.bench_weight_sync(sys.argv[1], dtype="float32", repeats=2, device="cpu").tables["measured"]
-print(row["weights_MiB"], row["layer_MiB"], row["largest_tensor_MiB"], row["peak_beyond_both_MiB_max"])
+for engine in (weight_sync.VLLMEngine, Greedy):
+    weight_sync.VLLMEngine = engine
+    (row,) = weight_sync.bench_weight_sync(sys.argv[1], dtype="float32", repeats=2, device="cpu").tables["measured"]
+    print(row["weights_MiB"], row["peak_beyond_both_MiB_max"])
 """
 
 
-@pytest.mark.parametrize("engine", ["streamed", "greedy"])
-def test_weights_go_over_one_after_the_other(make_llama, engine):
-    """The peak stays below a layer, or the largest tensor; an engine that gathers them first is seen."""
+def test_weights_go_over_one_after_the_other(make_llama):
+    """An engine that gathers them first is seen."""
     model = make_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, vocab_size=8192)
-    tests = str(Path(__file__).parent)
-    program = [sys.executable, "-c", PROGRAM, model, tests, engine]
+    program = [sys.executable, "-c", PROGRAM, model, str(Path(__file__).parent)]
     output = subprocess.run(program, capture_output=True, text=True, check=True, timeout=200).stdout
-    weights, layer, tensor, peak = (float(number) for number in output.split()[-4:])
-    assert layer < weights / 8
-    assert (peak < 2 * max(layer, tensor)) is (engine == "streamed"), output
-    if engine == "greedy":
-        assert peak > weights / 2
+    weights, streamed, _, greedy = (float(number) for number in output.split()[-4:])
+    assert streamed < weights / 3
+    assert greedy > weights / 2
