@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +16,19 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_specrl.ranks import max_over_ranks
 
+_INSISTING_S = 10.0  # torchrun passes a signal on that its workers have got already
+
 
 class DeferredSignals:
     """Notes SIGTERM, and under Slurm the signal to save and requeue, and obeys when a step is complete.
 
     Lightning 2.6 acts within the handler, in the middle of whatever a rank does: it broadcasts there, so that ranks in different places wait for each other for ever, and under
-    Slurm it saves there a checkpoint of half a step. A second SIGTERM ends the process at once.
+    Slurm it saves there a checkpoint of half a step. A SIGTERM that comes ten seconds after the first ends the process at once.
     """
 
     def __init__(self) -> None:
         self._received = 0
+        self._told_at = 0.0
         self._handlers: dict[int, Callable[..., Any]] = {}
 
     def take_over(self, trainer: L.Trainer) -> None:
@@ -38,10 +42,12 @@ class DeferredSignals:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        if number == self._received == signal.SIGTERM:
+        now = time.monotonic()
+        if number == self._received == signal.SIGTERM and now > self._told_at + _INSISTING_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._received = max(self._received, number)
+        if self._received != signal.SIGTERM:
+            self._received, self._told_at = number, now
 
     def obey(self, device: torch.device) -> None:
         """Do what any rank was told to since the last call; every rank must ask.

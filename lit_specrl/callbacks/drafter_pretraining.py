@@ -184,12 +184,15 @@ class DrafterPretraining(RolloutCallback):
 
 
 def _read(path: str, tokenizer: Any, num_rollouts: int, trainer: L.Trainer) -> Iterator[Experience]:
-    """This rank's share of the responses of a file, 32 at a time."""
+    """This rank's share of the responses of a file, 32 at a time; shares are equal, for sharded ranks read them together."""
     with open(path, encoding="utf-8") as lines:
         records = [_record(path, number, line) for number, line in enumerate(islice(lines, num_rollouts), start=1)]
-    if not records:
-        raise MisconfigurationException(f"{path} holds no responses")
-    own = records[trainer.global_rank :: trainer.world_size]
+    size = len(records) // trainer.world_size
+    if not size:
+        raise MisconfigurationException(
+            f"{path} holds {len(records)} responses, at least one for each of {trainer.world_size} ranks is needed"
+        )
+    own = records[trainer.global_rank :: trainer.world_size][:size]
     for start in range(0, len(own), 32):
         part = own[start : start + 32]
         prompts = [tokenizer(record["prompt"], add_special_tokens=False).input_ids for record in part]
