@@ -67,10 +67,10 @@ class ReuseRound:
         """Let the engine verify, so many tokens of a draft at a time, and go on with each row as soon as it is verified."""
 
         def accept(row: int, logprobs: list[float]) -> int:
-            found, at = torch.tensor(logprobs), torch.tensor([self._position[row]])
-            unknown = self._mask.shape[1] - len(logprobs)
+            found, position = torch.tensor(logprobs), self._position[row]
+            unknown = len(self._ids[position]) - len(logprobs)
             self.target_logprobs[row] = torch.nn.functional.pad(found, (0, unknown), value=torch.nan)
-            return int(self._accepted(at, 0, found[None]))
+            return int(self._accepted(torch.tensor([position]), 0, found[None]))
 
         self.request.drafts = dict(zip(self._rows, self._ids, strict=True))
         self.request.accept, self.request.draft_block_length = accept, block_length

@@ -49,6 +49,8 @@ def test_policy_and_drafter_are_exported_for_transformers_and_vllm(make_llama, t
     export_checkpoint(str(tmp_path / "last.ckpt"), str(policy), drafter=str(folder))
     drafter = type(start)(str(folder), 2)
     assert_identical(dict(drafter.network().weights()), weights)
+    if kind == "model":
+        return  # the folder of any causal language model
 
     llm = build_llm(
         str(policy),

@@ -41,10 +41,10 @@ def everything():
 
 
 RUNS = {  # callbacks, strategy of several ranks, steps
-    "plain": (list, "ddp", 30),
+    "plain": (list, "ddp", 20),
     "cached": (cached, "ddp", 40),
-    "sharded": (everything, "fsdp2", 8),
-    "everything": (everything, "auto", 12),
+    "sharded": (everything, "fsdp2", 6),
+    "everything": (everything, "auto", 8),
 }
 
 
@@ -123,7 +123,7 @@ def main(model, folder, what, how, num_ranks, num_kills, seed):
     for _ in range(num_kills):
         ranks = start(disturbed)
         if ranks.wait_for_training():  # otherwise there is nothing left to do
-            time.sleep(1.5 * duration_s / num_kills * randomness.random())
+            time.sleep(duration_s / num_kills * randomness.random())
         num_hits += ranks.kill() if how == "kill" else ranks.terminate()
     ranks = start(disturbed)
     assert not any(ranks.end())

@@ -24,8 +24,8 @@ def model(make_llama):
     [
         ("cached", "kill", 1, 30, 20),
         ("plain", "kill", 2, 3, 1),
-        ("everything", "kill", 1, 2, 1),
-        ("sharded", "kill", 2, 2, 1),
+        ("everything", "kill", 1, 1, 1),
+        ("sharded", "kill", 2, 1, 1),
         ("cached", "terminate", 1, 2, 1),
         ("plain", "terminate", 2, 2, 1),
     ],

@@ -14,7 +14,7 @@ PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51
 GROUP, LENGTH = 96, 16
 LOOK_UP = ["ngram", "history"]
 HEADS = ["head", "head of few tokens"]
-LIKELIEST = ["small model, likeliest", "head of few tokens, likeliest"]  # drafts that are not sampled
+LIKELIEST = ["head of few tokens, likeliest"]  # drafts that are not sampled
 ALL = [*LOOK_UP, "small model", "same model", *HEADS, *LIKELIEST]
 
 

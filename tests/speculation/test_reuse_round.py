@@ -154,8 +154,9 @@ def test_rules_that_need_no_logprobs_do_not_run_the_policy(cached, score):
 
 def test_handing_over_gives_the_engine_drafts_cut_to_the_limit(cached):
     current = round_of([None, cached(token_ids=[8, 7, 6, 5]), cached(token_ids=[8, 2]), None])
-    current.hand_over()
+    current.hand_over(64)
     assert current.request.drafts == {1: [8, 7, 6], 2: [8, 2]}
+    assert current.request.draft_block_length == 64
     assert current.verified_lengths == [0, 0, 0, 0]
     assert current.expected_lengths == [3, 4, 2, 3]
 
@@ -166,9 +167,12 @@ def test_the_engine_is_told_what_the_policy_would_have_been(cached, score):
     drafts = [halved(cached, length) for length in lengths]
     expected = verified(drafts, score, **options)
     current = round_of(drafts, **options)
-    current.hand_over()
+    current.hand_over(64)
     for row in (2, 0, 3, 1):
-        assert current.request.accept(row, [NOW] * lengths[row]) == expected.verified_lengths[row]
+        for scored in (1, lengths[row]):  # block by block
+            kept = current.request.accept(row, [NOW] * scored)
+            assert kept == min(expected.verified_lengths[row], scored)
+            assert current.target_logprobs[row].isnan().sum() == lengths[row] - scored
     assert {row: logprobs.tolist() for row, logprobs in current.target_logprobs.items()} == {
         row: float32(*[NOW] * length) for row, length in enumerate(lengths)
     }
@@ -307,7 +311,7 @@ def test_both_sides_of_the_engines_next_ratio_come_from_the_engine(cached):
     """What the trainer recorded is left alone: the engine scores kept tokens and samples new ones."""
     drafts = [cached(token_ids=[8, 9, 2]), None, cached(token_ids=[8, 2]), None]
     current = round_of(drafts)
-    current.hand_over()
+    current.hand_over(64)
     kept = {
         row: current.request.accept(row, logprobs)
         for row, logprobs in {0: [-0.2, NEVER, -0.2], 2: [-0.2, -0.15]}.items()
