@@ -123,7 +123,7 @@ def main(model, folder, what, how, num_ranks, num_kills, seed):
     for _ in range(num_kills):
         ranks = start(disturbed)
         if ranks.wait_for_training():  # otherwise there is nothing left to do
-            time.sleep(duration_s / num_kills * randomness.random())
+            time.sleep(duration_s / num_kills / 2 * randomness.random())  # a part of it is the end of the process
         num_hits += ranks.kill() if how == "kill" else ranks.terminate()
     ranks = start(disturbed)
     assert not any(ranks.end())
