@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_specrl.whole_files import new_partial, put_in_place
+from lit_specrl.whole_files import clear_partials, partial_name, put_in_place
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -22,6 +22,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:  # not a local file
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        partial = new_partial(Path(path))
-        torch.save(checkpoint, partial)
-        put_in_place(partial, Path(path))
+        path = Path(path)
+        clear_partials(path)
+        torch.save(checkpoint, partial_name(path))
+        put_in_place(partial_name(path), path)

@@ -126,7 +126,10 @@ def _drafter(source: Path, content: dict[str, Any], model: str) -> DraftNetwork:
     origin = dict(saved["origin"])
     drafter = {kind.__name__: kind for kind in (Eagle3Drafter, DraftModel)}[origin.pop("kind")](**origin)
     drafter.prepare(model)
-    network = drafter.network()
+    try:
+        network = drafter.network()
+    except OSError as error:
+        raise ValueError(f"the drafter that the run began with cannot be read: {error}") from error
     network.load_weights(saved["weights"], saved["vocabulary"])
     return network
 

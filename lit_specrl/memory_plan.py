@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_specrl.lora import add_adapters, lora_config
 
-_MASTER = 4
-"""Bytes of a float32 number, in which adapters, gradients of float32 weights and moments are kept."""
+_FLOAT32 = 4  # bytes; of adapters, whatever the weights are
 
 
 class ModelSize(NamedTuple):
@@ -49,17 +48,15 @@ def training_memory(
     optimizer: torch.optim.Optimizer,
     num_shards: int = 1,
     num_frozen_copies: int = 0,
-    num_trained_copies: int = 1,
 ) -> dict[str, int]:
     """What training keeps on a device for the whole run, in bytes; activations come on top.
 
     Args:
-        size: of the policy.
+        size: of the model.
         dtype: of its weights.
         optimizer: of the kind that will train it.
         num_shards: ranks that the weights are cut over.
-        num_frozen_copies: models as large as the policy that are not trained (the reference).
-        num_trained_copies: models as large as the policy that are (the policy, and a critic of its own).
+        num_frozen_copies: further models of this size that are not trained (the reference).
 
     Example: a billion float32 parameters under AdamW, on one device, take 16 GB:
 
@@ -69,11 +66,11 @@ def training_memory(
     """
     width = dtype.itemsize
     weights = size.num_parameters * width
-    trained = size.num_trained * (width if size.num_trained == size.num_parameters else _MASTER)
+    trained = size.num_trained * (width if size.num_trained == size.num_parameters else _FLOAT32)
     parts = {
-        "weights": num_trained_copies * weights,
-        "gradients": num_trained_copies * trained,
-        "optimizer": num_trained_copies * trained * moments(optimizer),
+        "weights": weights,
+        "gradients": trained,
+        "optimizer": trained * moments(optimizer),
         "reference": num_frozen_copies * weights,
     }
     return {name: math.ceil(part / num_shards) for name, part in parts.items() if part}

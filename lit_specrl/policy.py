@@ -165,7 +165,8 @@ class Policy(nn.Module):
         )
 
     def shard(self, **options: Any) -> None:
-        """Shard every decoder layer, then the rest (FSDP2), on the device of the mesh; no device ever holds more than a layer of the whole model.
+        """Shard every decoder layer, then the rest (FSDP2), on the device of the mesh; no device ever holds more of the whole model than a layer, or
+        what is outside the layers.
 
         Args:
             options: arguments of `torch.distributed.fsdp.fully_shard`, see `lit_specrl.strategy.sharding`.

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from lit_specrl.whole_files import new_partial, put_in_place
+from lit_specrl.whole_files import clear_partials, partial_name, put_in_place
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -58,9 +58,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        partial = path.with_name(f"{path.name}.partial")
+        partial = partial_name(path)
         if self.is_global_zero:
-            new_partial(path)
+            clear_partials(path)
         self.barrier()
         super().save_checkpoint(checkpoint, partial, storage_options)
         self.barrier()

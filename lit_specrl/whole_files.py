@@ -31,8 +31,13 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def new_partial(path: Path) -> Path:
-    """Where to write what shall be called `path`, in the same folder; what killed processes have left of such names is deleted.
+def partial_name(path: Path) -> Path:
+    """Where to write what shall be called `path`: in the same folder."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def clear_partials(path: Path) -> None:
+    """Make the folder of `path`, and delete what killed processes have left in it under partial names of the same suffix.
 
     Args:
         path: one process at a time writes into its folder names with its suffix.
@@ -40,33 +45,44 @@ def new_partial(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_behind in path.parent.glob(f"*{path.suffix}.partial"):
         delete(left_behind)
-    return path.with_name(f"{path.name}.partial")
 
 
 def put_in_place(written: Path, path: Path) -> None:
-    """Give a file or folder that was written under another name beside it its own; what had that name is deleted.
+    """Give a file or folder that was written under another name beside it its own; what had that name is deleted. The bytes are on the disk before.
 
     At any moment there is one of the two under the name, where the file system can exchange names (local ones of Linux); elsewhere there is no folder for
     an instant, and a process that is killed then leaves the older one as `<name>.old`.
     """
-    if not path.is_dir():
+    for file in [written] if written.is_file() else written.rglob("*"):
+        if file.is_file():
+            _flush(file)
+    has_folder = written.is_dir() or path.is_dir()
+    if not (has_folder and path.exists()):
         os.replace(written, path)
-        return
-    if _exchange(written, path):
+    elif _exchange(written, path):
         delete(written)
-        return
-    old = path.with_name(f"{path.name}.old")
-    os.rename(path, old)
-    os.rename(written, path)
-    delete(old)
+    else:
+        old = path.with_name(f"{path.name}.old")
+        os.rename(path, old)
+        os.rename(written, path)
+        delete(old)
+    _flush(path.parent)
 
 
 def delete(path: Path) -> None:
     """A file or a folder, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux

@@ -18,12 +18,12 @@ def test_parameters_are_counted_without_weights(tiny_model, tiny_qwen, lora):
     assert model_size(tiny_model).num_parameters == AutoModelForCausalLM.from_pretrained(tiny_model).num_parameters()
 
 
-def test_memory_of_full_training_with_a_reference_and_a_critic_over_four_ranks():
+def test_memory_of_full_training_with_a_reference_over_four_ranks():
     adam = torch.optim.AdamW(PARAMETERS)
-    assert training_memory(ModelSize(100, 100), torch.float32, adam, 4, 1, 2) == {
-        "weights": 2 * 100,
-        "gradients": 2 * 100,
-        "optimizer": 2 * 200,
+    assert training_memory(ModelSize(100, 100), torch.float32, adam, 4, 1) == {
+        "weights": 100,
+        "gradients": 100,
+        "optimizer": 200,
         "reference": 100,
     }
 

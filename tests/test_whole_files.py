@@ -2,7 +2,8 @@
 
 import pytest
 
-from lit_specrl.whole_files import whole_folder
+from lit_specrl import whole_files
+from lit_specrl.whole_files import put_in_place, whole_folder
 
 
 def names(folder):
@@ -33,3 +34,29 @@ def fail_halfway(folder):
     with whole_folder(folder) as partial:
         (partial / "second").write_text("2")
         raise RuntimeError("halfway")
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("before", ["file", "folder", "link", None])
+@pytest.mark.parametrize("after", ["file", "folder"])
+def test_anything_takes_the_place_of_anything(tmp_path, monkeypatch, can_exchange, before, after):
+    """A folder could not take the place of a file: the checkpoint of a run that goes on sharded, under the name of the one before."""
+    if not can_exchange:
+        monkeypatch.setattr(whole_files, "_exchange", lambda *paths: False)
+
+    def make(path, kind, text):
+        if kind == "folder":
+            path.mkdir()
+            (path / "inside").write_text(text)
+        elif kind == "file":
+            path.write_text(text)
+        elif kind == "link":
+            make(tmp_path / "linked", "folder", text)
+            path.symlink_to(tmp_path / "linked")
+
+    make(tmp_path / "x", before, "before")
+    make(tmp_path / "x.partial", after, "after")
+    put_in_place(tmp_path / "x.partial", tmp_path / "x")
+    assert ((tmp_path / "x" / "inside") if after == "folder" else (tmp_path / "x")).read_text() == "after"
+    linked = ["linked", "linked/inside"] if before == "link" else []
+    assert names(tmp_path) == sorted([*linked, "x", *(["x/inside"] if after == "folder" else [])])

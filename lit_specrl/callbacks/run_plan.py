@@ -21,8 +21,7 @@ from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.critic import SeparateCritic
 from lit_specrl.memory_plan import ModelSize, device_memory, model_size, training_memory
 from lit_specrl.policy import check_model_exists
-from lit_specrl.rollout import VLLMEngine
-from lit_specrl.rollout.vllm_adapter import installed_version
+from lit_specrl.rollout import TransformersEngine, VLLMEngine
 
 if TYPE_CHECKING:
     from lit_specrl.module import RLVRModule
@@ -71,15 +70,15 @@ class RunPlan(RolloutCallback):
 
 def memory_of_a_rank(trainer: L.Trainer, module: RLVRModule, size: ModelSize) -> dict[str, int]:
     """Bytes that a rank will hold, by purpose, as far as that is known before the run."""
-    optimizer = module.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
-    parts = training_memory(
-        size,
-        getattr(torch, module.model_options["dtype"]),
-        optimizer,
-        num_shards=trainer.world_size if module.is_sharded else 1,
-        num_frozen_copies=int(module.kl_coefficient.value > 0 and module.lora is None),
-        num_trained_copies=2 if isinstance(module.critic, SeparateCritic) else 1,
-    )
+    dtype, one = getattr(torch, module.model_options["dtype"]), [torch.nn.Parameter(torch.zeros(1))]
+    num_shards = trainer.world_size if module.is_sharded else 1
+    num_references = int(module.kl_coefficient.value > 0 and module.lora is None)
+    parts = training_memory(size, dtype, module.make_optimizer(one), num_shards, num_references)
+    if isinstance(module.critic, SeparateCritic):
+        critic_size = model_size(module.critic.model or module.model_name)
+        parts["critic"] = sum(
+            training_memory(critic_size, dtype, module.critic.make_optimizer(one), num_shards).values()
+        )
     engine = _find(trainer, SpeculativeRollout)
     if isinstance(engine, SpeculativeRollout) and isinstance(engine.engine, VLLMEngine):
         parts["engine"] = engine.engine.memory(size.num_parameters, trainer.strategy.root_device)
@@ -149,18 +148,19 @@ def _gib(num_bytes: float) -> str:
 def _engine(trainer: L.Trainer) -> str:
     owner = _find(trainer, SpeculativeRollout)
     if not isinstance(owner, SpeculativeRollout):
-        return "TransformersEngine"
+        return TransformersEngine().describe()  # what the module takes where it was given none
     drafter = (
-        "no drafter"
+        ""
         if owner.drafter is None
-        else f"{type(owner.drafter).__name__}, up to {owner.drafter.num_speculative_tokens} tokens"
+        else f", up to {owner.drafter.num_speculative_tokens} tokens by {type(owner.drafter).__name__}"
     )
-    return f"{type(owner.engine).__name__}, {drafter}"
+    return f"{owner.engine.describe()}{drafter}"
 
 
 def _versions() -> str:
-    found = [(name, metadata.version(name)) for name in ("lit_specrl", "torch", "transformers", "lightning")]
-    return ", ".join(f"{name} {version}" for name, version in [*found, *filter(None, [installed_version()])])
+    return ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("lit_specrl", "torch", "transformers", "lightning")
+    )
 
 
 def _find(trainer: L.Trainer, kind: type[L.Callback]) -> L.Callback | None:

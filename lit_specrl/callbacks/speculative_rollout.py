@@ -40,7 +40,7 @@ class SpeculativeRollout(RolloutCallback):
     Raises:
         MisconfigurationException: from `setup`, for a module that does not generate, an engine that cannot speculate, or a `HistoryDrafter` without
             a `PrefixCache` to look in.
-        ValueError: from `setup`, for a drafter that does not fit the policy.
+        ValueError: from `setup`, for a drafter that does not fit the policy, and an engine that does not fit the run (`VLLMEngine.check_run`).
         ImportError: from `setup`, for `VLLMEngine` without a vLLM that it was tested with.
     """
 

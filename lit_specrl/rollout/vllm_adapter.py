@@ -104,8 +104,7 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
 def _leave_shared_memory_alone() -> None:
     """Let the ranks of a CPU engine talk through the process group.
 
-    vLLM 0.32 takes shared memory, whose name is the same for all runs of a machine under an external launcher: two of them would write into each other's, and after one that was killed
-    none could start.
+    vLLM 0.32 takes shared memory, whose name is the same for all runs of a machine under an external launcher: none can start where one has left it behind.
     """
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 

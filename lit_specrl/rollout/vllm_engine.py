@@ -274,9 +274,8 @@ class VLLMEngine(RolloutEngine):
         self._asleep = False
 
     def describe(self) -> str:
-        drafter = "" if self.drafter is None else f", {type(self.drafter).__name__}"
         place = "in process" if self.tensor_parallel_size == 1 else f"over {self.tensor_parallel_size} ranks"
-        return f"{vllm_adapter.check_version()}, {self.dtype}, {place}{drafter}"
+        return f"{vllm_adapter.check_version()}, {self.dtype}, {place}"
 
 
 def _histories(request: RolloutRequest) -> dict[int, Following]:

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_specrl.whole_files import partial_name, put_in_place
+
 RejectionReason = Literal["damaged", "foreign", "unknown version"]
 _METADATA = "metadata_json"
 
@@ -57,14 +59,12 @@ def write_tensor_file(
         version: of the format.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_name(path)
     encoded = np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8).copy()
     tensors = {**tensors, _METADATA: torch.from_numpy(encoded)}
     header = {"version": str(version), "identity": json.dumps(identity), "checksum": _checksum(tensors)}
     save_file(tensors, partial, header)
-    _flush(partial)
-    os.replace(partial, path)
-    _flush(path.parent)
+    put_in_place(partial, path)
 
 
 def read_tensor_file(
@@ -134,11 +134,3 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
         if tensor.numel():  # an empty one may have strides that refuse to be viewed as bytes
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
