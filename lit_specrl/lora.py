@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,29 @@ def add_adapters(model: PreTrainedModel, config: Any) -> None:
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """Layers with an adapter, by the name of the layer that they took the place of."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+class Adapter(NamedTuple):
+    """Of one linear layer, which computes `x @ W.T + x @ down.T @ up.T` with it."""
+
+    layer: str
+    """Name of the layer in the model without adapters."""
+    down: Tensor
+    """[r, in]"""
+    up: Tensor
+    """[out, r], with the adapter's scaling in it."""
+
+
+def named_adapters(model: nn.Module) -> Iterator[Adapter]:
+    """Adapters, one after the other and whole; shards are gathered as they are asked for."""
+    for name, layer in adapted_layers(model).items():
+        down, up = whole_tensor(layer.lora_A[_ADAPTER].weight), whole_tensor(layer.lora_B[_ADAPTER].weight)
+        yield Adapter(name, down, layer.scaling[_ADAPTER] * up)
+
+
+def adapter_ranks(model: nn.Module) -> dict[str, int]:
+    """Rank of each adapter, by the layer's name."""
+    return {name: layer.r[_ADAPTER] for name, layer in adapted_layers(model).items()}
 
 
 def merged_weight(layer: Any) -> Tensor:

@@ -259,7 +259,7 @@ class RolloutModule(L.LightningModule):
             self._engine_started = True
         if self.engine.policy_version != self.policy_version:
             with self.timer("update_weights"):
-                self.engine.load_weights(self.policy.named_weights(), self.policy_version)
+                self.engine.load_policy(self.policy, self.policy_version)
         return self.engine
 
     def _hook(self, name: str, *arguments: Any) -> None:

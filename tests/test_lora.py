@@ -11,7 +11,8 @@ from lit_specrl import GRPO, PromptDataModule
 from lit_specrl.data import ArithmeticSource
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config
 from lit_specrl.policy import Policy
-from lit_specrl.rollout import TransformersEngine, VLLMEngine
+from lit_specrl.rollout import DraftModel, NGramDrafter, TransformersEngine, VLLMEngine
+from lit_specrl.rollout.vllm_adapter import adapter_options
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
@@ -237,13 +238,16 @@ def test_a_run_trains_adapters_and_takes_the_bare_model_for_reference(
 # -------------------------------------------------------------------------------------------------------------- engines
 
 
-@pytest.mark.parametrize("kind", ["transformers", "vllm"])
-def test_engines_generate_with_the_adapters(kind, folder):
-    policy = trained(folder)
+FLOAT32 = partial(VLLMEngine, dtype="float32", cpu_kv_cache_gib=1)
+ENGINES = {"transformers": TransformersEngine, "vllm": FLOAT32, "unmerged": partial(FLOAT32, merge_adapters=False)}
+
+
+@pytest.mark.parametrize("lora", [LORA, PARTIAL], ids=["all", "some"])
+@pytest.mark.parametrize("kind", ENGINES)
+def test_engines_generate_with_the_adapters(kind, lora, folder):
+    policy = trained(folder, lora)
     plain = merged(policy, folder)
-    engine = {"transformers": TransformersEngine, "vllm": partial(VLLMEngine, dtype="float32", cpu_kv_cache_gib=1)}[
-        kind
-    ]()
+    engine = ENGINES[kind]()
     prompts = PromptBatch(["0", "1"], [[5, 6, 7], list(range(20, 60))], [""] * 2, [None] * 2, [""] * 2)
     request = RolloutRequest(prompts, SamplingConfig(1, 24, temperature=0.0), [0, 1], 1)
     reference = TransformersEngine()
@@ -252,7 +256,7 @@ def test_engines_generate_with_the_adapters(kind, folder):
     expected = reference.generate(request)
     engine.start(policy, folder, 128, {2})
     try:
-        engine.load_weights(policy.named_weights(), 1)
+        engine.load_policy(policy, 1)
         rollouts = engine.generate(request)
     finally:
         engine.shutdown()
@@ -261,7 +265,128 @@ def test_engines_generate_with_the_adapters(kind, folder):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-3)
 
 
+@pytest.fixture
+def two_engines(tiny_model):
+    """One takes merged weights, one adapters; of a policy that goes on learning."""
+
+    def start(drafter=None):
+        policy = trained(tiny_model)
+        engines = {name: ENGINES[name]() for name in ("vllm", "unmerged")}
+        for engine in engines.values():
+            engine.drafter = drafter and drafter(tiny_model)
+            engine.start(policy, tiny_model, 128, {2})
+            started.append(engine)
+        return policy, engines
+
+    started = []
+    yield start
+    for engine in started:
+        engine.shutdown()
+
+
+def ask(version, **options):
+    prompts = PromptBatch(["0", "1"], [[5, 6, 7], list(range(20, 60))], [""] * 2, [None] * 2, [""] * 2)
+    return RolloutRequest(prompts, SamplingConfig(2, 24), list(range(4)), version, **options)
+
+
+def move(policy):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable(policy).values():
+            parameter += 0.1 * torch.randn(parameter.shape)
+
+
+DRAFTERS = {
+    "none": None,
+    "model": lambda folder: DraftModel(folder, num_speculative_tokens=3, sampled=False),
+    "n-grams": lambda folder: NGramDrafter(num_speculative_tokens=3),
+}
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_adapters_alone_give_the_rollouts_of_merged_weights(drafter, two_engines):
+    """Sampled, verified and speculated; before and after the policy has learnt."""
+    policy, engines = two_engines(DRAFTERS[drafter])
+    drafts, seen = {}, []
+    for version in (1, 2):
+        rollouts, scores = {}, {name: {} for name in engines}
+        for name, engine in engines.items():
+
+            def accept(row, logprobs, scores=scores[name]):
+                scores[row] = logprobs
+                return len(logprobs) // 2
+
+            engine.load_policy(policy, version)
+            rollouts[name] = engine.generate(ask(version, drafts=dict(drafts), accept=accept))
+        merged, unmerged = rollouts["vllm"], rollouts["unmerged"]
+        assert unmerged.response_ids == merged.response_ids
+        for ours, theirs in zip(unmerged.sampling_logprobs, merged.sampling_logprobs, strict=True):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-3, equal_nan=True)
+        assert scores["unmerged"].keys() == scores["vllm"].keys() == drafts.keys()
+        for row, ours in scores["unmerged"].items():
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(scores["vllm"][row]), rtol=0, atol=1e-3)
+        seen.append(merged.response_ids)
+        drafts = {row: response[:-1] for row, response in enumerate(merged.response_ids) if len(response) > 1}
+        move(policy)
+    assert seen[0] != seen[1]
+
+
+def test_weights_in_bfloat16_do_not_round_adapters_that_are_not_merged(tiny_model, tmp_path):
+    """Merged, what is less than one part in 256 of a weight is lost."""
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    policy = trained(str(tmp_path), dtype="bfloat16")
+    errors = {}
+    for name in ("vllm", "unmerged"):
+        engine = ENGINES[name]()
+        engine.start(policy, str(tmp_path), 128, {2})
+        engine.load_policy(policy, 1)
+        rollouts = engine.generate(ask(1))
+        engine.shutdown()
+        errors[name] = largest_difference(policy, rollouts)
+    assert errors["unmerged"] < 1e-4
+    assert errors["vllm"] > 10 * errors["unmerged"]
+
+
+@torch.no_grad()
+def largest_difference(policy, rollouts):
+    """Between the log-probs that an engine sampled with, and those of the same weights computed in float32."""
+    network, differences = policy.model.float(), []
+    for row, response in enumerate(rollouts.response_ids):
+        prompt = rollouts.request.prompts.prompt_ids[rollouts.request.prompt_index(row)]
+        logits = network(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        differences.append((expected - torch.tensor(rollouts.sampling_logprobs[row])).abs().max())
+    return max(differences)
+
+
+def test_nothing_is_left_of_the_folder_that_adapters_travel_in(two_engines, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    policy, engines = two_engines()
+    engines["unmerged"].load_policy(policy, 1)
+    assert list(tmp_path.glob("lit_specrl*")) == []
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_adapters_that_are_not_there_are_not_waited_for(tiny_model):
+    with pytest.raises(ValueError, match="merge_adapters=False is for a policy with adapters; give the module lora"):
+        ENGINES["unmerged"]().start(Policy.build(tiny_model), tiny_model, 128, {2})
+
+
+def test_weights_for_an_engine_of_adapters_are_refused(tiny_model):
+    with pytest.raises(RuntimeError, match="takes adapters, not weights; call load_policy"):
+        ENGINES["unmerged"]().load_weights([], 1)
+
+
+@pytest.mark.parametrize(("rank", "taken"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
+def test_the_engine_makes_room_for_the_largest_rank(rank, taken):
+    assert adapter_options({"a.q_proj": 1, "b.q_proj": rank})["max_lora_rank"] == taken
+
+
+def test_a_rank_that_vllm_cannot_take_is_refused():
+    with pytest.raises(ValueError, match="rank 512 at most, got 513"):
+        adapter_options({"a.q_proj": 513})
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ class _Bench:
         engine.drafter = drafter
         longest = max(map(len, self.prompts)) + self.tokens
         engine.start(self.policy, self.model, longest, ())
-        engine.load_weights(self.policy.named_weights(), 0)
+        engine.load_policy(self.policy, 0)
         if not self.texts:
             self._run(engine, self.rows, 4)  # the first steps touch memory for the first time
             self.texts = self._run(engine, self.rows, self.tokens).response_ids

@@ -19,6 +19,8 @@ def bench_weight_sync(
     model: str,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     repeats: int = 5,
+    lora_rank: int = 0,
+    merge_adapters: bool = True,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Report:
     """Time the hand-over of weights to the engine, and measure the memory that it takes beyond what both hold.
@@ -30,12 +32,17 @@ def bench_weight_sync(
         model: hub name or local folder, in the transformers format.
         dtype: of the engine's weights.
         repeats: timed hand-overs.
+        lora_rank: of adapters of all linear layers; 0 for a policy that is trained whole.
+        merge_adapters: as of `VLLMEngine`.
         device: where policy and engine are; "auto" takes a GPU if there is one.
     """
     check_at_least_one(repeats=repeats)
     device = resolve_device(device)  # type: ignore[assignment]
-    policy = Policy.build(model).to(device)
-    engine = VLLMEngine(dtype=dtype, cpu_kv_cache_gib=1, max_model_len=256, max_num_seqs=16)
+    lora = {"r": lora_rank, "target_modules": "all-linear"} if lora_rank else None
+    policy = Policy.build(model, lora=lora).to(device)
+    engine = VLLMEngine(
+        dtype=dtype, cpu_kv_cache_gib=1, max_model_len=256, max_num_seqs=16, merge_adapters=merge_adapters
+    )
     engine.start(policy, model, 256, {0})
     sizes = [weight.numel() * weight.element_size() for _, weight in policy.named_weights()]
     layers = [
@@ -46,7 +53,7 @@ def bench_weight_sync(
     for version in range(repeats + 1):
         memory = _Memory(device)
         started_at = time.perf_counter()
-        engine.load_weights(policy.named_weights(), version)
+        engine.load_policy(policy, version)
         if version:
             seconds.append(time.perf_counter() - started_at)
         extra.append(memory.peak_beyond_start())
@@ -62,7 +69,15 @@ def bench_weight_sync(
     return Report(
         hardware=describe_hardware(device),
         torch_version=torch.__version__,
-        settings={"benchmark": "weight-sync", "model": model, "dtype": dtype, "repeats": repeats, "device": device},
+        settings={
+            "benchmark": "weight-sync",
+            "model": model,
+            "dtype": dtype,
+            "repeats": repeats,
+            "lora_rank": lora_rank,
+            "merge_adapters": merge_adapters,
+            "device": device,
+        },
         tables={"measured": [row]},
         notes=["Sizes of weights, tensors and layers are those of the policy, in float32."],
     )

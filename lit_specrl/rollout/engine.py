@@ -41,7 +41,7 @@ class SpeculationControl(Protocol):
 class RolloutEngine(ABC):
     """Generates responses with the weights it was last given.
 
-    The order of calls is `start`, then `load_weights` before the first `generate` and after every change of the policy,
+    The order of calls is `start`, then `load_policy` before the first `generate` and after every change of the policy,
     `sleep` and `wake_up` in between where memory is tight, `shutdown` at the end.
     """
 
@@ -83,6 +83,10 @@ class RolloutEngine(ABC):
             weights: (transformers name, whole tensor) pairs, consumed one at a time.
             version: policy version that the weights belong to.
         """
+
+    def load_policy(self, policy: Policy, version: int) -> None:
+        """`load_weights` with those of a policy; several ranks that hold it in shards must call together."""
+        self.load_weights(policy.named_weights(), version)
 
     @torch.no_grad()
     def generate(self, request: RolloutRequest, on_progress: ProgressListener | None = None) -> Rollouts:
@@ -181,7 +185,7 @@ class RolloutEngine(ABC):
         if self.policy_version != request.policy_version:
             raise RuntimeError(
                 f"{type(self).__name__} holds weights of policy version {self.policy_version}, the request asks for "
-                f"version {request.policy_version}; call load_weights after every change of the policy"
+                f"version {request.policy_version}; call load_policy after every change of the policy"
             )
 
 

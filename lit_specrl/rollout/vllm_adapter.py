@@ -6,16 +6,21 @@ Everything here was tried with the versions in `TESTED`; `check_version` refuses
 from __future__ import annotations
 
 import gc
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from packaging.specifiers import SpecifierSet
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_specrl.lora import Adapter
 from lit_specrl.rollout.drafters import Drafter, DraftModel
 from lit_specrl.rollout.vllm_proposers import Following
 from lit_specrl.rollout.vllm_sampler import CPUSampler, VerificationCounter
@@ -32,6 +37,9 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_ADAPTER_NAME = "policy"
 
 _KEPT_ENGINES: list[Any] = []  # see `shutdown`
 
@@ -159,6 +167,63 @@ def load_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     # model.load_weights would fail on CPU, where weights are repacked after loading and have lost their loaders
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
     llm.apply_model(repack_tied_head)
+    _flush(llm)
+
+
+def adapter_options(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for an engine that reads its weights itself, and has adapters beside them.
+
+    Args:
+        ranks: by the layer's name.
+
+    Raises:
+        ValueError: there are no adapters, or vLLM cannot take them.
+    """
+    if not ranks:
+        raise ValueError(
+            "merge_adapters=False is for a policy with adapters; give the module lora, or leave merge_adapters out"
+        )
+    rank = max(ranks.values())
+    taken = next((size for size in _LORA_RANKS if size >= rank), None)
+    if taken is None:
+        raise ValueError(f"vLLM takes adapters of rank {_LORA_RANKS[-1]} at most, got {rank}; leave merge_adapters out")
+    return {
+        "load_format": "auto",
+        "enable_lora": True,
+        "max_lora_rank": taken,
+        "max_loras": 1,
+        # vLLM would make room for adapters of the head, too, with which it cannot score prompts
+        "lora_target_modules": sorted({name.rpartition(".")[-1] for name in ranks}),
+    }
+
+
+def load_adapters(llm: Any, adapters: Iterable[Adapter]) -> Any:
+    """Replace the adapters of the running engine and flush its KV prefix cache.
+
+    vLLM reads adapters from a folder alone; this one is gone when the call returns.
+
+    Returns:
+        What requests name, to be answered with them.
+    """
+    from vllm.lora.request import LoRARequest
+
+    tensors, rank = dict[str, Tensor](), 1
+    for layer, down, up in adapters:
+        name, rank = f"base_model.model.{layer}", max(rank, len(down))
+        tensors |= {f"{name}.lora_A.weight": down.contiguous().cpu(), f"{name}.lora_B.weight": up.contiguous().cpu()}
+    layers = sorted({name.split(".")[-3] for name in tensors})
+    with TemporaryDirectory(prefix="lit_specrl-adapters-") as folder:
+        save_file(tensors, Path(folder) / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none"}
+        (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
+        if not llm.llm_engine.add_lora(LoRARequest(_ADAPTER_NAME, 1, folder, load_inplace=True)):
+            raise RuntimeError(f"vLLM did not take the adapters of {', '.join(layers)}; leave merge_adapters out")
+        request = LoRARequest(_ADAPTER_NAME, 1, folder)
+    _flush(llm)
+    return request
+
+
+def _flush(llm: Any) -> None:
     if not llm.reset_prefix_cache():
         raise RuntimeError(
             "vLLM could not flush its KV prefix cache: requests of the previous weights are still running"
@@ -243,6 +308,7 @@ def run(
     follow_up: Callable[[int, list[float]], Job | None] | None = None,
     speculation: Speculation | None = None,
     choose_length: Callable[[int], int | None] | None = None,
+    adapter: Any = None,
 ) -> Iterator[EngineStep]:
     """Work on all rows at once and yield after every step of the engine.
 
@@ -253,6 +319,7 @@ def run(
             more and is reported as finished.
         speculation: of an engine that can.
         choose_length: active rows -> tokens to draft for each, or `None` to stop and drop what is not finished; asked before every step.
+        adapter: from `load_adapters`.
     """
     engine = llm.llm_engine
     prefix = f"{time.monotonic_ns()}-"
@@ -261,7 +328,7 @@ def run(
 
     def submit(row: int, job: Job) -> None:
         name = f"{prefix}{row}-{len(seen)}"
-        engine.add_request(name, {"prompt_token_ids": job.token_ids}, job.params)
+        engine.add_request(name, {"prompt_token_ids": job.token_ids}, job.params, lora_request=adapter)
         running[name], seen[name] = (row, job), 0
         if speculation is not None and job.following is not None:
             speculation.follow(name, job.following)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_specrl.lora import adapter_ranks, named_adapters
 from lit_specrl.policy import Policy
 from lit_specrl.rollout import vllm_adapter
 from lit_specrl.rollout.drafters import HistoryDrafter
@@ -39,6 +40,9 @@ class VLLMEngine(RolloutEngine):
             0 = nothing. Level 2 (drop the weights) is refused: it loses a drafter's weights without any error.
         tensor_parallel_size: ranks that hold one engine between them, for policies that do not fit one device. They generate for all of their
             prompts together, neither verify nor speculate, and must be neighbours (of one node, if it is to be fast). 1 = an engine for each rank.
+        merge_adapters: add the adapters of a policy with `lora` to the weights that are handed over. False hands over adapters alone, and the
+            engine reads the model that they adapt from its folder or the hub, once: less to hand over, and weights in bfloat16 do not round small
+            adapters away; but each step of the engine multiplies with both (vLLM's LoRA).
         options: further arguments of `vllm.LLM`.
     """
 
@@ -52,6 +56,7 @@ class VLLMEngine(RolloutEngine):
         enforce_eager: bool | None = None,
         sleep_level: int = 1,
         tensor_parallel_size: int = 1,
+        merge_adapters: bool = True,
         options: dict[str, Any] | None = None,
     ):
         if sleep_level not in (0, 1):
@@ -67,13 +72,14 @@ class VLLMEngine(RolloutEngine):
         self.dtype, self.max_num_seqs, self.max_model_len = dtype, max_num_seqs, max_model_len
         self.gpu_memory_utilization, self.cpu_kv_cache_gib = gpu_memory_utilization, cpu_kv_cache_gib
         self.enforce_eager, self.sleep_level = enforce_eager, sleep_level
-        self.tensor_parallel_size = tensor_parallel_size
+        self.tensor_parallel_size, self.merge_adapters = tensor_parallel_size, merge_adapters
         self.can_verify = self.can_speculate = tensor_parallel_size == 1
         self.generates_together = tensor_parallel_size > 1
         self.options = dict(options or {})
         self.llm: Any = None
         self._speculation: Speculation | None = None
         self._drafter_fingerprint: str | None = None
+        self._adapter: Any = None  # what requests name, where adapters are not merged
         self._asleep = False
 
     def check_run(self, num_ranks: int, max_length: int | None) -> None:
@@ -130,6 +136,8 @@ class VLLMEngine(RolloutEngine):
                 "gpu_memory_utilization": self.gpu_memory_utilization,
                 "enable_sleep_mode": self.sleep_level > 0,
             }
+        if not self.merge_adapters:
+            options |= vllm_adapter.adapter_options(adapter_ranks(policy.model))
         self._max_model_len: int = options["max_model_len"]
         if self.drafter is not None:
             self.drafter.prepare(model)
@@ -137,7 +145,16 @@ class VLLMEngine(RolloutEngine):
             self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
             self._speculation = vllm_adapter.take_over_sampling(self.llm, self.drafter)
 
+    def load_policy(self, policy: Policy, version: int) -> None:
+        if self.merge_adapters:
+            return super().load_policy(policy, version)
+        self.wake_up()
+        self._adapter = vllm_adapter.load_adapters(self.llm, named_adapters(policy.model))
+        self.policy_version = version
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if not self.merge_adapters:
+            raise RuntimeError("with merge_adapters=False the engine takes adapters, not weights; call load_policy")
         self.wake_up()
         vllm_adapter.load_weights(self.llm, weights)
         self.policy_version = version
@@ -171,7 +188,12 @@ class VLLMEngine(RolloutEngine):
         # the trainer's autocast would silently change the dtype of the engine's own arithmetic
         with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False):
             for step in vllm_adapter.run(
-                self.llm, jobs, partial(self._after_verification, request), self._speculation, choose_length
+                self.llm,
+                jobs,
+                partial(self._after_verification, request),
+                self._speculation,
+                choose_length,
+                self._adapter,
             ):
                 if step.decoding is not None:
                     steps.append(step.decoding)
@@ -205,7 +227,9 @@ class VLLMEngine(RolloutEngine):
                 plan = iter([length for length in sorted({0, 1, longest}) for _ in range(_PROFILE_STEPS)])
                 jobs = {row: vllm_adapter.filler_job(_PROFILE_PROMPT, room, row) for row in range(batch)}
                 # stops when the lengths are used up; the engine drops the requests then
-                for step in vllm_adapter.run(self.llm, jobs, None, self._speculation, partial(_next, plan)):
+                for step in vllm_adapter.run(
+                    self.llm, jobs, None, self._speculation, partial(_next, plan), self._adapter
+                ):
                     if step.decoding is not None:
                         found.append(step.decoding)
         return found
@@ -269,13 +293,14 @@ class VLLMEngine(RolloutEngine):
     def shutdown(self) -> None:
         if self.llm is not None:
             vllm_adapter.shutdown(self.llm)
-        self.llm = self._speculation = self.policy_version = self._drafter_fingerprint = None
+        self.llm = self._speculation = self._adapter = self.policy_version = self._drafter_fingerprint = None
         self.drafter_version = 0
         self._asleep = False
 
     def describe(self) -> str:
         place = "in process" if self.tensor_parallel_size == 1 else f"over {self.tensor_parallel_size} ranks"
-        return f"{vllm_adapter.check_version()}, {self.dtype}, {place}"
+        adapters = "" if self.merge_adapters else ", adapters not merged"
+        return f"{vllm_adapter.check_version()}, {self.dtype}, {place}{adapters}"
 
 
 def _histories(request: RolloutRequest) -> dict[int, Following]:

@@ -21,6 +21,12 @@ def test_the_table_tells_time_and_memory(tiny_model):
     assert row["peak_beyond_both_MiB_max"] >= 0
 
 
+def test_adapters_go_over_alone(tiny_model):
+    report = bench_weight_sync(tiny_model, dtype="float32", repeats=1, lora_rank=2, merge_adapters=False, device="cpu")
+    assert report.settings["lora_rank"] == 2
+    assert report.tables["measured"][0]["seconds_median"] > 0
+
+
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[2])

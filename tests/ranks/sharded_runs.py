@@ -66,10 +66,11 @@ class KeptEngine(VLLMEngine):
         self.policy_version = None
 
 
-def engine(num_ranks=1):
-    return KeptEngine(
-        dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128, tensor_parallel_size=num_ranks
-    )
+engine = partial(KeptEngine, dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128)
+OF_TWO_RANKS = {
+    "one engine": partial(engine, tensor_parallel_size=2),
+    "lora": partial(engine, merge_adapters=False),  # one rank's are merged
+}
 
 
 def run(name, model, data, engine, num_ranks, *callbacks, **options):
@@ -101,7 +102,7 @@ def run(name, model, data, engine, num_ranks, *callbacks, **options):
 
 def main(model, folder, data, num_ranks, names, tell):
     torch.set_num_threads(1)
-    rank, own = os.environ.get("RANK", "0"), engine(num_ranks if names == ["one engine"] else 1)
+    rank, own = os.environ.get("RANK", "0"), (OF_TWO_RANKS if num_ranks == 2 else {}).get(names[0], engine)()
     for name in names:
         saver = ModelCheckpoint(folder / f"{name}-{num_ranks}", filename="last") if name in ("grpo", "lora") else None
         found = run(name, model, data, own, num_ranks, *filter(None, [saver]))
@@ -115,6 +116,6 @@ def main(model, folder, data, num_ranks, names, tell):
 if __name__ == "__main__":
     model, folder = sys.argv[1], Path(sys.argv[2])
     data = questions(folder, batch_size=4)
-    *own_engines, shared = RUNS
-    for num_ranks, names in ((2, own_engines), (2, [shared]), (1, [name for name in RUNS if name != "dapo"])):
+    of_two = [[name for name in RUNS if name not in OF_TWO_RANKS], *([name] for name in OF_TWO_RANKS)]
+    for num_ranks, names in [*((2, names) for names in of_two), (1, [name for name in RUNS if name != "dapo"])]:
         assert not any(Ranks(num_ranks, partial(main, model, folder, data, num_ranks, names)).end())

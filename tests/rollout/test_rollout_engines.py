@@ -171,7 +171,7 @@ def test_changed_weights_change_the_next_responses(colocated, prompts):
 def test_stale_weights_are_refused(colocated, prompts):
     request = colocated.request(prompts)
     colocated.sync()
-    with pytest.raises(RuntimeError, match=r"holds weights of policy version \d+.*call load_weights"):
+    with pytest.raises(RuntimeError, match=r"holds weights of policy version \d+.*call load_policy"):
         colocated.engine.generate(request)
 
 
