@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import torch
@@ -21,6 +24,8 @@ from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 _BATCHES = (1, 4, 16, 32)
 _TERMS = 12  # of the sums in the prompts
 _EXAMPLE = "What is 4 + 9 + 3 + 6?\n4 + 9 = 13. 13 + 3 = 16. 16 + 6 = 22. Answer: 22\n"
+Ask = Callable[..., Any]
+"""Has a method of `_Bench` called in another process."""
 Times = dict[tuple[str, str], list[float]]
 """(what was run, how it drafted) -> seconds of each repeat."""
 
@@ -40,7 +45,7 @@ def bench_speculation(
 
     Two loads: batches of equal responses, and one that drains from `rows` to a single response, as a step of reinforcement learning does. The
     prompts are sums to be written out; responses go on to a fixed length, whatever they say. The history is what each row said before.
-    Runs with different numbers of drafted tokens take turns. The engine that cannot speculate is timed before and after the others.
+    All ways take turns: the engine that cannot speculate is in a process of its own, and whichever does not run sleeps.
 
     Args:
         model: hub name or folder of the policy.
@@ -57,14 +62,13 @@ def bench_speculation(
     if (drafter in ("model", "eagle3")) != (draft_model is not None):
         raise ValueError("--draft_model belongs to --drafter model and eagle3, and is needed there")
     device = resolve_device(device)
-    bench = _Bench(model, rows, tokens, dtype, device)
     lengths = sorted({0, 1, num_speculative_tokens})
     times: Times = defaultdict(list)
-    bench.time_plain(repeats, times)
-    schedule, accepted = bench.time_speculation(
-        _drafter(drafter, draft_model, num_speculative_tokens), lengths, repeats, times
-    )
-    bench.time_plain(repeats, times)
+    with _plain_engine(model, rows, tokens, dtype, device) as plain:
+        bench = _Bench(model, rows, tokens, dtype, device, plain("said"))
+        proposer = _drafter(drafter, draft_model, num_speculative_tokens)
+        schedule, accepted = bench.time_speculation(proposer, plain, lengths, repeats, times)
+    ages = [age for age in (0, 32, 64, 128, 256, 512, 1024) if age < tokens]
     seconds = {setting: statistics.median(values) for setting, values in times.items()}
     return Report(
         hardware=describe_hardware(device),
@@ -85,7 +89,10 @@ def bench_speculation(
             ],
             f"a batch that drains from {rows} to 1": _drain_rows(seconds, times, lengths),
             "what the scheduler has learnt": [
-                {"active_requests": batch, "length": schedule.lengths[batch - 1]} for batch in _BATCHES if batch <= rows
+                {"active_requests": batch}
+                | {f"length_after_{age}_tokens": schedule.gains([batch], age).argmax().item() for age in ages}
+                for batch in _BATCHES
+                if batch <= rows
             ],
         },
         notes=[f"Accepted in the drain with the scheduler: {accepted}."],
@@ -119,7 +126,7 @@ class _Fixed:
     def __init__(self, length: int) -> None:
         self._length = length
 
-    def length(self, num_active: int) -> int:
+    def length(self, num_active: int, age: float) -> int:
         return self._length
 
     def observe(self, step: DecodeStep) -> None:
@@ -129,13 +136,15 @@ class _Fixed:
 class _Bench:
     """The policy, its prompts and what it said."""
 
-    def __init__(self, model: str, rows: int, tokens: int, dtype: str, device: str) -> None:
+    def __init__(
+        self, model: str, rows: int, tokens: int, dtype: str, device: str, said: list[list[int]] | None = None
+    ) -> None:
         self.model, self.rows, self.tokens, self.dtype = model, rows, tokens, dtype
         self.policy = Policy.build(model).to(device)
         tokenizer = AutoTokenizer.from_pretrained(model)
         source = ArithmeticSource(num_prompts=rows, num_terms=_TERMS)
         self.prompts = [tokenizer(f"{_EXAMPLE}{entry['question']}\n")["input_ids"] for entry in source.load()]
-        self.texts: list[list[int]] = []
+        self.texts = said or []
 
     def engine(self, drafter: Drafter | None) -> VLLMEngine:
         engine = VLLMEngine(dtype=self.dtype, max_num_seqs=self.rows)
@@ -144,7 +153,6 @@ class _Bench:
         engine.start(self.policy, self.model, longest, ())
         engine.load_policy(self.policy, 0)
         if not self.texts:
-            self._run(engine, self.rows, 4)  # the first steps touch memory for the first time
             self.texts = self._run(engine, self.rows, self.tokens).response_ids
         return engine
 
@@ -164,43 +172,38 @@ class _Bench:
     def _run(self, engine: VLLMEngine, rows: int, tokens: int, seed: int = 0) -> Any:
         return engine.generate(self._request(rows, tokens, [], seed))
 
-    def _drain(self, engine: VLLMEngine, seed: int) -> float:
-        """Row i begins with so much of what it said before that i parts of it are to come."""
+    def drain(self, engine: VLLMEngine, seed: int) -> float:
+        """Seconds. Row i begins with so much of what it said before that i parts of it are to come."""
         prefixes = [text[: self.tokens - (row + 1) * self.tokens // self.rows] for row, text in enumerate(self.texts)]
         return engine.generate(self._request(self.rows, self.tokens, prefixes, seed)).elapsed_s
 
-    def _time_batches(self, engine: VLLMEngine, name: str, seed: int, times: Times) -> None:
-        for batch in (batch for batch in _BATCHES if batch <= self.rows):
-            times[f"batch {batch}", name].append(self._run(engine, batch, self.tokens // 2, seed).elapsed_s)
-
-    def time_plain(self, repeats: int, times: Times) -> None:
-        engine = self.engine(None)
-        self._drain(engine, 1)
-        for repeat in range(repeats):
-            times["drain", "plain"].append(self._drain(engine, 2 + repeat))
-            self._time_batches(engine, "plain", repeat, times)
-        engine.shutdown()
+    def batch(self, engine: VLLMEngine, size: int, seed: int) -> float:
+        """Seconds of a batch of equal responses."""
+        return float(self._run(engine, size, self.tokens // 2, seed).elapsed_s)
 
     def time_speculation(
-        self, drafter: Drafter, lengths: Sequence[int], repeats: int, times: Times
+        self, drafter: Drafter, plain: Ask, lengths: Sequence[int], repeats: int, times: Times
     ) -> tuple[LengthSchedule, str]:
         """Returns the schedule, and what was accepted under it."""
         engine = self.engine(drafter)
-        self._drain(engine, 1)
+        self.drain(engine, 1)
         schedule = LengthSchedule(drafter.num_speculative_tokens)
         schedule.profile(engine.profile(self.rows))
         controls: dict[str, SpeculationControl] = {f"drafting {length}": _Fixed(length) for length in lengths}
         steps: list[DecodeStep] = []
         engine.speculation_control = schedule
-        times["drain", "adaptive, first"].append(self._drain(engine, 1))
+        times["drain", "adaptive, first"].append(self.drain(engine, 1))
         for repeat in range(repeats):
+            times["drain", "plain"].append(plain("drain", 2 + repeat))
             for name, control in (controls | {"adaptive": schedule}).items():
                 engine.speculation_control = control
-                times["drain", name].append(self._drain(engine, 2 + repeat))
+                times["drain", name].append(self.drain(engine, 2 + repeat))
             steps += engine.decode_steps
-            for name, control in controls.items():
-                engine.speculation_control = control
-                self._time_batches(engine, name, repeat, times)
+            for size in (batch for batch in _BATCHES if batch <= self.rows):
+                times[f"batch {size}", "plain"].append(plain("batch", size, repeat))
+                for name, control in controls.items():
+                    engine.speculation_control = control
+                    times[f"batch {size}", name].append(self.batch(engine, size, repeat))
         engine.shutdown()
         drafted, accepted = (
             sum(map(sum, counts)) for counts in zip(*[(s.drafted, s.accepted) for s in steps], strict=True)
@@ -214,3 +217,36 @@ class _Bench:
         row: dict[str, Any] = {"active_requests": batch}
         row |= {name.replace(" ", "_"): tokens / seconds[f"batch {batch}", name] for name in names}
         return row | {"off_over_plain": row["drafting_0"] / row["plain"]}
+
+
+@contextmanager
+def _plain_engine(*arguments: Any) -> Iterator[Ask]:
+    """An engine that cannot speculate, in a process of its own: vLLM keeps state that two engines of a process would share."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_answer, args=(theirs, arguments), daemon=True)
+    process.start()
+    theirs.close()
+
+    def ask(*question: Any) -> Any:
+        ours.send(question)
+        return ours.recv()
+
+    try:
+        yield ask
+    finally:
+        ours.close()
+        process.join()
+
+
+def _answer(questions: Connection, arguments: tuple[Any, ...]) -> None:
+    bench = _Bench(*arguments)
+    engine = bench.engine(None)
+    bench.drain(engine, 1)
+    while True:
+        try:
+            name, *rest = questions.recv()
+        except EOFError:  # no more are asked
+            break
+        questions.send(bench.texts if name == "said" else getattr(bench, name)(engine, *rest))
+    engine.shutdown()

@@ -23,11 +23,11 @@ ON, OFF = 0.0, 1.0
 
 
 class AdaptiveScheduler(RolloutCallback):
-    """Drafts as many tokens as pay at the present number of active requests, and none where none pay.
+    """Drafts as many tokens as pay at the present number and age of active requests, and none where none pay.
 
     ReSpec's solver and scheduler (Chen et al. 2025, arXiv 2510.26475). A few timed steps before the first rollout, then every step of the run, teach it
-    how long a step takes; what is accepted teaches it what a draft is worth. While the batch drains, the length that emits the most tokens per
-    second is set in the running engine. A drafter that pays nowhere is switched off, and watched in steps that cost no more than
+    how long a step takes; what is accepted teaches it what a draft is worth, early and late in responses. While the batch drains, the length that emits the most tokens per
+    second is set in the running engine. Where a drafter does not pay it is switched off, and watched in steps that cost no more than
     `probe_fraction` of the time, so that it is used again when it has become better.
 
     Rollouts have the policy's distribution whatever it decides. Under a drafter that samples (`DraftModel`), which tokens are sampled depends
@@ -42,7 +42,7 @@ class AdaptiveScheduler(RolloutCallback):
         MisconfigurationException: from `setup`, without a `SpeculativeRollout` that has a drafter.
     """
 
-    def __init__(self, hysteresis: float = 0.03, probe_fraction: float = 0.015) -> None:
+    def __init__(self, hysteresis: float = 0.03, probe_fraction: float = 0.01) -> None:
         LengthSchedule(1, hysteresis, probe_fraction)  # refuses what is out of range
         self.hysteresis, self.probe_fraction = hysteresis, probe_fraction
         self.schedule: LengthSchedule | None = None

@@ -31,8 +31,8 @@ class Continuation:
 class SpeculationControl(Protocol):
     """Who decides how many tokens are drafted."""
 
-    def length(self, num_active: int) -> int:
-        """Tokens to draft for each of the active rows; asked before every step."""
+    def length(self, num_active: int, age: float) -> int:
+        """Tokens to draft for each of the active rows, which have generated `age` tokens on average; asked before every step."""
 
     def observe(self, step: DecodeStep) -> None:
         """Told of every step that has only decoded."""

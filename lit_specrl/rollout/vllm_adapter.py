@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -307,7 +308,7 @@ def run(
     jobs: Mapping[int, Job],
     follow_up: Callable[[int, list[float]], Job | None] | None = None,
     speculation: Speculation | None = None,
-    choose_length: Callable[[int], int | None] | None = None,
+    choose_length: Callable[[int, float], int | None] | None = None,
     adapter: Any = None,
 ) -> Iterator[EngineStep]:
     """Work on all rows at once and yield after every step of the engine.
@@ -318,13 +319,15 @@ def run(
         follow_up: (row, log-probs of the scored tokens) -> the job that follows a scoring job at once, or `None` where the row needs no
             more and is reported as finished.
         speculation: of an engine that can.
-        choose_length: active rows -> tokens to draft for each, or `None` to stop and drop what is not finished; asked before every step.
+        choose_length: (active rows, tokens that they have generated on average) -> tokens to draft for each, or `None` to stop and drop what
+            is not finished; asked before every step.
         adapter: from `load_adapters`.
     """
     engine = llm.llm_engine
     prefix = f"{time.monotonic_ns()}-"
     running: dict[str, tuple[int, Job]] = {}
     seen: dict[str, int] = {}
+    catch_up_s = 0.0
 
     def submit(row: int, job: Job) -> None:
         name = f"{prefix}{row}-{len(seen)}"
@@ -338,8 +341,9 @@ def run(
             submit(row, job)
         while running:
             num_running = 0 if speculation is None else speculation.num_running
+            age = sum(seen[name] for name in running) / len(running)
             if speculation is not None and choose_length is not None:
-                length = choose_length(num_running or len(running))
+                length = choose_length(num_running or len(running), age)
                 if length is None:
                     break
                 speculation.set_length(length)
@@ -348,7 +352,8 @@ def run(
             elapsed_s = time.perf_counter() - started_at
             num_tokens, finished = 0, []
             num_active = len(outputs)
-            is_decoding = num_active == num_running and all(seen[output.request_id] for output in outputs)
+            are_known = bool(outputs) and all(seen[output.request_id] for output in outputs)
+            is_decoding = are_known and num_active == num_running
             for output in outputs:
                 (row, job), completion = running[output.request_id], output.outputs[0]
                 if not job.num_scored:
@@ -373,7 +378,10 @@ def run(
             decoding = None
             if speculation is not None:
                 found = speculation.end_step(num_active, num_tokens, elapsed_s)
-                decoding = found if is_decoding else None
+                if is_decoding:
+                    decoding, catch_up_s = replace(found, age=age, catch_up_s=catch_up_s), 0.0
+                elif are_known:
+                    catch_up_s += elapsed_s
             yield EngineStep(num_tokens, finished, elapsed_s, decoding)
     finally:
         if speculation is not None:

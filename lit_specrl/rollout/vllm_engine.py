@@ -323,5 +323,5 @@ def _profile_batches(largest: int) -> list[int]:
     return [*(batch for batch in powers if batch < largest), largest]
 
 
-def _next(plan: Iterator[int], num_active: int) -> int | None:
+def _next(plan: Iterator[int], num_active: int, age: float) -> int | None:
     return next(plan, None)

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK = 64  # drafts that are looked at together for a change
-_PRIOR_DRAFTS = 2.0  # made-up drafts with a conditional acceptance of one half: what a new drafter is expected to do
+_HOPED = 0.95  # conditional acceptance of drafts of which nothing is known: what is never tried is never learnt
+_HOPED_DRAFTS = 4.0  # real drafts that outweigh the hope
 
 
 class AcceptanceRates:
@@ -17,8 +18,8 @@ class AcceptanceRates:
     Where the latest drafts fare quite differently from those before (another drafter, other text), only they count from then on.
 
     Position k (from 1) is accepted when the k first tokens of a draft all are. What is estimated is the chance of position k given that k - 1 was
-    accepted, because a run with short drafts still says something about the first positions; positions that were never drafted
-    are taken to go on like the last one that was.
+    accepted, because a run with short drafts still says something about the first positions. What was never drafted is expected to be good: it is tried
+    then, and a few drafts settle it.
 
     Args:
         max_length: longest draft.
@@ -29,9 +30,9 @@ class AcceptanceRates:
         >>> rates = AcceptanceRates(max_length=3)
         >>> rates.observe(drafted=[100, 100], accepted=[80, 40])
         >>> rates.by_position.round(2)
-        array([0.79, 0.4 , 0.2 ])
+        array([0.81, 0.42, 0.4 ])
         >>> round(rates.emitted_tokens(2), 2)  # accepted tokens, and the one that the target adds
-        2.2
+        2.23
     """
 
     def __init__(self, max_length: int, half_life: float = 2000) -> None:
@@ -81,14 +82,15 @@ class AcceptanceRates:
         return float(self._tried[0])
 
     @property
+    def conditional(self) -> NDArray[np.float64]:
+        """Chance that the k-th token of a draft is accepted where all before it are, [max_length]."""
+        found: NDArray[np.float64] = (self._accepted + _HOPED_DRAFTS * _HOPED) / (self._tried + _HOPED_DRAFTS)
+        return found
+
+    @property
     def by_position(self) -> NDArray[np.float64]:
         """Chance that the k first tokens of a draft are accepted, [max_length]."""
-        chances, chance = np.empty(self.max_length), 0.5
-        for position in range(self.max_length):
-            tried, accepted = self._tried[position], self._accepted[position]
-            chance = (accepted + _PRIOR_DRAFTS * chance) / (tried + _PRIOR_DRAFTS)
-            chances[position] = chance
-        return np.cumprod(chances, dtype=np.float64)
+        return np.cumprod(self.conditional, dtype=np.float64)
 
     def emitted_tokens(self, length: int) -> float:
         """Expected tokens per request and step with drafts of this length; 1 without."""

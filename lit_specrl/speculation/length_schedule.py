@@ -14,6 +14,7 @@ from lit_specrl.speculation.latency_model import LatencyModel
 
 _SOLVE_EVERY = 16  # steps of the engine
 _FEW_DRAFTS = 200
+_FIRST_AGES = 32  # tokens; then 32 to 63, 64 to 127, and so on
 
 
 def speed_gains(seconds: NDArray[np.float64], emitted_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -49,14 +50,34 @@ class DecodeStep:
     """Requests of which the k-th and all before it were accepted, by position."""
     is_steady: bool = True
     """Whether the step also drafted as many tokens as it verified, so that its time belongs to that length."""
+    age: float = 0.0
+    """Tokens that the requests had generated before the step, on average."""
+    catch_up_s: float = 0.0
+    """What it took before the step to show the drafter tokens that were generated without it."""
+
+
+@dataclass
+class _AgeGroup:
+    """Steps whose requests have generated similarly many tokens."""
+
+    acceptance: AcceptanceRates
+    lengths: list[int] = field(default_factory=list)
+    """Solved, by batch size - 1."""
+    decoding_s: float = 0.0
+    """In steps where nothing pays."""
+    lost_s: float = 0.0
+    """By drafting all the same, to watch."""
+
+    def solved(self, num_active: int) -> int:
+        return self.lengths[min(num_active, len(self.lengths)) - 1]
 
 
 class LengthSchedule:
     """Chooses the speculation length that emits the most tokens per second at each number of active requests.
 
-    ReSpec's solver and scheduler (Chen et al. 2025, arXiv 2510.26475), departing from it in three ways: acceptance is learnt online, a length is
-    only left for one that is better by a margin, and where speculation pays nowhere it is off but for occasional steps that watch
-    whether the drafter has improved.
+    ReSpec's solver and scheduler (Chen et al. 2025, arXiv 2510.26475), departing from it in four ways: acceptance is learnt online, and apart for
+    early and late parts of responses (what a look-up drafter proposes loses the thread); a length is only left for one that is better by a margin;
+    and where speculation pays nowhere it is off but for occasional steps that watch whether the drafter has improved.
 
     Args:
         max_length: longest draft, in tokens.
@@ -67,23 +88,22 @@ class LengthSchedule:
 
         schedule = LengthSchedule(max_length=3)
         schedule.profile(steps)     # a few at some batch sizes and lengths
-        schedule.length(8)          # 2
-        schedule.observe(DecodeStep(num_active=8, length=2, seconds=0.03, num_tokens=15, drafted=[8, 8], accepted=[5, 2]))
+        schedule.length(8, age=20)  # 2
+        schedule.observe(DecodeStep(num_active=8, length=2, seconds=0.03, num_tokens=15, drafted=[8, 8], accepted=[5, 2], age=20))
     """
 
-    def __init__(self, max_length: int, hysteresis: float = 0.03, probe_fraction: float = 0.015) -> None:
+    def __init__(self, max_length: int, hysteresis: float = 0.03, probe_fraction: float = 0.01) -> None:
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         for name, value in {"hysteresis": hysteresis, "probe_fraction": probe_fraction}.items():
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
         self.max_length, self.hysteresis, self.probe_fraction = max_length, hysteresis, probe_fraction
-        self.latency, self.acceptance = LatencyModel(), AcceptanceRates(max_length)
+        self.latency = LatencyModel()
         self.num_switches = 0
-        """Batch sizes whose length has changed, over all solutions."""
-        self._lengths: list[int] = []  # by batch size - 1
+        """Batch sizes whose length has changed, over all solutions and ages."""
+        self._groups = [_AgeGroup(AcceptanceRates(max_length))]
         self._num_unsolved = 0  # steps since the last solution
-        self._decoding_s = self._lost_s = 0.0  # since speculation was last switched off
 
     def profile(self, steps: Sequence[DecodeStep]) -> None:
         """Learn step times, and nothing about acceptance, from steps that were made for that; then solve for batches up to their largest."""
@@ -95,79 +115,105 @@ class LengthSchedule:
         """Learn from a step of the engine; every so often choose anew."""
         if step.is_steady:
             self.latency.observe([(step.num_active, step.length, step.seconds)])
+        group = self._group_to_learn(step.age)
         if step.length:  # a row without a draft counts like one whose draft was rejected, unless there was none at all
-            self.acceptance.observe([step.num_active] * step.length, step.accepted)
-        if self.is_off and self._lengths:
-            self._decoding_s += step.seconds
+            group.acceptance.observe([step.num_active] * step.length, step.accepted)
+        if group.lengths and not group.solved(step.num_active):
+            # as predicted: a step that was disturbed would forbid to look for a long time
+            plain, drafting = self.latency.table([step.num_active], [0, step.length])[0]
+            group.decoding_s += plain
             if step.length:
-                plain = self.latency.seconds(step.num_active, 0) * step.num_tokens / step.num_active
-                self._lost_s += max(0.0, step.seconds - plain)
+                group.lost_s += step.catch_up_s + max(0.0, drafting - plain * step.num_tokens / step.num_active)
         self._num_unsolved += 1
         # a drafter that nothing is known about is soon found out
-        if self._num_unsolved >= (_SOLVE_EVERY if self.acceptance.num_drafts > _FEW_DRAFTS else _SOLVE_EVERY // 4):
-            self._solve(max(step.num_active, len(self._lengths)))
+        if self._num_unsolved >= (_SOLVE_EVERY if group.acceptance.num_drafts > _FEW_DRAFTS else _SOLVE_EVERY // 4):
+            self._solve(max(step.num_active, len(self._groups[0].lengths)))
+
+    def _group_to_learn(self, age: float) -> _AgeGroup:
+        """That of an age; the first time as its younger neighbour is."""
+        for _ in range(len(self._groups), _age_group(age) + 1):
+            self._groups.append(_AgeGroup(AcceptanceRates(self.max_length), list(self._groups[-1].lengths)))
+        return self._groups[_age_group(age)]
 
     def _solve(self, max_batch: int) -> None:
         self.latency.fit()
-        gains = self.gains(range(1, max_batch + 1))  # [batches, lengths]
-        present = np.array((self._lengths + self._lengths[-1:] * max_batch + [0] * max_batch)[:max_batch])
-        best = gains.argmax(-1)
+        seconds = self._seconds(range(1, max_batch + 1))  # [batches, lengths]
         at = np.arange(max_batch)
-        moves = gains[at, best] > gains[at, present] * (1 + self.hysteresis)
-        was_off = self.is_off
-        self.num_switches += int(moves.sum()) if self._lengths else 0
-        self._lengths = np.where(moves, best, present).tolist()
+        for group in self._groups:
+            gains = speed_gains(seconds, self._emitted_tokens(group))
+            present = np.array((group.lengths + group.lengths[-1:] * max_batch + [0] * max_batch)[:max_batch])
+            best = gains.argmax(-1)
+            pays = gains[at, best] > gains[at, present] * (1 + self.hysteresis)
+            moves = pays | (gains[at, present] < 1)  # nothing keeps it from being switched off
+            self.num_switches += int(moves.sum()) if group.lengths else 0
+            group.lengths = np.where(moves, best, present).tolist()
         self._num_unsolved = 0
-        if self.is_off and not was_off:
-            self._decoding_s = self._lost_s = 0.0
 
-    def gains(self, batches: Sequence[int]) -> NDArray[np.float64]:
+    def gains(self, batches: Sequence[int], age: float = 0.0) -> NDArray[np.float64]:
         """Predicted tokens per second over those without speculation, [batches, max_length + 1]."""
-        lengths = range(self.max_length + 1)
-        seconds = self.latency.table(list(batches), list(lengths))
-        emitted = np.array([self.acceptance.emitted_tokens(length) for length in lengths])
-        return speed_gains(seconds, emitted)
+        return speed_gains(self._seconds(batches), self._emitted_tokens(self._group(age)))
 
-    def length(self, num_active: int) -> int:
-        """What to draft in a step with so many requests."""
-        if not self._lengths or num_active < 1:
+    def _seconds(self, batches: Sequence[int]) -> NDArray[np.float64]:
+        return self.latency.table(list(batches), list(range(self.max_length + 1)))
+
+    def _emitted_tokens(self, group: _AgeGroup) -> NDArray[np.float64]:
+        return np.array([group.acceptance.emitted_tokens(length) for length in range(self.max_length + 1)])
+
+    def length(self, num_active: int, age: float = 0.0) -> int:
+        """What to draft in a step with so many requests, which have generated `age` tokens on average."""
+        group = self._group(age)
+        if not group.lengths or num_active < 1:
             return 0
-        if self.is_off:
-            return int(self._may_probe(num_active))
-        return self._lengths[min(num_active, len(self._lengths)) - 1]
+        return group.solved(num_active) or int(self._may_probe(group, num_active))
+
+    def _group(self, age: float) -> _AgeGroup:
+        """That of an age, or the oldest that is known."""
+        return self._groups[min(_age_group(age), len(self._groups) - 1)]
 
     @property
     def is_off(self) -> bool:
-        """Whether speculation pays at no batch size."""
-        return not any(self._lengths)
+        """Whether speculation pays at no batch size and age."""
+        return not any(any(group.lengths) for group in self._groups)
 
-    @property
-    def lengths(self) -> list[int]:
-        """For 1, 2, ... requests, as solved last."""
-        return list(self._lengths)
+    def acceptance(self, age: float = 0.0) -> AcceptanceRates:
+        """What is known of drafts for requests that have generated `age` tokens."""
+        return self._group(age).acceptance
 
-    def _may_probe(self, num_active: int) -> bool:
+    def _may_probe(self, group: _AgeGroup, num_active: int) -> bool:
         """A step that drafts one token may cost what it adds to a step at most, with nothing accepted."""
         plain, probing = self.latency.table([num_active], [0, 1])[0]
-        return self._lost_s + max(0.0, probing - plain) <= self.probe_fraction * self._decoding_s
+        return group.lost_s + max(0.0, probing - plain) <= self.probe_fraction * group.decoding_s
 
     # ---------------------------------------------------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "latency": self.latency.state_dict(),
-            "acceptance": self.acceptance.state_dict(),
-            "lengths": self.lengths,
+            "ages": [
+                {
+                    "acceptance": group.acceptance.state_dict(),
+                    "lengths": list(group.lengths),
+                    "decoding_s": group.decoding_s,
+                    "lost_s": group.lost_s,
+                }
+                for group in self._groups
+            ],
             "num_switches": self.num_switches,
             "num_unsolved": self._num_unsolved,
-            "decoding_s": self._decoding_s,
-            "lost_s": self._lost_s,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue; lengths beyond the present `max_length` are cut to it."""
         self.latency.load_state_dict(state_dict["latency"])
-        self.acceptance.load_state_dict(state_dict["acceptance"])
-        self._lengths = [min(length, self.max_length) for length in state_dict["lengths"]]
+        self._groups = []
+        for saved in state_dict["ages"]:
+            rates = AcceptanceRates(self.max_length)
+            rates.load_state_dict(saved["acceptance"])
+            lengths = [min(length, self.max_length) for length in saved["lengths"]]
+            self._groups.append(_AgeGroup(rates, lengths, saved["decoding_s"], saved["lost_s"]))
         self.num_switches, self._num_unsolved = state_dict["num_switches"], state_dict["num_unsolved"]
-        self._decoding_s, self._lost_s = state_dict["decoding_s"], state_dict["lost_s"]
+
+
+def _age_group(age: float) -> int:
+    """0 below 32 tokens, 1 below 64, 2 below 128, ..."""
+    return int(age // _FIRST_AGES).bit_length()

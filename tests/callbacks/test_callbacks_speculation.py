@@ -122,7 +122,7 @@ def test_the_first_rollout_is_preceded_by_a_profile(history, model, tmp_path):
     callbacks = [PrefixCache(), SpeculativeRollout(engine, drafter), scheduler]
     trace = fit(grpo(model), questions(tmp_path), *callbacks, max_epochs=2)
     assert ["timing_s/profile_speculation" in step for step in trace.metrics] == [True] + [False] * (2 * STEPS - 1)
-    assert scheduler.schedule.latency.num_steps > 20 and len(scheduler.schedule.lengths) == 8
+    assert scheduler.schedule.latency.num_steps > 20
 
 
 @pytest.mark.parametrize("verifier", ["policy", "engine"])

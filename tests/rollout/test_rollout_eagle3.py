@@ -18,7 +18,7 @@ class Steps:
     def __init__(self):
         self.steps = []
 
-    def length(self, num_active):
+    def length(self, num_active, age):
         return DRAFTED
 
     def observe(self, step):

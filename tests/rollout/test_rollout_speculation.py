@@ -30,7 +30,7 @@ class Lengths:
     def __init__(self, pattern):
         self.pattern, self.number, self.steps = pattern, 0, []
 
-    def length(self, num_active):
+    def length(self, num_active, age):
         self.number += 1
         return self.pattern[self.number % len(self.pattern)]
 

@@ -19,18 +19,21 @@ def test_chances_are_those_of_many_drafts():
     assert rates.emitted_tokens(4) == pytest.approx(1 + 0.9 + 0.72 + 0.36 + 0.252, abs=0.03)
 
 
-def test_short_drafts_say_that_longer_ones_go_on_alike():
+def test_what_was_never_drafted_is_hoped_to_be_good_until_a_few_drafts_tell():
     rates = AcceptanceRates(max_length=4)
+    assert rates.conditional.min() > 0.9
     rates.observe(*drafts([0.8, 0.6], 5000, 2))
-    np.testing.assert_allclose(rates.by_position, [0.8, 0.48, 0.288, 0.1728], atol=0.02)
+    np.testing.assert_allclose(rates.conditional, [0.8, 0.6, 0.95, 0.95], atol=0.02)
+    rates.observe([64] * 4, [48, 24, 0, 0])
+    assert rates.conditional[2] < 0.2
 
 
 def test_drafts_of_several_lengths_in_one_step():
     """Two requests drafted two tokens, one drafted one; both second tokens followed an accepted first one."""
     rates = AcceptanceRates(max_length=2, half_life=1e9)
     rates.observe(drafted=[3, 2], accepted=[2, 1])
-    first = (2 + 2 * 0.5) / (3 + 2)
-    second = (1 + 2 * first) / (2 + 2)
+    first = (2 + 4 * 0.95) / (3 + 4)  # four hoped-for drafts
+    second = (1 + 4 * 0.95) / (2 + 4)
     np.testing.assert_allclose(rates.by_position, [first, first * second])
 
 

@@ -1,5 +1,7 @@
 """The solver on published tables, and the schedule on engines whose truth is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -37,7 +39,7 @@ def test_vllms_profile_gives_its_published_lengths():
 
 def test_the_schedule_finds_the_same_from_timed_steps():
     schedule = LengthSchedule(max_length=5)
-    schedule.acceptance.observe([10000] * 5, [round(10000 * chance) for chance in VLLM_ACCEPTED])
+    schedule.acceptance().observe([10000] * 5, [round(10000 * chance) for chance in VLLM_ACCEPTED])
     schedule.profile(
         [
             DecodeStep(batch, length, ms / 1000, num_tokens=batch)
@@ -49,8 +51,7 @@ def test_the_schedule_finds_the_same_from_timed_steps():
     measured = [0, 1, 3, 5]
     best = schedule.gains([1, 4, 16, 64, 256])[:, measured].argmax(-1)
     assert [measured[index] for index in best] == [3, 3, 3, 1, 0]
-    lengths = schedule.lengths
-    assert lengths[0] >= 3 and (lengths[63], lengths[255]) == (1, 0)
+    assert schedule.length(1) >= 3 and (schedule.length(64), schedule.length(256)) == (1, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ simulation
@@ -166,11 +167,76 @@ def test_a_drafter_that_has_improved_is_found_by_probing():
 def test_without_probing_it_stays_off():
     engine = Engine(conditional=0.02)
     schedule = profiled(engine, probe_fraction=0.0)
-    rollouts(engine, schedule, 2)
+    rollouts(engine, schedule, 3)
     assert schedule.is_off
     engine.conditional = 0.85
     outcome = rollouts(engine, schedule, 2)
     assert set(outcome.used) == {0}
+
+
+def test_drafts_that_lose_the_thread_are_made_early_and_not_late():
+    """A history is followed closely at first; a full batch can afford long drafts then and none later."""
+
+    class Straying(Engine):
+        def rollouts(self, schedule, count):
+            outcome = Outcome()
+            for _ in range(count):
+                for age in np.linspace(0, 255, 100):
+                    self.conditional = 0.95 if age < 64 else 0.1
+                    length = schedule.length(16, age)
+                    schedule.observe(replace(self.step(16, length), age=age))
+                    best = max(self.rate(16, candidate) for candidate in range(5))
+                    outcome.spent += self.seconds(16, length)
+                    outcome.best += self.rate(16, length) * self.seconds(16, length) / best
+                    outcome.used.append(length)
+            return outcome
+
+    engine = Straying()
+    schedule = profiled(engine)
+    engine.rollouts(schedule, 2)
+    outcome = engine.rollouts(schedule, 4)
+    assert outcome.regret < 0.02
+    assert min(outcome.used[:20]) >= 3 and np.mean(outcome.used[50:100]) < 0.3
+    assert schedule.acceptance(0).by_position[0] > 0.9 > 0.5 > schedule.acceptance(200).by_position[0]
+
+
+def test_a_drafter_that_improves_where_it_does_not_pay_is_noticed_there():
+    """At 32 requests nothing is drafted; a single one drafts on, and has no news of early tokens."""
+    engine = Engine(conditional=0.3)
+    schedule = profiled(engine)
+
+    def early_and_late(count):
+        used = []
+        for _ in range(count):
+            for batch, age in [(32, 10.0)] * 60 + [(1, 100.0)] * 60:
+                length = schedule.length(batch, age)
+                schedule.observe(replace(engine.step(batch, length), age=age))
+                used.append(length)
+        return used
+
+    early_and_late(2)
+    assert max(early_and_late(1)[:60]) <= 1
+    engine.conditional = 0.95
+    early_and_late(12)
+    assert min(early_and_late(1)[:60]) >= 2
+
+
+def test_what_it_takes_to_begin_again_is_counted_as_lost():
+    """A draft model that has paused computes the running requests again: too dear to look after it as often as for one that has not."""
+
+    def number_of_probes(catch_up_s):
+        engine = Engine(conditional=0.02)
+        schedule = profiled(engine)
+        rollouts(engine, schedule, 2)
+        used = []
+        for _ in range(2000):
+            length = schedule.length(8)
+            step = engine.step(8, length)
+            schedule.observe(replace(step, catch_up_s=catch_up_s if length else 0.0))
+            used.append(length)
+        return sum(map(bool, used))
+
+    assert 0 < number_of_probes(0.1) < number_of_probes(0.0) / 3
 
 
 def test_lengths_do_not_flap():
@@ -196,7 +262,7 @@ def test_the_best_length_falls_with_the_batch():
 
 def test_before_anything_is_solved_nothing_is_drafted():
     schedule = LengthSchedule(3)
-    assert (schedule.length(1), schedule.is_off, schedule.lengths) == (0, True, [])
+    assert (schedule.length(1), schedule.is_off) == (0, True)
 
 
 def test_batches_beyond_the_solved_ones_take_the_last_length():
@@ -218,8 +284,10 @@ def test_state_survives():
     assert copy.state_dict() == schedule.state_dict()
     assert [copy.length(batch) for batch in (1, 32)] == [schedule.length(batch) for batch in (1, 32)]
     shorter = LengthSchedule(2)
-    shorter.load_state_dict({**schedule.state_dict(), "lengths": [4, 1]})
-    assert shorter.lengths == [2, 1]
+    state = schedule.state_dict()
+    state["ages"][0]["lengths"] = [4, 1]
+    shorter.load_state_dict(state)
+    assert [shorter.length(1), shorter.length(2)] == [2, 1]
 
 
 @pytest.mark.parametrize(
