@@ -97,7 +97,7 @@ class AdaptiveScheduler(RolloutCallback):
         """Seconds of a step: measured, predicted, and predicted for the same tokens without drafts."""
         assert self.schedule is not None
         plain, predicted = self.schedule.latency.table([step.num_active], [0, step.length])[0]
-        return step.seconds, float(predicted), float(plain) * step.num_tokens / step.num_active
+        return step.seconds + step.catch_up_s, float(predicted), float(plain) * step.num_tokens / step.num_active
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert self.schedule is not None

@@ -341,12 +341,14 @@ def run(
             submit(row, job)
         while running:
             num_running = 0 if speculation is None else speculation.num_running
-            age = sum(seen[name] for name in running) / len(running)
+            ages = [seen[name] for name in running if seen[name]]  # others wait, or have just begun
+            age = sum(ages) / max(1, len(ages))
             if speculation is not None and choose_length is not None:
                 length = choose_length(num_running or len(running), age)
                 if length is None:
                     break
                 speculation.set_length(length)
+                num_running = speculation.num_running  # none where all are to be computed again
             started_at = time.perf_counter()
             outputs = engine.step()
             elapsed_s = time.perf_counter() - started_at

@@ -278,7 +278,28 @@ def test_steps_tell_what_was_drafted(colocated):
     assert steps[-1].num_active < steps[0].num_active <= len(rollouts.response_ids)
     lengths = Lengths([2, 0])
     generate(colocated, lengths)
-    assert {step.length for step in lengths.steps} == {0, 2} and not any(step.is_steady for step in lengths.steps)
+    # the steps without drafts are those that compute all rows again
+    assert {step.length for step in lengths.steps} == {2} and not any(step.is_steady for step in lengths.steps)
+
+
+@pytest.mark.parametrize("started", ["ngram"], indirect=True)
+def test_steps_tell_how_far_the_rows_are(colocated):
+    lengths = Lengths([0])
+    colocated.engine.speculation_control = lengths
+    colocated.generate(PROMPTS[:1], temperature=0.0, group=1, length=12)
+    colocated.engine.speculation_control = None
+    ages = [step.age for step in lengths.steps]
+    assert ages == [1 + step for step in range(len(ages))] and ages
+
+
+@pytest.mark.parametrize("started", ["ngram", "small model"], indirect=True)
+def test_steps_tell_what_it_took_to_draft_again(colocated, started):
+    """A model that has paused is shown what it missed; drafters that look tokens up miss nothing."""
+    lengths = Lengths([0, 0, 0, 0, 3, 3])
+    generate(colocated, lengths)
+    catching_up = [step for step in lengths.steps if step.catch_up_s > 0]
+    assert bool(catching_up) == isinstance(colocated.engine.drafter, DraftModel)
+    assert all(step.length for step in catching_up)
 
 
 @pytest.mark.parametrize("started", ["small model"], indirect=True)
