@@ -229,8 +229,11 @@ def _plain_engine(*arguments: Any) -> Iterator[Ask]:
     theirs.close()
 
     def ask(*question: Any) -> Any:
-        ours.send(question)
-        return ours.recv()
+        try:
+            ours.send(question)
+            return ours.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError("the engine without a drafter has failed; its process has told why, above") from error
 
     try:
         yield ask

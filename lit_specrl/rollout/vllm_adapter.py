@@ -340,15 +340,17 @@ def run(
         for row, job in jobs.items():
             submit(row, job)
         while running:
-            num_running = 0 if speculation is None else speculation.num_running
-            ages = [seen[name] for name in running if seen[name]]  # others wait, or have just begun
-            age = sum(ages) / max(1, len(ages))
-            if speculation is not None and choose_length is not None:
-                length = choose_length(num_running or len(running), age)
-                if length is None:
-                    break
-                speculation.set_length(length)
-                num_running = speculation.num_running  # none where all are to be computed again
+            num_running, age = 0, 0.0
+            if speculation is not None:
+                num_running = speculation.num_running
+                ages = [seen[name] for name in running if seen[name]]  # others wait, or have just begun
+                age = sum(ages) / max(1, len(ages))
+                if choose_length is not None:
+                    length = choose_length(num_running or len(running), age)
+                    if length is None:
+                        break
+                    speculation.set_length(length)
+                    num_running = speculation.num_running  # none where all are to be computed again
             started_at = time.perf_counter()
             outputs = engine.step()
             elapsed_s = time.perf_counter() - started_at

@@ -125,8 +125,10 @@ class LengthSchedule:
             if step.length:
                 group.lost_s += step.catch_up_s + max(0.0, drafting - plain * step.num_tokens / step.num_active)
         self._num_unsolved += 1
-        # a drafter that nothing is known about is soon found out
-        if self._num_unsolved >= (_SOLVE_EVERY if group.acceptance.num_drafts > _FEW_DRAFTS else _SOLVE_EVERY // 4):
+        is_news = (
+            step.length and group.acceptance.num_drafts <= _FEW_DRAFTS
+        )  # a drafter that little is known about is soon found out
+        if self._num_unsolved >= (_SOLVE_EVERY // 4 if is_news else _SOLVE_EVERY):
             self._solve(max(step.num_active, len(self._groups[0].lengths)))
 
     def _group_to_learn(self, age: float) -> _AgeGroup:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_specrl.bench.speculation import bench_speculation
+from lit_specrl.bench.speculation import _plain_engine, bench_speculation
 
 
 @pytest.mark.parametrize("drafter", ["history", "model"])
@@ -38,3 +38,9 @@ def test_every_way_of_drafting_is_timed(tiny_model, drafter):
 def test_what_cannot_be_timed_is_refused(tiny_model, options, message):
     with pytest.raises(ValueError, match=message):
         bench_speculation(tiny_model, **options)
+
+
+def test_an_engine_that_fails_in_its_process_is_reported():
+    engine = _plain_engine("/no/such/model", 4, 16, "float32", "cpu")
+    with pytest.raises(RuntimeError, match="the engine without a drafter has failed"), engine as plain:
+        plain("said")

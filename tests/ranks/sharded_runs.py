@@ -84,7 +84,8 @@ def run(name, model, data, engine, num_ranks, *callbacks, **options):
         PrefixCache(1.5),
         *callbacks,
         devices=num_ranks,
-        **{"max_epochs": 3, "strategy": strategy, "precision": "bf16-mixed" if "bf16" in name else "32-true"} | options,
+        precision="bf16-mixed" if name == "bf16" else "32-true",
+        **{"max_epochs": 3, "strategy": strategy} | options,
     )
     return {
         "weights": {weight: tensor.clone() for weight, tensor in module.policy.named_weights()},
