@@ -88,7 +88,8 @@ class PrefixCache(RolloutCallback):
             the group, or are not the same for the same text.
         verifier: "policy" scores drafts by the forward pass that training uses; "engine" lets vLLM score them, where a row goes on as soon as it
             is verified and finds its prefix in the engine's KV prefix cache. Temperature 1 only.
-        block_length: tokens that are verified at a time; a draft is not looked at beyond the block in which it is rejected.
+        block_length: tokens that are verified at a time; a draft is not looked at beyond the block in which it is rejected. `None` for what has the
+            fewest tokens computed where drafts are rejected as often as in the step before.
         max_bytes: most memory for cached responses on each rank; the oldest make room.
 
     Raises:
@@ -106,7 +107,7 @@ class PrefixCache(RolloutCallback):
         control_fraction: float = 0.0,
         reuse_rewards: bool = True,
         verifier: Literal["policy", "engine"] = "policy",
-        block_length: int = 128,
+        block_length: int | None = None,
         max_bytes: int = 2**30,
     ) -> None:
         if adaptive_lenience is not None:
@@ -122,12 +123,13 @@ class PrefixCache(RolloutCallback):
         self.max_reuses = math.inf if max_reuses is None else max_reuses
         self.control_fraction = control_fraction
         self.reuse_rewards = reuse_rewards
-        if block_length < 1:
+        if block_length is not None and block_length < 1:
             raise ValueError(f"block_length must be at least 1 token, got {block_length}")
         if verifier not in ("policy", "engine"):
             raise ValueError(f"verifier must be 'policy' or 'engine', got {verifier!r}")
         self.verifier = verifier
         self.block_length = block_length
+        self._block_length = block_length or 128
         self.store = RolloutStore(max_bytes)
         self._files = RankFiles(PREFIX_CACHE)
         self._rounds: list[ReuseRound] = []
@@ -172,10 +174,10 @@ class PrefixCache(RolloutCallback):
             request.past_responses = self._past_responses(request)
         current = ReuseRound(request, self._find_drafts(request), self.rule)
         if self.verifier == "engine" and self.rule.needs_logprobs:
-            current.hand_over(self.block_length)
+            current.hand_over(self._block_length)
         else:
             with pl_module.timer("verify"):
-                current.verify(partial(pl_module.response_logprobs, block_length=self.block_length))
+                current.verify(partial(pl_module.response_logprobs, block_length=self._block_length))
         request.expected_lengths = current.expected_lengths
         self._rounds.append(current)
 
@@ -197,6 +199,10 @@ class PrefixCache(RolloutCallback):
         statistics = total([total(rank) for rank in gather_objects(found)])
         pl_module.step_metrics |= statistics.metrics() | self._lenience_metrics(statistics)
         pl_module.step_metrics["prefix_cache/bytes"] = float(sum(gather_objects(self.store.num_bytes)))
+        if self.rule.needs_logprobs:
+            pl_module.step_metrics["prefix_cache/block_length"] = float(self._block_length)
+        if self.block_length is None and statistics.num_drafts:
+            self._block_length = statistics.block_length
         self._drafts_are_useless.update(
             statistics.num_draft_tokens > 0 and statistics.num_reused_tokens < 0.02 * statistics.num_draft_tokens
         )
@@ -305,6 +311,7 @@ class PrefixCache(RolloutCallback):
             "model": module.model_name,
             "max_completion_length": module.sampling.max_completion_length,
             "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
+            "block_length": self._block_length,
         }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -321,6 +328,7 @@ class PrefixCache(RolloutCallback):
         if self.adaptive_lenience is not None and state["adaptive_lenience"] is not None:
             self.adaptive_lenience.load_state_dict(state["adaptive_lenience"])
             self._set_lenience(self.adaptive_lenience.value)
+        self._block_length = self.block_length or state.get("block_length", self._block_length)  # older ones have none
         self._other_ranks_included = state["world_size"] != trainer.world_size
         self.store = load_ranks(
             [Path(str(trainer.ckpt_path)).parent, Path(state["folder"])],

@@ -24,7 +24,7 @@ from torch import Tensor
 from lit_specrl.lora import Adapter
 from lit_specrl.rollout.drafters import Drafter, DraftModel
 from lit_specrl.rollout.vllm_proposers import Following
-from lit_specrl.rollout.vllm_sampler import CPUSampler, VerificationCounter
+from lit_specrl.rollout.vllm_sampler import CPUSampler, VerificationCounter, score_tokens
 from lit_specrl.rollout.vllm_speculation import Speculation, repack_tied_head
 from lit_specrl.speculation import DecodeStep
 
@@ -132,6 +132,7 @@ def take_over_sampling(llm: Any, drafter: Drafter | None) -> Speculation | None:
     if runner.device.type == "cpu":
         sampler = CPUSampler(runner, _draft_vocabulary(runner))
         runner._sample = sampler.sample
+        runner.sampler.compute_logprobs, runner.sampler.gather_logprobs = (lambda logits: logits), score_tokens
         if getattr(drafter, "sampled", False):
             runner.drafter._sample_from_logits = sampler.sample_draft
     elif drafter is not None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lit_specrl.seeds import token_uniforms
 from lit_specrl.speculation import draw, verify_drafts
 
+_SCORED_ROWS = 16  # log-probs are computed for so many tokens at a time
+
 
 class CPUSampler:
     """Takes the place of sampling, with and without drafts, in the model runner of vLLM 0.32 on a CPU. Exact, see `verify_drafts`.
@@ -81,6 +83,23 @@ class CPUSampler:
         if not sampling.all_random:
             drafted = torch.where(_is_greedy(sampling, len(rows)), own.argmax(-1), drafted)
         return drafted if self._draft_vocabulary is None else self._draft_vocabulary[drafted], probs
+
+
+def score_tokens(logits: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
+    """As `Sampler.gather_logprobs`, from logits [n, V], for the tokens [n] themselves and without ranks.
+
+    To count ranks, vLLM compiles a function when it scores for the first time; that takes seconds, and a compiler. The log-softmax of a few rows at a
+    time stays in the processor's cache.
+    """
+    from vllm.v1.outputs import LogprobsTensors
+
+    assert num_logprobs == 0, f"only the log-probs of the tokens themselves, got {num_logprobs} more"
+    token_ids = token_ids[:, None]
+    logprobs = [
+        part.log_softmax(-1, dtype=torch.float32).gather(1, own)
+        for part, own in zip(logits.split(_SCORED_ROWS), token_ids.split(_SCORED_ROWS), strict=True)
+    ]
+    return LogprobsTensors(token_ids.int(), torch.cat(logprobs), torch.zeros(len(token_ids), dtype=torch.long))
 
 
 def _seeds(sampling: Any, rows: list[int]) -> list[int]:

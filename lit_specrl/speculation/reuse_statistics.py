@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_specrl.speculation.store import CachedRollout
+
+_BLOCK_OVERHEAD = 32  # tokens: the engine begins a block at a block of its KV prefix cache, and with a step of its own
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,17 @@ class ReuseStatistics:
     def kl(self) -> float:
         """Mean over the reused tokens, nats: how far the policy has moved from what it verified last time."""
         return self.kl_sum / max(1, self.num_scored)
+
+    @property
+    def block_length(self) -> int:
+        """Tokens to verify at a time, if the next drafts are rejected as often as these.
+
+        Blocks of b cost (b + c) / (1 - exp(-h b)) tokens until a rejection: h is the rate of rejection, c what every block costs beyond its tokens. The
+        least is near sqrt(2 c / h).
+        """
+        rate = (self.num_drafts - self.num_whole + 0.5) / max(1, self.num_reused_tokens)  # half a one, where there was none
+        blocks = math.sqrt(2 * _BLOCK_OVERHEAD / rate) / _BLOCK_OVERHEAD
+        return _BLOCK_OVERHEAD * max(1, round(blocks))
 
     def metrics(self) -> dict[str, float]:
         metrics = {

@@ -156,9 +156,18 @@ def test_rounding_to_bfloat16_costs_little_of_the_reuse(run):
 
 
 def test_block_length_changes_nothing_but_time(run):
-    traces = [run(PrefixCache(block_length=length))[1] for length in (1, 4, 128)]
-    assert traces[0].tokens == traces[1].tokens == traces[2].tokens
+    traces = [run(PrefixCache(block_length=length))[1] for length in (1, 4, 128, None)]
+    assert all(trace.tokens == traces[0].tokens for trace in traces)
     assert 0.1 < traces[0].of_cache("reuse_fraction")[-1] < 0.9
+    assert set(traces[1].of_cache("block_length")[STEPS:]) == {4}
+
+
+def test_blocks_get_longer_where_drafts_are_kept_and_shorter_where_they_are_not(run):
+    for options, bounds in ({"optimizer": FROZEN}, (128, 10_000)), ({}, (0, 128)):
+        _, trace = run(PrefixCache(), **options)
+        first, *later = trace.of_cache("block_length")[STEPS:]
+        assert first == 128
+        assert bounds[0] < min(later) <= max(later) < bounds[1]
 
 
 # -------------------------------------------------------------------------------------- reused rollouts are like others

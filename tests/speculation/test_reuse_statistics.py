@@ -134,3 +134,22 @@ def test_an_unchanged_policy_has_no_kl(cached):
     draft = cached(token_ids=[8, 2])
     same = ReuseStatistics.of_group(1, [draft], [2], [2], [torch.from_numpy(draft.draft_logprobs)], [1.0])
     assert (same.kl, same.num_scored) == (0.0, 2)
+
+
+def expected_cost(block, rate, overhead):
+    """Tokens computed on average until a draft without end is rejected: blocks are computed whole."""
+    num_blocks = 1 / -math.expm1(-rate * block)
+    return num_blocks * (block + overhead)
+
+
+@pytest.mark.parametrize("rejected", [1, 10, 50, 100])
+def test_blocks_have_nearly_the_fewest_tokens_computed(rejected):
+    found = ReuseStatistics(num_drafts=100, num_whole=100 - rejected, num_reused_tokens=10_000).block_length
+    best = min(expected_cost(block, rejected / 10_000, 32) for block in range(32, 4096, 32))
+    assert found % 32 == 0
+    assert expected_cost(found, rejected / 10_000, 32) < 1.05 * best
+
+
+def test_blocks_are_long_where_nothing_is_rejected_and_short_where_all_is():
+    assert ReuseStatistics(num_drafts=32, num_whole=32, num_reused_tokens=6000).block_length > 512
+    assert ReuseStatistics(num_drafts=32).block_length == 32
