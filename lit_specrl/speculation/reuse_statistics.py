@@ -103,9 +103,8 @@ class ReuseStatistics:
         Blocks of b cost (b + c) / (1 - exp(-h b)) tokens until a rejection: h is the rate of rejection, c what every block costs beyond its tokens. The
         least is near sqrt(2 c / h).
         """
-        rate = (self.num_drafts - self.num_whole + 0.5) / max(
-            1, self.num_reused_tokens
-        )  # half a one, where there was none
+        num_rejected = self.num_drafts - self.num_whole or 0.5  # where there was none, half a one
+        rate = num_rejected / max(1, self.num_reused_tokens)
         blocks = math.sqrt(2 * _BLOCK_OVERHEAD / rate) / _BLOCK_OVERHEAD
         return _BLOCK_OVERHEAD * max(1, round(blocks))
 
