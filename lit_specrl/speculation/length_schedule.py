@@ -125,9 +125,8 @@ class LengthSchedule:
             if step.length:
                 group.lost_s += step.catch_up_s + max(0.0, drafting - plain * step.num_tokens / step.num_active)
         self._num_unsolved += 1
-        is_news = (
-            step.length and group.acceptance.num_drafts <= _FEW_DRAFTS
-        )  # a drafter that little is known about is soon found out
+        # a drafter that little is known about is soon found out
+        is_news = step.length and group.acceptance.num_drafts <= _FEW_DRAFTS
         if self._num_unsolved >= (_SOLVE_EVERY // 4 if is_news else _SOLVE_EVERY):
             self._solve(max(step.num_active, len(self._groups[0].lengths)))
 
