@@ -49,7 +49,7 @@ from lit_specrl.types import Experience, RolloutRequest, Rollouts
 if TYPE_CHECKING:
     from lit_specrl.module import RLVRModule
 
-Acceptance = Literal["ratio", "random", "full", "off"]
+Acceptance = Literal["ratio", "sequence", "random", "full", "off"]
 _NOT_OF_THE_ARCHITECTURE = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
@@ -77,11 +77,11 @@ class PrefixCache(RolloutCallback):
     Args:
         lenience: factor on the ratio; 1 is the plain ratio test. The paper's best: e^0.5 = 1.65 (GRPO), e^0.3 = 1.35 (PPO),
             e^0.15 = 1.16 (DAPO).
-        acceptance: "ratio"; the paper's baselines "random" (a uniformly random cut) and "full" (everything); or "off", where responses are kept
-            for a `HistoryDrafter` alone.
+        acceptance: "ratio" tests each token, as in the paper; "sequence" the whole response up to it, so that no text is kept more than `lenience`
+            times as often as the policy says it; the paper's baselines "random" (a uniformly random cut) and "full" (everything); or "off", where
+            responses are kept for a `HistoryDrafter` alone.
         drift_bound: a token is also rejected when it has lost more than this many nats since it was generated.
-        adaptive_lenience: steers the lenience, and the share of groups that reuse, so that the mean KL of reused tokens, in nats, holds its
-            target; then `lenience` is unused.
+        adaptive_lenience: chooses the lenience, and the share of groups that reuse, by how fast the policy moves; then `lenience` is unused.
         max_reuses: how often in a row a response may be a draft before its prompt is answered afresh; `None` for ever.
         control_fraction: share of each group that is generated afresh, to compare rewards with (`prefix_cache/reward_gap`).
         reuse_rewards: take the rewards of rows that were kept whole from the cache. False for rewards that depend on the other rows of
@@ -113,8 +113,8 @@ class PrefixCache(RolloutCallback):
         if adaptive_lenience is not None:
             lenience = adaptive_lenience.value
         self.rule = _rule(acceptance, lenience, drift_bound)
-        if adaptive_lenience is not None and acceptance != "ratio":
-            raise ValueError(f"adaptive_lenience steers acceptance='ratio', got {acceptance!r}")
+        if adaptive_lenience is not None and not isinstance(self.rule, RatioAcceptance):
+            raise ValueError(f"adaptive_lenience steers acceptance='ratio' or 'sequence', got {acceptance!r}")
         if max_reuses is not None and max_reuses < 1:
             raise ValueError(f"max_reuses must be at least 1, got {max_reuses}; use acceptance='off' to reuse nothing")
         if not 0 <= control_fraction < 1:
@@ -281,9 +281,8 @@ class PrefixCache(RolloutCallback):
         if self.adaptive_lenience is None:
             return metrics
         metrics["prefix_cache/draft_fraction"] = self.adaptive_lenience.fraction
-        if statistics.num_drafts:  # drafts of which nothing was kept have strayed furthest
-            observed = statistics.kl if statistics.num_reused_tokens else math.inf
-            self._set_lenience(self.adaptive_lenience.update(observed))
+        self.adaptive_lenience.update(statistics.kl_sum, statistics.num_scored)
+        self._set_lenience(self.adaptive_lenience.value)
         return metrics
 
     def _set_lenience(self, lenience: float) -> None:
@@ -401,15 +400,15 @@ def reward_outruns_accuracy(validations: Sequence[tuple[float, float]]) -> bool:
 
 
 def _rule(acceptance: Acceptance, lenience: float, drift_bound: float | None) -> AcceptanceRule:
-    if acceptance == "ratio":
-        return RatioAcceptance(lenience, drift_bound)
+    if acceptance in ("ratio", "sequence"):
+        return RatioAcceptance(lenience, drift_bound, "token" if acceptance == "ratio" else "sequence")
     if lenience != 1:
-        rank_zero_warn(f"lenience={lenience} belongs to acceptance='ratio' and is ignored by {acceptance!r}")
+        rank_zero_warn(f"lenience={lenience} belongs to acceptance='ratio' or 'sequence' and is ignored by {acceptance!r}")
     if drift_bound is not None:
         raise ValueError(
-            f"drift_bound={drift_bound} belongs to acceptance='ratio' and would be ignored by {acceptance!r}"
+            f"drift_bound={drift_bound} belongs to acceptance='ratio' or 'sequence' and would be ignored by {acceptance!r}"
         )
     rules: dict[str, AcceptanceRule] = {"random": RandomReuse(), "full": FullReuse(), "off": NoReuse()}
     if acceptance not in rules:
-        raise ValueError(f"acceptance must be 'ratio', 'random', 'full' or 'off', got {acceptance!r}")
+        raise ValueError(f"acceptance must be 'ratio', 'sequence', 'random', 'full' or 'off', got {acceptance!r}")
     return rules[acceptance]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -49,31 +49,43 @@ class AcceptanceRule(Protocol):
 
 @dataclass(frozen=True)
 class RatioAcceptance:
-    """Keep a draft up to the first token that has become too improbable under today's policy.
+    """Keep a draft as far as today's policy would have said it, too, judged token by token or by the whole text so far.
 
-    Not exact: where a token is rejected generation goes on from the policy, not from the residual that would repair the
-    distribution. Where the draft's prefix has been kept so far, with `draft` and `target` the distributions of the next
-    token and `accept` the probability of keeping it, the next token of the rollout is distributed as
+    Not exact: where a draft is cut, generation goes on from the policy, not from the residual that would repair the
+    distribution. With `draft` and `target` the distributions of the next token after a kept prefix, and `accept` the
+    probability of keeping it, the next token of the rollout is distributed as
 
         emitted = draft * accept + (1 - sum(draft * accept)) * target
 
-    which without `drift_bound` is `min(draft, lenience * target) + (1 - A) * target` with `A = sum(min(draft, lenience *
-    target))`; after a rejection it is `target`. This equals `target` if and only if `min(draft / target, lenience)` is
+    and after a rejection as `target`.
+
+    *By token* (SPEC-RL), `emitted = min(draft, lenience * target) + (1 - A) * target` with `A = sum(min(draft, lenience *
+    target))`, without `drift_bound`. This equals `target` if and only if `min(draft / target, lenience)` is
     the same number for all tokens that the target can emit: for example when target and draft are equal, when the
     lenience is 0, or so small that `lenience * target` nowhere exceeds `draft` (rejection sampling). With a lenience up
     to 1, a continuation from `(target - min(draft, lenience * target)) / (1 - A)` would be exact; with a higher one
-    none can be, for where the draft exceeds the target the kept tokens alone are already too frequent. All
-    this takes the draft as independent of the policy, but the policy was trained on it: judge a policy by fresh
+    none can be, for where the draft exceeds the target the kept tokens alone are already too frequent. A lenience above 1
+    compounds: a text of n tokens may be lenience^n times as frequent among the kept ones as under the policy.
+
+    *By sequence*, a prefix of n tokens is kept with probability `min(1, lenience * q_1, ..., lenience * q_n)`, where `q_n`
+    is the product of the first n ratios. No prefix is kept more than `lenience` times as often as the policy says it, however
+    long it is; and at the same lenience more is kept than by token (for a lenience up to 1), because small changes of many tokens, such as those of
+    rounding, cancel out. What is cut still goes on from the policy: `emitted` differs from `target` by as much as
+    draft and target differ there.
+
+    All this takes the draft as independent of the policy, but the policy was trained on it: judge a policy by fresh
     rollouts.
 
     SPEC-RL: Liu et al. 2025, arXiv 2509.23232, equation 4: token i is kept while `u_i <= min(1, lenience * target_i /
-    draft_i)`. We test `<`, which differs only for u = 0 and keeps what has no probability out. The drift bound is ours:
+    draft_i)`. We test `<`, which differs only for u = 0 and keeps what has no probability out. Judging by sequence is ours: block
+    verification (Sun et al. 2024, arXiv 2403.10444) accepts more than the ratio test by the same products, but needs the drafter's whole distributions. The drift bound is ours:
     draft log-probs are renewed each epoch, so that a token may lose a factor `lenience` per epoch and never be at risk.
     NaN log-probs are never kept.
 
     Args:
         lenience: factor on the ratio; 1 is the plain ratio test, 0 keeps nothing, infinity everything. At both ends
             `NoReuse` and `FullReuse` do the same without running the policy.
+        level: what the ratio is of: each "token", or the "sequence" up to it.
         drift_bound: a token is also rejected when it has lost more than this many nats since it was generated; `None`
             for no bound.
 
@@ -91,6 +103,7 @@ class RatioAcceptance:
 
     lenience: float = 1.0
     drift_bound: float | None = None
+    level: Literal["token", "sequence"] = "token"
 
     def __post_init__(self) -> None:
         if not self.lenience >= 0:
@@ -123,7 +136,7 @@ class RatioAcceptance:
         """Probability of keeping each token, given that all before it were kept.
 
         Args:
-            target_logprobs: [N, R] nats, under today's policy.
+            target_logprobs: [N, R] nats, under today's policy, from the first token on.
             draft_logprobs: [N, R] nats, under the policy that verified or generated the draft.
             generation_logprobs: [N, R] nats, when each token was generated; only read with a `drift_bound`.
 
@@ -134,8 +147,13 @@ class RatioAcceptance:
         log_ratio = target_logprobs - _at_least_float32(draft_logprobs)  # [N, R]
         if math.isinf(self.lenience):  # inf * exp(-inf) is NaN, but whoever asks for everything gets the improbable too
             probability = (~(target_logprobs.isnan() | draft_logprobs.isnan())).to(log_ratio.dtype)
-        else:
+        elif self.level == "token":
             probability = (self.lenience * log_ratio.exp()).clamp(max=1).nan_to_num(nan=0.0)
+        else:
+            log_lenience = math.log(self.lenience) if self.lenience else -math.inf
+            prefix = (log_lenience + log_ratio.cumsum(-1)).clamp(max=0).cummin(-1).values  # log of P(prefix is kept)
+            before = torch.nn.functional.pad(prefix, (1, 0))[..., :-1]
+            probability = (prefix - before).exp().nan_to_num(nan=0.0)  # behind a prefix that is never kept: 0
         if self.drift_bound is not None:
             within_bound = target_logprobs >= _at_least_float32(generation_logprobs) - self.drift_bound
             probability = probability * within_bound

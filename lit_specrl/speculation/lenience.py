@@ -1,4 +1,4 @@
-"""Lenience that is steered by what reuse does to the training."""
+"""Lenience that follows how fast the policy moves."""
 
 from __future__ import annotations
 
@@ -6,83 +6,90 @@ import math
 
 
 class AdaptiveLenience:
-    """Raise the lenience while reused tokens stay harmless, lower it when they stray, and reuse in fewer groups when that is not enough.
+    """Reuses the less, the faster the policy moves: by a smaller lenience, and where that is not enough, in fewer groups.
 
-    Holds an observed quantity (the mean KL of the reused tokens: how far the policy has moved since it last saw them) at a target. Where the
-    policy learns fast, the plain ratio test still keeps too much of the past; then the lenience stays at `low` and the share of the groups that
-    have drafts falls instead, down to a few that watch whether the policy has slowed down. Groups without drafts cost no verification.
+    Watches the KL of today's policy from the one that last saw the drafts, in nats per token, over all tokens that were scored. (Over the
+    tokens that were kept it stays small whatever the policy does: that is what the acceptance test is for.) What `target / KL` exceeds 1 by
+    goes into the lenience; below 1 it is the share of the groups that have drafts, so that the mean KL over all groups stays at the target. A few
+    groups always have drafts, and watch whether the policy has slowed down; those without cost no verification.
 
-    An integral controller: every update moves log-lenience by `rate * (target - observed) / target` nats, never by more than `rate`. Below
-    `log(low)` the same number is the logarithm of the share. It stays between its bounds, so nothing winds up there. Starts at `low`
-    with drafts in all groups.
+    Begins with these few: a policy that has just begun to learn moves fastest, and nothing is known of it yet. SPEC-RL (Liu et al. 2025, arXiv
+    2509.23232) keeps one lenience and names its adaptation as future work.
 
     Args:
-        target: value to hold, in the unit of what is observed.
+        target: KL to allow, nats per token.
         low: smallest lenience; 1 is the plain ratio test.
-        high: largest lenience. With e, SPEC-RL (Liu et al. 2025, arXiv 2509.23232) ended below plain RL in accuracy.
-        rate: largest change per update, in nats.
+        high: largest lenience; e^0.5 is SPEC-RL's best for GRPO, with e it ended below plain RL in accuracy.
         min_fraction: smallest share of the groups that have drafts; 1 leaves none out.
+        smoothing: weight that what earlier steps have seen keeps in every step; 0 believes the latest step alone.
 
     Raises:
-        ValueError: `target` or `rate` is not positive, or the bounds are not positive, finite and in order.
+        ValueError: `target` is not positive, the bounds are not positive, finite and in order, or a share lies outside its range.
 
     Example:
         >>> lenience = AdaptiveLenience(target=0.02)
-        >>> round(lenience.update(observed=0.01), 4)  # exp(0.1 * 0.5)
-        1.0513
+        >>> lenience.update(kl_sum=8.0, num_tokens=100)  # 0.08 nats a token
+        >>> lenience.value, lenience.fraction
+        (1.0, 0.25)
     """
 
     def __init__(
-        self, target: float, low: float = 1.0, high: float = math.e, rate: float = 0.1, min_fraction: float = 0.05
+        self,
+        target: float,
+        low: float = 1.0,
+        high: float = math.exp(0.5),
+        min_fraction: float = 0.1,
+        smoothing: float = 0.5,
     ) -> None:
         if not target > 0:
             raise ValueError(f"target must be positive, got {target}")
         if not 0 < low <= high < math.inf:
             raise ValueError(f"low and high must satisfy 0 < low <= high < inf, got low={low} and high={high}")
-        if not rate > 0:
-            raise ValueError(f"rate must be positive, got {rate}")
         if not 0 < min_fraction <= 1:
             raise ValueError(
                 f"min_fraction must lie in (0, 1], got {min_fraction}; with 0 nothing would ever be reused again"
             )
-        self.target, self.low, self.high, self.rate, self.min_fraction = target, low, high, rate, min_fraction
-        self._log_lenience = math.log(low)  # less than log(low) where groups are left out
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+        self.target, self.low, self.high = target, low, high
+        self.min_fraction, self.smoothing = min_fraction, smoothing
+        self._kl_sum, self._num_tokens = 0.0, 0.0
+
+    @property
+    def _allowance(self) -> float:
+        """The target over what was seen; nothing was seen yet: 0."""
+        if not self._num_tokens:
+            return 0.0
+        return self.target * self._num_tokens / self._kl_sum if self._kl_sum else math.inf
 
     @property
     def value(self) -> float:
         """The lenience to use now, between `low` and `high`."""
-        return min(max(math.exp(self._log_lenience), self.low), self.high)
+        return min(max(self._allowance, self.low), self.high)
 
     @property
     def fraction(self) -> float:
         """Share of the groups that shall have drafts now, between `min_fraction` and 1."""
-        return min(max(math.exp(self._log_lenience) / self.low, self.min_fraction), 1.0)
+        return min(max(self._allowance, self.min_fraction), 1.0)
 
-    def update(self, observed: float) -> float:
-        """Take one observation into account.
+    def update(self, kl_sum: float, num_tokens: int) -> None:
+        """Take one step into account.
 
         Args:
-            observed: the quantity, measured over the tokens that were reused with the present lenience.
-
-        Returns:
-            The new lenience.
+            kl_sum: KL of the step's drafts, summed over their scored tokens, nats.
+            num_tokens: these tokens; none change nothing.
 
         Raises:
-            ValueError: `observed` is NaN.
+            ValueError: `kl_sum` is not finite.
         """
-        if math.isnan(observed):
-            raise ValueError("observed must be a number, got nan; leave the update out when no token was reused")
-        error = (self.target - observed) / self.target
-        self._move_to(self._log_lenience + self.rate * min(max(error, -1.0), 1.0))
-        return self.value
+        if not math.isfinite(kl_sum):
+            raise ValueError(f"kl_sum must be finite, got {kl_sum}; leave out tokens without log-probs")
+        if num_tokens:
+            self._kl_sum = self.smoothing * self._kl_sum + kl_sum
+            self._num_tokens = self.smoothing * self._num_tokens + num_tokens
 
     def state_dict(self) -> dict[str, float]:
-        return {"log_lenience": self._log_lenience}
+        return {"kl_sum": self._kl_sum, "num_tokens": self._num_tokens}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Continue from a saved lenience, moved into the present bounds."""
-        self._move_to(state_dict["log_lenience"])
-
-    def _move_to(self, log_lenience: float) -> None:
-        lowest = math.log(self.low) + math.log(self.min_fraction)
-        self._log_lenience = min(max(log_lenience, lowest), math.log(self.high))
+        self._kl_sum, self._num_tokens = state_dict["kl_sum"], state_dict["num_tokens"]

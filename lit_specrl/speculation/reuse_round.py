@@ -42,6 +42,7 @@ class ReuseRound:
             [draft.draft_logprobs[:limit] for draft in present.values()]
         )  # [n, R]
         self._generation_logprobs, _ = _padded([draft.generation_logprobs[:limit] for draft in present.values()])
+        self._scored = torch.full_like(self._draft_logprobs, torch.nan)  # [n, R] blocks of `verify` so far
         self._uniforms = row_uniforms([request.seeds[row] for row in present], self._mask.shape[1], "acceptance")
 
     def verify(self, score: ScoreResponses) -> None:
@@ -57,7 +58,7 @@ class ReuseRound:
             scored = score(self.request.prompts, owners, self._ids, self._survivors)
             self.target_logprobs = dict(zip(self._rows, scored, strict=True))
             target_logprobs, _ = _padded([logprobs.numpy() for logprobs in scored])
-        lengths = self._accepted(torch.arange(len(self._rows)), 0, target_logprobs).tolist()
+        lengths = self._accepted(torch.arange(len(self._rows)), target_logprobs).tolist()
         kept = dict(zip(self._rows, zip(self._ids, lengths, strict=True), strict=True))
         self.request.prefixes = [
             kept[row][0][: kept[row][1]] if row in kept else [] for row in range(self.request.num_rows)
@@ -70,32 +71,28 @@ class ReuseRound:
             found, position = torch.tensor(logprobs), self._position[row]
             unknown = len(self._ids[position]) - len(logprobs)
             self.target_logprobs[row] = torch.nn.functional.pad(found, (0, unknown), value=torch.nan)
-            return int(self._accepted(torch.tensor([position]), 0, found[None]))
+            return int(self._accepted(torch.tensor([position]), found[None]))
 
         self.request.drafts = dict(zip(self._rows, self._ids, strict=True))
         self.request.accept, self.request.draft_block_length = accept, block_length
 
-    def _accepted(self, rows: Tensor, start: int, target_logprobs: Tensor) -> Tensor:
-        """Leading tokens of a block that are kept, [m].
+    def _accepted(self, rows: Tensor, target_logprobs: Tensor) -> Tensor:
+        """Leading tokens that are kept of the beginnings of drafts, [m].
 
         Args:
             rows: [m] among the rows with a draft.
-            start: first column of the block.
-            target_logprobs: [m, b] of the block.
+            target_logprobs: [m, b] of the first b tokens.
         """
-        cut = rows.cpu(), slice(start, start + target_logprobs.shape[1])
+        cut = rows, slice(target_logprobs.shape[1])
         return self._rule(
-            target_logprobs.cpu(),
-            self._draft_logprobs[cut],
-            self._generation_logprobs[cut],
-            self._mask[cut],
-            self._uniforms[cut],
+            target_logprobs, self._draft_logprobs[cut], self._generation_logprobs[cut], self._mask[cut], self._uniforms[cut]
         )
 
     def _survivors(self, rows: Tensor, start: int, target_logprobs: Tensor) -> Tensor:
-        stop = start + target_logprobs.shape[1]
-        kept = self._accepted(rows, start, target_logprobs)
-        return (kept == self._mask[rows.cpu(), start:stop].sum(-1)).to(rows.device)
+        own, stop = rows.cpu(), start + target_logprobs.shape[1]
+        self._scored[own, start:stop] = target_logprobs.cpu()
+        kept = self._accepted(own, self._scored[own, :stop])
+        return (kept == self._mask[own, :stop].sum(-1)).to(rows.device)
 
     @property
     def verified_lengths(self) -> list[int]:

@@ -30,11 +30,11 @@ class ReuseStatistics:
     age_sum: int = 0
     """Steps since the drafts were stored."""
     num_scored: int = 0
-    """Reused tokens with log-probs."""
-    drift_sum: float = 0.0
-    """Of abs(log-prob now - when generated) over them, nats."""
+    """Tokens of drafts that were scored, kept or not."""
     kl_sum: float = 0.0
-    """Of exp(d) - d - 1, d = log-prob now - at the last verification, over them, nats."""
+    """Of exp(d) - d - 1, d = log-prob now - at the last verification, over them, nats; at most 10 each, as in verl."""
+    drift_sum: float = 0.0
+    """Of abs(log-prob now - when generated) over the reused tokens that were scored, nats."""
     num_pairs: int = 0
     """Groups with scored rows both reused and fresh."""
     gap_sum: float = 0.0
@@ -57,19 +57,20 @@ class ReuseStatistics:
             drafts: [G] `None` where a row had none.
             verified_lengths: [G] tokens taken over.
             response_lengths: [G] tokens of the finished responses.
-            target_logprobs: [G] log-probs of the draft under today's policy, `None` where they were not needed.
+            target_logprobs: [G] log-probs of the draft under today's policy, NaN behind the block in which it was rejected; `None` where they were
+                not needed.
             rewards: [G] total rewards.
         """
-        scored = [
-            (logprobs[:length], draft.draft_logprobs[:length], draft.generation_logprobs[:length])
-            for draft, length, logprobs in zip(drafts, verified_lengths, target_logprobs, strict=True)
-            if draft is not None and logprobs is not None and length
-        ]
-        drift_sum = kl_sum = 0.0
-        for now, verified, generated in scored:
-            drift_sum += float((now - torch.from_numpy(generated)).abs().sum())
-            difference = now - torch.from_numpy(verified)
-            kl_sum += float((difference.expm1() - difference).sum())
+        drift_sum, kl_sum, num_scored = 0.0, 0.0, 0
+        for draft, length, now in zip(drafts, verified_lengths, target_logprobs, strict=True):
+            if draft is None or now is None:
+                continue
+            drift_sum += float((now[:length] - torch.from_numpy(draft.generation_logprobs[:length])).abs().sum())
+            # Whether a token is scored is decided before it: with rejected tokens, but not without them, the mean is the KL
+            change = now - torch.from_numpy(draft.draft_logprobs[: len(now)])
+            change = change[~change.isnan()].clamp(-20, 20)
+            kl_sum += float((change.expm1() - change).clamp(max=10).sum())
+            num_scored += len(change)
         gap = _reward_gap(drafts, rewards)
         return cls(
             num_rows=len(drafts),
@@ -79,9 +80,9 @@ class ReuseStatistics:
             num_reused_tokens=sum(verified_lengths),
             num_whole=sum(0 < kept == length for kept, length in zip(verified_lengths, response_lengths, strict=True)),
             age_sum=sum(step - draft.step for draft in drafts if draft is not None),
-            num_scored=sum(len(now) for now, _, _ in scored),
-            drift_sum=drift_sum,
+            num_scored=num_scored,
             kl_sum=kl_sum,
+            drift_sum=drift_sum,
             num_pairs=int(gap is not None),
             gap_sum=gap or 0.0,
         )
@@ -93,7 +94,7 @@ class ReuseStatistics:
 
     @property
     def kl(self) -> float:
-        """Mean over the reused tokens, nats: how far the policy has moved from what it verified last time."""
+        """Mean over the scored tokens, nats: how far the policy has moved since it last saw the drafts (estimator k3, Schulman 2020)."""
         return self.kl_sum / max(1, self.num_scored)
 
     @property
@@ -120,7 +121,7 @@ class ReuseStatistics:
             "age": self.age_sum / max(1, self.num_drafts),
         }
         if self.num_scored:
-            metrics |= {"drift": self.drift_sum / self.num_scored, "kl": self.kl}
+            metrics |= {"drift": self.drift_sum / max(1, self.num_reused_tokens), "kl": self.kl}
         if self.num_pairs:
             metrics["reward_gap"] = self.gap_sum / self.num_pairs
         return {f"prefix_cache/{name}": value for name, value in metrics.items()}

@@ -86,12 +86,13 @@ RUNS = {
     "GRPO, KL": (partial(grpo, optimizer=ADAM, beta=0.1), partial(PrefixCache, 1.5, control_fraction=0.25)),
     "adaptive lenience": (
         partial(grpo, optimizer=ADAM),
-        lambda: PrefixCache(adaptive_lenience=AdaptiveLenience(target=10.0)),
+        lambda: PrefixCache(adaptive_lenience=AdaptiveLenience(target=10.0, min_fraction=1)),
     ),
     "fewer groups": (
         partial(grpo, optimizer=ADAM),
-        lambda: PrefixCache(adaptive_lenience=AdaptiveLenience(target=1e-9, rate=1.0, min_fraction=0.4)),
+        lambda: PrefixCache(adaptive_lenience=AdaptiveLenience(target=1e-9, min_fraction=0.4)),
     ),
+    "by sequence": (partial(grpo, optimizer=ADAM), partial(PrefixCache, acceptance="sequence")),
     "renewed": (partial(grpo, optimizer=ADAM), partial(PrefixCache, max_reuses=1)),
     "DAPO": (lambda model: DAPO(model, [spread_but_why], overlong_buffer=0, **COMMON), PrefixCache),
     "PPO": (lambda model: PPO(model, [small_tokens], SeparateCritic(optimizer=ADAM), beta=0.1, **COMMON), PrefixCache),

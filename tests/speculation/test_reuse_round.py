@@ -134,11 +134,26 @@ def test_coins_belong_to_the_seed_of_a_row_whatever_the_other_rows_have(cached, 
     assert mixed.verified_lengths == [2, 0, 7, 0]
 
 
-def test_a_draft_survives_a_block_when_all_its_tokens_of_the_block_were_kept(cached, score):
+def test_a_draft_survives_a_block_when_all_its_tokens_so_far_were_kept(cached, score):
     verified([cached(token_ids=[8, 8, 2]), None, cached(token_ids=[8, 2]), cached(token_ids=[8, 8, 8])], score)
+    assert score.survivors(torch.tensor([2, 0, 1]), 0, torch.tensor([[NOW]] * 3)).tolist() == [True, True, True]
     block = torch.tensor([[NOW, NOW], [NOW, 0.0], [NOW, NEVER]])  # columns 1 and 2; the second draft is over after one
     assert score.survivors(torch.tensor([0, 1, 2]), 1, block).tolist() == [True, True, False]
     assert score.survivors(torch.tensor([2, 0]), 0, torch.tensor([[NEVER], [NOW]])).tolist() == [False, True]
+
+
+def test_a_sequence_is_judged_over_its_blocks(cached, score):
+    """What the first token has gained makes up for what the second one loses, which the second block alone could not know."""
+    draft = np.float32([NOW - math.log(4), NOW + math.log(4), NOW])
+    for level, survives in [("sequence", True), ("token", False)]:
+        seeds = [28, 0, 29, 52]  # the first row's coins are below a half and, by token, above a quarter
+        assert 0.25 < row_uniforms(seeds[:1], 2, "acceptance")[0, 1] < 0.5
+        drafts = [cached(token_ids=[8, 8, 2], draft_logprobs=draft), None, None, None]
+        current = verified(drafts, score, RatioAcceptance(level=level), seeds=seeds)
+        assert current.verified_lengths[0] == (3 if survives else 1)
+        for start in (0, 1):
+            kept = score.survivors(torch.tensor([0]), start, torch.tensor([[NOW]]))
+            assert kept.tolist() == [survives or start == 0]
 
 
 def test_rules_that_need_no_logprobs_do_not_run_the_policy(cached, score):
@@ -369,9 +384,9 @@ def test_statistics_are_the_sum_over_the_groups(cached, score):
             "num_reused_tokens": 3,
             "num_whole": 1,
             "age_sum": 4 + 2 + 3,
-            "num_scored": 3,
+            "num_scored": 6,
             "drift_sum": 3 * 0.1,
-            "kl_sum": 0.0,
+            "kl_sum": 2 * 10.0,  # of the two tokens that were rejected
             "num_pairs": 1,
             "gap_sum": -1.0,
         }

@@ -14,8 +14,8 @@ from lit_specrl.sums import total
 def groups(cached):
     """Two prompts with two rows each, in step 7.
 
-    First prompt: a draft of which two of three tokens were kept, and a fresh row. Second: a draft that was kept whole without being
-    scored and never rewarded, and one that was rejected at once.
+    First prompt: a draft of which two of three tokens were kept, and a fresh row. Second: a draft that was kept whole and never
+    rewarded, and one that was rejected at once.
     """
     draft_logprobs, generation_logprobs = np.float32([-1, -1, -1]), np.float32([-0.25, -0.25, -0.25])
     scored = cached(token_ids=[8, 8, 8], step=5, draft_logprobs=draft_logprobs, generation_logprobs=generation_logprobs)
@@ -33,13 +33,14 @@ def groups(cached):
             drafts=[cached(token_ids=[8, 2], step=6), cached(token_ids=[8, 8, 2], step=4)],
             verified_lengths=[2, 0],
             response_lengths=[2, 1],
-            target_logprobs=[None, torch.tensor([-9.0, nan, nan])],
+            target_logprobs=[torch.tensor([-0.2, -0.2]), torch.tensor([-9.0, nan, nan])],
             rewards=[None, 0.5],
         ),
     ]
 
 
-KL_SUM = (math.exp(0.5) - 1 - 0.5) + (math.exp(-1) - 1 + 1)  # the two kept tokens gained 0.5 and lost 1 nat
+# Two kept tokens gained 0.5 and lost 1 nat; of the second prompt, two are as they were and a rejected one lost 8.8.
+KL_SUMS = [(math.exp(0.5) - 1 - 0.5) + (math.exp(-1) - 1 + 1), math.exp(-8.8) - 1 + 8.8]
 
 
 def test_the_rows_of_a_prompt_are_counted(groups):
@@ -54,26 +55,28 @@ def test_the_rows_of_a_prompt_are_counted(groups):
                 "num_whole": 0,
                 "age_sum": 2,
                 "num_scored": 2,
+                "kl_sum": KL_SUMS[0],
                 "drift_sum": 0.25 + 1.75,
-                "kl_sum": KL_SUM,
                 "num_pairs": 1,
                 "gap_sum": 0.75,
             }
         ),
-        {
-            "num_rows": 2,
-            "num_tokens": 3,
-            "num_drafts": 2,
-            "num_draft_tokens": 5,
-            "num_reused_tokens": 2,
-            "num_whole": 1,
-            "age_sum": 1 + 3,
-            "num_scored": 0,
-            "drift_sum": 0.0,
-            "kl_sum": 0.0,
-            "num_pairs": 0,
-            "gap_sum": 0.0,
-        },
+        pytest.approx(
+            {
+                "num_rows": 2,
+                "num_tokens": 3,
+                "num_drafts": 2,
+                "num_draft_tokens": 5,
+                "num_reused_tokens": 2,
+                "num_whole": 1,
+                "age_sum": 1 + 3,
+                "num_scored": 3,
+                "kl_sum": KL_SUMS[1],
+                "drift_sum": 0.1 + 0.1,
+                "num_pairs": 0,
+                "gap_sum": 0.0,
+            }
+        ),
     ]
 
 
@@ -88,12 +91,12 @@ def test_sums_are_divided_once_at_the_end(groups):
             "prefix_cache/generated_tokens": 6.0,
             "prefix_cache/saved_tokens": 4.0,
             "prefix_cache/age": 6 / 3,
-            "prefix_cache/drift": 2.0 / 2,
-            "prefix_cache/kl": KL_SUM / 2,
+            "prefix_cache/drift": 2.2 / 4,
+            "prefix_cache/kl": sum(KL_SUMS) / 5,
             "prefix_cache/reward_gap": 0.75,
         }
     )
-    assert total(groups).kl == pytest.approx(KL_SUM / 2)
+    assert total(groups).kl == pytest.approx(sum(KL_SUMS) / 5)
 
 
 def test_the_first_epoch_has_nothing_to_say_of_drift_and_reward():
@@ -134,6 +137,30 @@ def test_an_unchanged_policy_has_no_kl(cached):
     draft = cached(token_ids=[8, 2])
     same = ReuseStatistics.of_group(1, [draft], [2], [2], [torch.from_numpy(draft.draft_logprobs)], [1.0])
     assert (same.kl, same.num_scored) == (0.0, 2)
+
+
+def test_tokens_without_probability_or_without_a_logprob_leave_the_kl_finite(cached):
+    """An impossible token counts as 10 nats; what nobody knows does not count."""
+    draft = cached(token_ids=[8, 8, 8, 2], draft_logprobs=np.float32([-1, -math.inf, nan, -1]))
+    now = torch.tensor([-math.inf, -1.0, -1.0, nan])
+    found = ReuseStatistics.of_group(1, [draft], [0], [3], [now], [1.0])
+    assert (found.kl_sum, found.num_scored) == (20.0, 2)
+
+
+def test_the_kl_is_that_of_the_policies_wherever_drafts_are_left(cached):
+    """Of the tokens that were kept it would be 0.01 here. Scoring stops behind the first rejection, as with blocks of one token."""
+    generator = torch.Generator().manual_seed(0)
+    then, now = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.2, 0.6])
+    drafts, lengths, scores = [], [], []
+    for _ in range(2000):
+        ids = torch.multinomial(then, 8, replacement=True, generator=generator)
+        kept = torch.rand(8, generator=generator) < (now / then)[ids]
+        length = int(kept.long().cumprod(0).sum())
+        scores.append(now[ids].log().where(torch.arange(8) <= length, torch.tensor(nan)))
+        drafts.append(cached(token_ids=ids.tolist(), draft_logprobs=then[ids].log().numpy()))
+        lengths.append(length)
+    found = ReuseStatistics.of_group(1, drafts, lengths, lengths, scores, [None] * 2000)
+    assert found.kl == pytest.approx(float((then * (then / now).log()).sum()), rel=0.05)
 
 
 def expected_cost(block, rate, overhead):

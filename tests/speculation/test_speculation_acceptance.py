@@ -5,6 +5,8 @@ import torch
 
 from lit_specrl.speculation import FullReuse, NoReuse, RandomReuse, RatioAcceptance
 
+LEVELS = ["token", "sequence"]
+
 # Three tokens; min(draft, target) = [1/4, 1/4, 1/4], so the ratio test accepts 3/4 in all.
 DRAFT = torch.tensor([1 / 2, 1 / 4, 1 / 4])
 TARGET = torch.tensor([1 / 4, 1 / 4, 1 / 2])
@@ -62,7 +64,8 @@ def test_padding_is_never_kept_and_empty_drafts_give_zero():
     nan = float("nan")
     certain, uniforms = [[0.5, 0.5, nan], [nan, nan, nan]], [[0.5] * 3] * 2
     mask = [[True, True, False], [False, False, False]]
-    for rule in (RatioAcceptance(), RatioAcceptance(math.inf, drift_bound=0.0), FullReuse()):
+    by_sequence = RatioAcceptance(level="sequence")
+    for rule in (RatioAcceptance(), by_sequence, RatioAcceptance(math.inf, drift_bound=0.0), FullReuse()):
         assert verify(rule, certain, certain, uniforms, draft_mask=mask) == [2, 0]
 
 
@@ -72,7 +75,9 @@ def test_the_mask_ends_the_draft_whatever_stands_behind_it():
         assert verify(rule, same, same, [[0.0] * 3] * 2, draft_mask=mask) == [1, 1]
 
 
-@pytest.mark.parametrize("rule", [RatioAcceptance(), RandomReuse(), FullReuse(), NoReuse()])
+@pytest.mark.parametrize(
+    "rule", [RatioAcceptance(), RatioAcceptance(level="sequence"), RandomReuse(), FullReuse(), NoReuse()]
+)
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
 def test_drafts_without_tokens_or_rows_are_fine(rule, shape):
     nothing = torch.zeros(shape)
@@ -81,20 +86,23 @@ def test_drafts_without_tokens_or_rows_are_fine(rule, shape):
     assert lengths.tolist() == [0] * shape[0]
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("lenience", [0.0, 1.0, 1e30, math.inf])
-def test_an_unknown_log_prob_is_not_accepted(lenience):
-    unknown = [[float("nan")]]
-    assert verify(RatioAcceptance(lenience), unknown, [[0.5]], [[0.0]]) == [0]
-    assert verify(RatioAcceptance(lenience), [[0.5]], unknown, [[0.0]]) == [0]
-    bounded = RatioAcceptance(lenience, drift_bound=5.0)
+def test_an_unknown_log_prob_is_not_accepted(lenience, level):
+    unknown, rule = [[float("nan")]], RatioAcceptance(lenience, level=level)
+    assert verify(rule, unknown, [[0.5]], [[0.0]]) == [0]
+    assert verify(rule, [[0.5]], unknown, [[0.0]]) == [0]
+    bounded = RatioAcceptance(lenience, drift_bound=5.0, level=level)
     assert verify(bounded, [[0.5]], [[0.5]], [[0.0]], generation=unknown) == [0]
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("lenience", "expected"), [(1.0, 0), (1e30, 0), (math.inf, 1)])
-def test_a_token_that_the_target_cannot_emit_needs_infinite_lenience(lenience, expected):
+def test_a_token_that_the_target_cannot_emit_needs_infinite_lenience(lenience, expected, level):
     """Also with a uniform of exactly 0, where u <= 0 would hold."""
-    assert verify(RatioAcceptance(lenience), [[0.0]], [[0.5]], [[0.0]]) == [expected]
-    assert verify(RatioAcceptance(lenience), [[0.0]], [[0.0]], [[0.0]]) == [0 if lenience < math.inf else 1]
+    rule = RatioAcceptance(lenience, level=level)
+    assert verify(rule, [[0.0]], [[0.5]], [[0.0]]) == [expected]
+    assert verify(rule, [[0.0]], [[0.0]], [[0.0]]) == [0 if lenience < math.inf else 1]
 
 
 def test_the_drift_bound_looks_at_the_log_prob_of_generation():
@@ -139,16 +147,17 @@ def test_emitted_distribution_with_a_drift_bound():
     torch.testing.assert_close(emitted, torch.tensor([1 / 8, 3 / 8, 1 / 2]))
 
 
-def test_emitted_distribution_of_a_whole_response():
+@pytest.mark.parametrize("level", LEVELS)
+def test_emitted_distribution_of_a_whole_response(level):
     """Two tokens, where the second depends on the first: kept prefix times what follows, over all drafts and coins."""
     draft_first, target_first = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
     draft_second = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
     target_second = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
-    rule, num_uniforms = RatioAcceptance(), 12  # acceptances are 1/2, 2/3 and 1: whole twelfths
+    rule, num_uniforms = RatioAcceptance(level=level), 12  # acceptances are 1/2, 2/3 and 1: whole twelfths
 
     uniforms = (torch.arange(num_uniforms) + 0.5) / num_uniforms
     coins = torch.cartesian_prod(uniforms, uniforms)  # [144, 2]
-    emitted = torch.zeros(2, 2)
+    emitted, accept = torch.zeros(2, 2), torch.zeros(2, 2, 2)  # by first and second token
     for first in range(2):
         for second in range(2):
             draft = torch.stack([draft_first[first], draft_second[first, second]]).log().expand_as(coins)
@@ -158,12 +167,88 @@ def test_emitted_distribution_of_a_whole_response():
             emitted += share[0] * target_first[:, None] * target_second
             emitted[first] += share[1] * target_second[first]
             emitted[first, second] += share[2]
+            accept[first, second] = rule.acceptance_probability(target[0], draft[0], draft[0])
 
-    accept_first = draft_first * acceptance(rule, target_first, draft_first)
-    accept_second = draft_second * acceptance(rule, target_second, draft_second)
+    accept_first = draft_first * accept[:, 0, 0]
+    accept_second = draft_second * accept[..., 1]
     following_kept = accept_second + (1 - accept_second.sum(-1, keepdim=True)) * target_second
     rejected = (1 - accept_first.sum()) * target_first[:, None] * target_second
     torch.testing.assert_close(emitted, accept_first[:, None] * following_kept + rejected)
+
+
+# ------------------------------------------------------------------------------------------------------- by sequence
+
+RATIOS = torch.tensor([0.9, 1.3, 0.8, 0.7, 1.6])  # products 0.9, 1.17, 0.936, 0.6552, 1.04832
+
+
+@pytest.mark.parametrize(
+    ("lenience", "expected"),
+    [
+        (1.0, [0.9, 0.9, 0.9, 0.6552, 0.6552]),
+        (1.5, [1.0, 1.0, 1.0, 0.9828, 0.9828]),
+        (0.5, [0.45, 0.45, 0.45, 0.3276, 0.3276]),
+        (0.0, [0.0] * 5),
+        (math.inf, [1.0] * 5),
+    ],
+)
+def test_a_sequence_is_kept_with_the_smallest_product_of_ratios_so_far(lenience, expected):
+    """By literal products, and by 200 000 rows within five standard deviations of a frequency."""
+    rule, num_rows = RatioAcceptance(lenience, level="sequence"), 200_000
+    target, draft = (0.3 * RATIOS).log().expand(num_rows, 5), torch.full((num_rows, 5), 0.3).log()
+    kept = rule.acceptance_probability(target[0], draft[0], draft[0]).cumprod(-1)
+    torch.testing.assert_close(kept, torch.tensor(expected))
+    uniforms = torch.rand(num_rows, 5, generator=torch.Generator().manual_seed(0))
+    lengths = rule(target, draft, draft, torch.ones(num_rows, 5).bool(), uniforms)
+    for length, probability in enumerate(expected, start=1):
+        frequency = float((lengths >= length).double().mean())
+        assert abs(frequency - probability) <= 5 * math.sqrt(probability * (1 - probability) / num_rows)
+
+
+def every_text(num_texts, length=4, vocabulary=3):
+    """Log-probs of all texts of a length under two random models whose tokens depend on all before them; [num_texts, V^length, length] each."""
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.cartesian_prod(*[torch.arange(vocabulary)] * length)
+    models = []
+    for _ in range(2):
+        columns = []
+        for place in range(length):
+            table = torch.randn(num_texts, vocabulary**place, vocabulary, generator=generator, dtype=torch.float64)
+            before = (texts[:, :place] * vocabulary ** torch.arange(place)).sum(-1)
+            columns.append((0.7 * table).log_softmax(-1)[:, before, texts[:, place]])
+        models.append(torch.stack(columns, -1))
+    return models
+
+
+@pytest.mark.parametrize("lenience", [0.5, 1.0, 1.5])
+def test_no_text_is_kept_more_than_lenience_times_as_often_as_the_policy_says_it(lenience):
+    target, draft = every_text(50)
+    said = target.cumsum(-1).exp()  # of every prefix
+    kept = {
+        level: draft.cumsum(-1).exp()
+        * RatioAcceptance(lenience, level=level).acceptance_probability(target, draft, draft).cumprod(-1)
+        for level in LEVELS
+    }
+    assert (kept["sequence"] <= lenience * said + 1e-12).all()
+    if lenience > 1:  # by token, it compounds
+        assert (kept["token"] > lenience * said).any()
+    else:
+        assert (kept["sequence"] >= kept["token"] - 1e-12).all()
+        assert kept["sequence"][..., -1].sum() > 1.1 * kept["token"][..., -1].sum()
+
+
+def test_changes_that_cancel_out_cost_nothing():
+    """Rounding moves every token a little. By token one in a dozen of 100 is then sure to be rejected, by sequence hardly one."""
+    noise = 0.05 * torch.randn(1000, 100, generator=torch.Generator().manual_seed(0))
+    draft, mask = torch.full((1000, 100), -1.0), torch.ones(1000, 100, dtype=torch.bool)
+    uniforms = torch.rand(1000, 100, generator=torch.Generator().manual_seed(1))
+    whole = {
+        level: float((RatioAcceptance(level=level)(draft + noise, draft, draft, mask, uniforms) == 100).float().mean())
+        for level in LEVELS
+    }
+    assert whole["token"] < 0.2 < 0.6 < whole["sequence"]
+
+
+# --------------------------------------------------------------------------------------------------- where it is exact
 
 
 @pytest.mark.parametrize(
