@@ -403,7 +403,9 @@ def _rule(acceptance: Acceptance, lenience: float, drift_bound: float | None) ->
     if acceptance in ("ratio", "sequence"):
         return RatioAcceptance(lenience, drift_bound, "token" if acceptance == "ratio" else "sequence")
     if lenience != 1:
-        rank_zero_warn(f"lenience={lenience} belongs to acceptance='ratio' or 'sequence' and is ignored by {acceptance!r}")
+        rank_zero_warn(
+            f"lenience={lenience} belongs to acceptance='ratio' or 'sequence' and is ignored by {acceptance!r}"
+        )
     if drift_bound is not None:
         raise ValueError(
             f"drift_bound={drift_bound} belongs to acceptance='ratio' or 'sequence' and would be ignored by {acceptance!r}"

@@ -85,7 +85,11 @@ class ReuseRound:
         """
         cut = rows, slice(target_logprobs.shape[1])
         return self._rule(
-            target_logprobs, self._draft_logprobs[cut], self._generation_logprobs[cut], self._mask[cut], self._uniforms[cut]
+            target_logprobs,
+            self._draft_logprobs[cut],
+            self._generation_logprobs[cut],
+            self._mask[cut],
+            self._uniforms[cut],
         )
 
     def _survivors(self, rows: Tensor, start: int, target_logprobs: Tensor) -> Tensor:

@@ -566,7 +566,11 @@ def test_the_metrics_are_what_they_say(run):
                 for sample in range(GROUP)
                 if cache.store.get(uid, sample) is not None
             }
-            scored = pl_module.response_logprobs(request.prompts, *map(list, zip(*rows.values()))) if rows else []
+            scored = (
+                pl_module.response_logprobs(request.prompts, *map(list, zip(*rows.values(), strict=True)))
+                if rows
+                else []
+            )
             scores.append({key: row.tolist() for key, row in zip(rows, scored, strict=True)})
 
     _, trace = run(cache, Observer())

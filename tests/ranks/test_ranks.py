@@ -169,6 +169,7 @@ if __name__ == "__main__":
     found["functions"] = what_ranks_tell_each_other()
     torch.save(found, f"{sys.argv[2]}/rank{dist.get_rank()}.pt")
     dist.barrier()  # the test waits for rank 0 alone
+    dist.destroy_process_group()  # before either rank goes, whose connections the other may still hold
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def both_ranks(model_folder, tmp_path_factory):
     """What each of two processes found, `RUNS` one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, __file__, model_folder, str(folder)]
+    command = [sys.executable, "-X", "faulthandler", __file__, model_folder, str(folder)]
     subprocess.run(command, env=environment, check=True, timeout=240, cwd=folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 

@@ -3,17 +3,23 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from test_rollout_engines import (
     MAX_LENGTH,
+    NUM_SAMPLES,
     STOP_TOKEN_IDS,
     VLLM,
+    chi_square_excess,
     next_token_logprobs,
+    pair_distribution,
     policy_logprobs,
     sampling_logprobs,
     with_engines,
 )
+
+from lit_specrl.speculation import CachedRollout, RatioAcceptance, ReuseRound
 
 LENGTHS = [1, 2, 31, 32, 33, 90]  # tokens; blocks of the KV cache hold 32
 
@@ -233,3 +239,38 @@ def test_engine_is_usable_after_a_request_that_it_refuses(colocated, prompts):
         colocated.generate([prompts[0], [5] * (MAX_LENGTH + 1)])
     colocated.sync()
     assert colocated.generate(prompts, group=4).response_ids == expected.response_ids
+
+
+@with_engines(VLLM)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_rollouts_have_the_distribution_that_the_rule_documents(colocated, prompts, level):
+    """Drafts of two tokens by the policy at temperature 3, of which the first may end the response; kept, cut and continued by the engine."""
+    prompt, rule = prompts[2], RatioAcceptance(1.5, level=level)
+    draft, target = (pair_distribution(colocated.policy, prompt, t).view(128, 128) for t in (3.0, 1.0))  # [V, V]
+    # log-probs of both tokens of every pair, [V, V, 2]
+    draft_logprobs, target_logprobs = (
+        torch.stack([pairs.sum(-1, keepdim=True).expand_as(pairs), pairs / pairs.sum(-1, keepdim=True)], -1).log()
+        for pairs in (draft, target)
+    )
+    chosen = torch.multinomial(
+        draft.flatten(), NUM_SAMPLES, replacement=True, generator=torch.Generator().manual_seed(5)
+    )
+    drafts = []
+    for sample, pair in enumerate(chosen.tolist()):
+        first, second = divmod(pair, 128)
+        token_ids = [first] if first in STOP_TOKEN_IDS else [first, second]
+        logprobs = draft_logprobs[first, second, : len(token_ids)].numpy()
+        drafts.append(CachedRollout("0", sample, np.array(token_ids), logprobs, logprobs, "stop", 0, 0))
+    request = colocated.request([prompt], group=NUM_SAMPLES, length=2)
+    ReuseRound(request, drafts, rule).hand_over(block_length=1)
+    rollouts = colocated.engine.generate(request)
+    pairs = [response[0] * 128 + (response[1] if len(response) > 1 else 0) for response in rollouts.response_ids]
+
+    accept = rule.acceptance_probability(target_logprobs, draft_logprobs, draft_logprobs)  # [V, V, 2]
+    kept_first = draft.sum(-1) * accept[:, 0, 0]  # [V]
+    kept = draft * accept.prod(-1)  # [V, V]
+    emitted = kept + (kept_first - kept.sum(-1))[:, None] * target_logprobs[..., 1].exp()
+    emitted += (1 - kept_first.sum()) * target
+    assert float(emitted.sum()) == pytest.approx(1)
+    assert abs(chi_square_excess(pairs, emitted.flatten())) < 6
+    assert chi_square_excess(pairs, target.flatten()) > 12  # not exact

@@ -81,5 +81,5 @@ def test_impossible_settings_are_refused(arguments, message):
 
 @pytest.mark.parametrize("kl_sum", [math.nan, math.inf])
 def test_what_is_no_number_is_refused(kl_sum):
-    with pytest.raises(ValueError, match="kl_sum must be finite, got (nan|inf)"):
+    with pytest.raises(ValueError, match=r"kl_sum must be finite, got (nan|inf)"):
         AdaptiveLenience(target=0.02).update(kl_sum, 10)
