@@ -244,16 +244,17 @@ def test_engine_is_usable_after_a_request_that_it_refuses(colocated, prompts):
 @with_engines(VLLM)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_rollouts_have_the_distribution_that_the_rule_documents(colocated, prompts, level):
-    """Drafts of two tokens by the policy at temperature 3, of which the first may end the response; kept, cut and continued by the engine."""
-    prompt, rule = prompts[2], RatioAcceptance(1.5, level=level)
-    draft, target = (pair_distribution(colocated.policy, prompt, t).view(128, 128) for t in (3.0, 1.0))  # [V, V]
+    """Drafts of two tokens by the policy at temperature 1.7, of which the first may end the response; kept, cut and continued by the engine."""
+    num_samples = 2 * NUM_SAMPLES
+    prompt, rule = prompts[2], RatioAcceptance(1.2, level=level)
+    draft, target = (pair_distribution(colocated.policy, prompt, t).view(128, 128) for t in (1.7, 1.0))  # [V, V]
     # log-probs of both tokens of every pair, [V, V, 2]
     draft_logprobs, target_logprobs = (
         torch.stack([pairs.sum(-1, keepdim=True).expand_as(pairs), pairs / pairs.sum(-1, keepdim=True)], -1).log()
         for pairs in (draft, target)
     )
     chosen = torch.multinomial(
-        draft.flatten(), NUM_SAMPLES, replacement=True, generator=torch.Generator().manual_seed(5)
+        draft.flatten(), num_samples, replacement=True, generator=torch.Generator().manual_seed(5)
     )
     drafts = []
     for sample, pair in enumerate(chosen.tolist()):
@@ -261,7 +262,7 @@ def test_rollouts_have_the_distribution_that_the_rule_documents(colocated, promp
         token_ids = [first] if first in STOP_TOKEN_IDS else [first, second]
         logprobs = draft_logprobs[first, second, : len(token_ids)].numpy()
         drafts.append(CachedRollout("0", sample, np.array(token_ids), logprobs, logprobs, "stop", 0, 0))
-    request = colocated.request([prompt], group=NUM_SAMPLES, length=2)
+    request = colocated.request([prompt], group=num_samples, length=2)
     ReuseRound(request, drafts, rule).hand_over(block_length=1)
     rollouts = colocated.engine.generate(request)
     pairs = [response[0] * 128 + (response[1] if len(response) > 1 else 0) for response in rollouts.response_ids]
