@@ -71,8 +71,8 @@ class PrefixCache(RolloutCallback):
     What the verification knows is not computed again: rows that were kept whole bring their rewards, log-probs and reference
     log-probs along and never reach the engine.
 
-    Departs from the paper: uniforms are fresh in every step; `drift_bound` ends the compounding of lenience over epochs; a control group
-    shows what reuse does to the reward.
+    Departs from the paper: uniforms are fresh in every step; `drift_bound` ends the compounding of lenience over epochs, judging by sequence
+    that over the tokens of a response; a control group shows what reuse does to the reward.
 
     Args:
         lenience: factor on the ratio; 1 is the plain ratio test. The paper's best: e^0.5 = 1.65 (GRPO), e^0.3 = 1.35 (PPO),

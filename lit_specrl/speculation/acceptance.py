@@ -70,15 +70,15 @@ class RatioAcceptance:
     *By sequence*, a prefix of n tokens is kept with probability `min(1, lenience * q_1, ..., lenience * q_n)`, where `q_n`
     is the product of the first n ratios. No prefix is kept more than `lenience` times as often as the policy says it, however
     long it is; and at the same lenience more is kept than by token (for a lenience up to 1), because small changes of many tokens, such as those of
-    rounding, cancel out. What is cut still goes on from the policy: `emitted` differs from `target` by as much as
-    draft and target differ there.
+    rounding, cancel out. The token after n is tested as by token, with what the tokens before have left of the lenience, `lenience * q_n / min(1, lenience *
+    q_1, ..., lenience * q_n)`; with a lenience of 1 or more, `emitted` differs from `target` by no more than the draft does (total variation), either way.
 
     All this takes the draft as independent of the policy, but the policy was trained on it: judge a policy by fresh
     rollouts.
 
     SPEC-RL: Liu et al. 2025, arXiv 2509.23232, equation 4: token i is kept while `u_i <= min(1, lenience * target_i /
-    draft_i)`. We test `<`, which differs only for u = 0 and keeps what has no probability out. Judging by sequence is ours: block
-    verification (Sun et al. 2024, arXiv 2403.10444) accepts more than the ratio test by the same products, but needs the drafter's whole distributions. The drift bound is ours:
+    draft_i)`. We test `<`, which differs only for u = 0 and keeps what has no probability out. Judging by sequence is ours; block
+    verification (Sun et al. 2024, arXiv 2403.10444), which is exact, compares the same products, but needs the drafter's whole distributions. The drift bound is ours:
     draft log-probs are renewed each epoch, so that a token may lose a factor `lenience` per epoch and never be at risk.
     NaN log-probs are never kept.
 
@@ -90,7 +90,7 @@ class RatioAcceptance:
             for no bound.
 
     Raises:
-        ValueError: `lenience` or `drift_bound` is negative or NaN.
+        ValueError: `lenience` or `drift_bound` is negative or NaN, or `level` unknown.
 
     Example:
         >>> rule = RatioAcceptance()
@@ -110,6 +110,8 @@ class RatioAcceptance:
             raise ValueError(f"lenience must not be negative, got {self.lenience}; use 1.0 for the plain ratio test")
         if self.drift_bound is not None and not self.drift_bound >= 0:
             raise ValueError(f"drift_bound must not be negative, got {self.drift_bound}; leave it out for no bound")
+        if self.level not in ("token", "sequence"):
+            raise ValueError(f"level must be 'token' or 'sequence', got {self.level!r}")
 
     @property
     def is_exact(self) -> bool:

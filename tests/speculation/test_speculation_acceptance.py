@@ -236,6 +236,29 @@ def test_no_text_is_kept_more_than_lenience_times_as_often_as_the_policy_says_it
         assert kept["sequence"][..., -1].sum() > 1.1 * kept["token"][..., -1].sum()
 
 
+def test_a_token_is_tested_with_the_lenience_that_those_before_have_left():
+    ratios = torch.tensor([[0.5, 3.0, 0.4, 0.9], [0.9, 0.8, 0.5, 2.0]])
+    for lenience in (1.0, 1.4):
+        products = torch.tensor([lenience * 1.5, lenience * 0.72])  # of the first two
+        kept = torch.stack([torch.ones(2), lenience * ratios[:, 0], products]).amin(0)
+        by_sequence = RatioAcceptance(lenience, level="sequence")
+        third = by_sequence.acceptance_probability(ratios.log(), torch.zeros(2, 4), torch.zeros(2, 4))[:, 2]
+        left = (products / kept).tolist()
+        expected = [
+            float(RatioAcceptance(rest).acceptance_probability(ratio.log(), torch.zeros(()), torch.zeros(())))
+            for rest, ratio in zip(left, ratios[:, 2], strict=True)
+        ]
+        assert third.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("lenience", [1.0, 1.5, 4.0, math.inf])
+def test_what_is_emitted_is_no_farther_from_the_policy_than_the_draft(lenience):
+    target, draft = torch.randn(2, 500, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
+    for row_target, row_draft in zip(target, draft, strict=True):
+        emitted = emitted_distribution(RatioAcceptance(lenience), row_target, row_draft)
+        assert (emitted - row_target).abs().sum() <= (row_draft - row_target).abs().sum() + 1e-12
+
+
 def test_changes_that_cancel_out_cost_nothing():
     """Rounding moves every token a little. By token one in a dozen of 100 is then sure to be rejected, by sequence hardly one."""
     noise = 0.05 * torch.randn(1000, 100, generator=torch.Generator().manual_seed(0))
@@ -351,6 +374,7 @@ def test_each_rule_declares_itself():
         ({"lenience": -0.5}, r"lenience must not be negative, got -0\.5"),
         ({"lenience": float("nan")}, "lenience must not be negative, got nan"),
         ({"drift_bound": -1.0}, r"drift_bound must not be negative, got -1\.0"),
+        ({"level": "row"}, "level must be 'token' or 'sequence', got 'row'"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, message):
