@@ -86,7 +86,7 @@ RUNS = {
     "GRPO, KL": (partial(grpo, optimizer=ADAM, beta=0.1), partial(PrefixCache, 1.5, control_fraction=0.25)),
     "adaptive lenience": (
         partial(grpo, optimizer=ADAM),
-        lambda: PrefixCache(adaptive_lenience=AdaptiveLenience(target=10.0, min_fraction=1)),
+        lambda: PrefixCache(adaptive_lenience=AdaptiveLenience(target=10.0, high=1e6, min_fraction=1)),
     ),
     "fewer groups": (
         partial(grpo, optimizer=ADAM),
