@@ -148,9 +148,9 @@ def test_tokens_without_probability_or_without_a_logprob_leave_the_kl_finite(cac
 
 
 def test_the_kl_is_that_of_the_policies_wherever_drafts_are_left(cached):
-    """Of the tokens that were kept it would be 0.01 here. Scoring stops behind the first rejection, as with blocks of one token."""
+    """0.83 nats; of the tokens that were kept it would be 0.36. Scoring stops behind the first rejection, as with blocks of one token."""
     generator = torch.Generator().manual_seed(0)
-    then, now = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.2, 0.6])
+    then, now = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.05, 0.475, 0.475])
     drafts, lengths, scores = [], [], []
     for _ in range(2000):
         ids = torch.multinomial(then, 8, replacement=True, generator=generator)
@@ -160,7 +160,8 @@ def test_the_kl_is_that_of_the_policies_wherever_drafts_are_left(cached):
         drafts.append(cached(token_ids=ids.tolist(), draft_logprobs=then[ids].log().numpy()))
         lengths.append(length)
     found = ReuseStatistics.of_group(1, drafts, lengths, lengths, scores, [None] * 2000)
-    assert found.kl == pytest.approx(float((then * (then / now).log()).sum()), rel=0.05)
+    assert found.kl == pytest.approx(0.83, rel=0.05)
+    assert float((then * (then / now).log()).sum()) == pytest.approx(0.83, abs=0.001)
 
 
 def expected_cost(block, rate, overhead):
