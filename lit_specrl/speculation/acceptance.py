@@ -71,7 +71,7 @@ class RatioAcceptance:
     is the product of the first n ratios. No prefix is kept more than `lenience` times as often as the policy says it, however
     long it is; and at the same lenience more is kept than by token (for a lenience up to 1), because small changes of many tokens, such as those of
     rounding, cancel out. The token after n is tested as by token, with what the tokens before have left of the lenience, `lenience * q_n / min(1, lenience *
-    q_1, ..., lenience * q_n)`; with a lenience of 1 or more, `emitted` differs from `target` by no more than the draft does (total variation), either way.
+    q_1, ..., lenience * q_n)`; with a lenience of 1 or more and no `drift_bound`, `emitted` differs from `target` by no more than the draft does (total variation), either way.
 
     All this takes the draft as independent of the policy, but the policy was trained on it: judge a policy by fresh
     rollouts.
@@ -85,9 +85,9 @@ class RatioAcceptance:
     Args:
         lenience: factor on the ratio; 1 is the plain ratio test, 0 keeps nothing, infinity everything. At both ends
             `NoReuse` and `FullReuse` do the same without running the policy.
-        level: what the ratio is of: each "token", or the "sequence" up to it.
         drift_bound: a token is also rejected when it has lost more than this many nats since it was generated; `None`
             for no bound.
+        level: what the ratio is of: each "token", or the "sequence" up to it.
 
     Raises:
         ValueError: `lenience` or `drift_bound` is negative or NaN, or `level` unknown.

@@ -84,9 +84,9 @@ def late(optimizer):
 def run(model_folder, engine, tmp_path_factory):
     """Four epochs, two of them with a policy that stands still and two with one that learns a little."""
 
-    def run(verifier, algorithm=grpo, lenience=1.0, acceptance="ratio"):
+    def run(verifier, algorithm=grpo, lenience=1.0, acceptance="ratio", block_length=None):
         module = algorithm(model_folder, optimizer=partial(torch.optim.SGD, lr=0.05), lr_scheduler=late)
-        cache = PrefixCache(lenience, acceptance, verifier=verifier, block_length=4)
+        cache = PrefixCache(lenience, acceptance, verifier=verifier, block_length=block_length)
         drafts, folder = Drafts(cache), tmp_path_factory.mktemp("run")
         trace = fit(module, questions(folder), cache, drafts, SpeculativeRollout(engine), max_epochs=4)
         trace.drafts, trace.num_rows, trace.num_scored = drafts.pairs, engine.num_rows, engine.num_scored
@@ -119,7 +119,7 @@ def test_both_verifiers_give_the_same_tokens(traces):
 
 def test_both_verifiers_judge_sequences_alike(run):
     """In blocks of four tokens, over which the ratios go on."""
-    by_policy, by_engine = (run(verifier, acceptance="sequence") for verifier in ("policy", "engine"))
+    by_policy, by_engine = (run(verifier, acceptance="sequence", block_length=4) for verifier in ("policy", "engine"))
     assert by_engine.tokens == by_policy.tokens
     assert any(0 < fraction < 1 for fraction in by_policy.of_cache("reuse_fraction"))
 

@@ -260,7 +260,7 @@ def test_what_is_emitted_is_no_farther_from_the_policy_than_the_draft(lenience):
 
 
 def test_changes_that_cancel_out_cost_nothing():
-    """Rounding moves every token a little. By token one in a dozen of 100 is then sure to be rejected, by sequence hardly one."""
+    """As rounding moves every token a little: by token most drafts of 100 are cut, by sequence most are kept whole."""
     noise = 0.05 * torch.randn(1000, 100, generator=torch.Generator().manual_seed(0))
     draft, mask = torch.full((1000, 100), -1.0), torch.ones(1000, 100, dtype=torch.bool)
     uniforms = torch.rand(1000, 100, generator=torch.Generator().manual_seed(1))
