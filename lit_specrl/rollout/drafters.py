@@ -93,8 +93,8 @@ class NGramDrafter(Drafter):
 class HistoryDrafter(Drafter):
     """Proposes what the prompt's earlier responses said after the same words; see `TextHistory`.
 
-    A row first reads on in its own last response (behind the verified prefix, where there is a `PrefixCache`), after a rejection in
-    whichever response of its group agrees longest with what it has said since.
+    A row first reads on in its own last response (behind the verified prefix, where there is a `PrefixCache`), after a rejection where
+    a response of its group agrees best with its last 16 tokens; a few of these may differ.
 
     Args:
         num_speculative_tokens: longest draft.

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+Place = tuple[int, int]
+"""A text of a history, and how many of its tokens were read."""
+
 _MATCHED = 2  # tokens that must agree before a text is followed
-_LONGEST_MATCH = 16  # tokens that are compared to tell better from worse
+_COMPARED = 16  # tokens before a place that tell better from worse
+_WEIGHTS = 0.7 ** np.arange(_COMPARED)  # of these, the last first
+_GAP = -1  # what stands before and behind a text; agrees with nothing
 
 
 class TextHistory:
@@ -27,44 +34,51 @@ class TextHistory:
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self.texts = [list(text) for text in texts]
-        self._places: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+        tokens, self._starts = [_GAP] * _COMPARED, []
+        self._places: dict[tuple[int, ...], list[Place]] = defaultdict(list)
         for number, text in enumerate(self.texts):
+            self._starts.append(len(tokens))
+            tokens += [*text, *[_GAP] * _COMPARED]
             for end in range(_MATCHED, len(text)):
                 self._places[tuple(text[end - _MATCHED : end])].append((number, end))
+        self._tokens = np.array(tokens)
 
-    def find(self, response: Sequence[int], own_text: int | None) -> tuple[int, int] | None:
-        """Where to go on reading: (text, position) behind the longest match of the response's end, or `None`.
+    def find(self, response: Sequence[int], own_text: int | None, guesses: Iterable[Place] = ()) -> Place | None:
+        """Where to go on reading: the place before which the texts agree best with the response's end, or `None`.
 
-        Among equally long matches the row's own text comes first, then the place nearest to the response's length.
+        Candidates are the places behind the response's last two tokens, and the guesses. They may differ from the response in a word here and there: each
+        of the last 16 tokens that agrees counts, the last most, and each one further back 0.7 times as much. Among equals the row's own text
+        comes first, then the place nearest to the response's length.
         """
-        tail = [int(token) for token in response[-_LONGEST_MATCH:]]
-        places = self._places.get(tuple(tail[-_MATCHED:]), [])
-        if len(tail) < _MATCHED or not places:
+        tail = [int(token) for token in response[-_COMPARED:]]
+        places = self._places.get(tuple(tail[-_MATCHED:]), []) + [place for place in guesses if self.is_readable(place)]
+        if not places:
             return None
-        return max(
-            places,
-            key=lambda place: (
-                self._match_length(tail, place),
-                place[0] == own_text,
-                -abs(place[1] - len(response)),
-            ),
+        ends = np.array([self._starts[text] + position for text, position in places])
+        before = self._tokens[ends[:, None] - np.arange(1, len(tail) + 1)]  # [places, tail], the last first
+        agreement = np.where(before == tail[::-1], _WEIGHTS[: len(tail)], 0.0).sum(-1)
+        best = max(
+            range(len(places)),
+            key=lambda at: (agreement[at], places[at][0] == own_text, -abs(places[at][1] - len(response))),
         )
+        return places[best]
 
-    def _match_length(self, tail: list[int], place: tuple[int, int]) -> int:
-        text, end = self.texts[place[0]], place[1]
-        longest = min(end, len(tail))
-        for length in range(_MATCHED, longest):
-            if text[end - 1 - length] != tail[-1 - length]:
-                return length
-        return longest
+    def read(self, place: Place, length: int) -> list[int]:
+        """Up to so many tokens from a place on."""
+        text, position = place
+        return self.texts[text][position : position + length]
+
+    def is_readable(self, place: Place) -> bool:
+        """Whether its text goes on there."""
+        return place[1] < len(self.texts[place[0]])
 
 
 @dataclass
 class Follower:
     """Reads on in a history beside a growing response.
 
-    First in the row's own text; where the response has gone another way, behind the longest match in any text; where there is none, in the own
-    text as if one word had been replaced by another.
+    First in the row's own text; where the response has gone another way, at the place that agrees best with it. That may be where it was, as if one word had been
+    replaced by another.
     """
 
     history: TextHistory
@@ -79,18 +93,13 @@ class Follower:
         """Up to `length` tokens that may follow the response (a list or array), which has only grown since the last call."""
         new = [int(token) for token in response[self._seen :]]
         self._seen = len(response)
+        guesses = [] if self.own_text is None else [(self.own_text, len(response))]
         if self._place is not None:
             text, position = self._place
-            if self.history.texts[text][position : position + len(new)] == new:
-                self._place = text, position + len(new)
-            else:
-                self._place = None
-        if self._place is None:
-            self._place = self.history.find(response, self.own_text)
-        place = self._place
-        if place is None:  # a word was replaced, perhaps: as if the rest went on
-            place = None if self.own_text is None else (self.own_text, len(response))
-        if place is None:
-            return []
-        text, position = place
-        return self.history.texts[text][position : position + length]
+            goes_on = self.history.texts[text][position : position + len(new)] == new
+            self._place = text, position + len(new)
+            if goes_on and self.history.is_readable(self._place):
+                return self.history.read(self._place, length)
+            guesses.append(self._place)
+        self._place = self.history.find(response, self.own_text, guesses)
+        return [] if self._place is None else self.history.read(self._place, length)

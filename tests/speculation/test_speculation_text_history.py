@@ -38,6 +38,41 @@ def test_among_equal_matches_the_own_text_comes_first_then_the_nearest_place(his
     assert repeated.find([9, 9, 9, 5, 6], own_text=None) == (0, 5)
 
 
+def test_one_replaced_word_does_not_lead_away():
+    """The last two tokens stand elsewhere, too, but what is before them does not."""
+    own = [10, 11, 12, 13, 14, 15, 16, 17, 18, 19]
+    other = [30, 31, 32, 33, 34, 14, 99, 35, 36, 37]
+    follower = Follower(TextHistory([own, other]), own_text=0)
+    follower.propose([10, 11, 12, 13, 14], 3)
+    assert follower.propose([10, 11, 12, 13, 14, 99], 3) == [16, 17, 18]
+    assert follower.propose([10, 11, 12, 13, 14, 99, 16], 3) == [17, 18, 19]
+    assert follower.propose([10, 11, 12, 13, 14, 99, 16, 35], 2) == [18, 19]
+
+
+def test_the_agreement_of_the_last_sixteen_tokens_decides_each_less_the_further_back_it_is():
+    response = list(range(100, 116))
+    for replaced in range(14):  # the last two are what is looked up
+        near, far = list(response), list(response)
+        near[14 - 1 - replaced] = 0
+        far[max(0, 14 - 2 - replaced)] = 1
+        history = TextHistory([[*near, 7], [*far, 8]])
+        assert history.find(response, own_text=0) == ((1, 16) if replaced < 13 else (0, 16))
+
+
+def test_texts_do_not_run_into_each_other():
+    """What stands before a text, or behind it, agrees with nothing and is never read."""
+    history = TextHistory([[1, 2], [3, 4, 5]])
+    assert history.find([1, 2, 3, 4], own_text=None) == (1, 2)
+    assert history.find([1, 2], own_text=0, guesses=[(0, 2), (1, 9)]) is None
+    assert Follower(history, own_text=0).propose([1, 2, 3], 4) == []
+
+
+def test_a_replacement_at_the_end_of_the_text_ends_the_reading(history):
+    follower = Follower(history, own_text=1)
+    follower.propose([7, 2, 3, 8], 2)
+    assert follower.propose([7, 2, 3, 8, 1], 2) == []
+
+
 def test_after_a_rejection_it_goes_on_where_the_texts_agree_again(history):
     follower = Follower(history, own_text=0)
     follower.propose([1, 2, 3], 2)
