@@ -49,6 +49,12 @@ def test_one_replaced_word_does_not_lead_away():
     assert follower.propose([10, 11, 12, 13, 14, 99, 16, 35], 2) == [18, 19]
 
 
+def test_a_word_may_be_replaced_in_any_text_that_is_followed():
+    follower = Follower(TextHistory([[30, 31, 32, 33, 34], [5, 30, 31, 32, 40, 41]]), own_text=None)
+    assert follower.propose([5, 30, 31, 32], 2) == [40, 41]
+    assert follower.propose([5, 30, 31, 32, 99], 2) == [41]
+
+
 def test_the_agreement_of_the_last_sixteen_tokens_decides_each_less_the_further_back_it_is():
     response = list(range(100, 116))
     for replaced in range(14):  # the last two are what is looked up
@@ -61,10 +67,15 @@ def test_the_agreement_of_the_last_sixteen_tokens_decides_each_less_the_further_
 
 def test_texts_do_not_run_into_each_other():
     """What stands before a text, or behind it, agrees with nothing and is never read."""
+    assert TextHistory([[9, 7, 8], [1, 2, 5], [8, 1, 2, 6]]).find([7, 8, 1, 2], own_text=None) == (2, 3)
     history = TextHistory([[1, 2], [3, 4, 5]])
-    assert history.find([1, 2, 3, 4], own_text=None) == (1, 2)
     assert history.find([1, 2], own_text=0, guesses=[(0, 2), (1, 9)]) is None
     assert Follower(history, own_text=0).propose([1, 2, 3], 4) == []
+
+
+def test_where_the_own_text_ends_another_one_may_go_on():
+    follower = Follower(TextHistory([[1, 2, 3], [9, 1, 2, 3, 4]]), own_text=0)
+    assert follower.propose([1, 2, 3], 2) == [4]
 
 
 def test_a_replacement_at_the_end_of_the_text_ends_the_reading(history):
