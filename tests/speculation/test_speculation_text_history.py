@@ -73,6 +73,14 @@ def test_texts_do_not_run_into_each_other():
     assert Follower(history, own_text=0).propose([1, 2, 3], 4) == []
 
 
+def test_a_text_is_followed_as_long_as_it_is_right():
+    """The other one agrees in the first word, too, but nothing is looked for before the own text is wrong."""
+    follower = Follower(TextHistory([[1, 2, 3, 4, 5], [0, 2, 3, 4, 9]]), own_text=0)
+    follower.propose([], 2)
+    assert follower.propose([0], 2) == [2, 3]
+    assert follower.propose([0, 2, 3], 2) == [4, 5]
+
+
 def test_where_the_own_text_ends_another_one_may_go_on():
     follower = Follower(TextHistory([[1, 2, 3], [9, 1, 2, 3, 4]]), own_text=0)
     assert follower.propose([1, 2, 3], 2) == [4]
