@@ -4,10 +4,12 @@
 #           make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # MODEL     folder of the quickstart's model; converted once from a wheel.
 # SEED      seed of the quickstart.
+# WORKERS   processes that tests run in, each a core and up to 6 GB; 0 for none beside pytest's own.
 PYTHON ?= python3.11
 VENV ?= .venv
 MODEL ?= $(HOME)/.cache/lit_specrl/SmolLM2-135M-Instruct
 SEED ?= 0
+WORKERS ?= 2
 PIP_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -35,7 +37,7 @@ quickstart: $(INSTALLED) $(MODEL)/config.json
 		--model.init_args.seed $(SEED) --data.init_args.seed $(SEED)
 
 test: $(INSTALLED) $(MODEL)/config.json
-	LIT_SPECRL_MODEL=$(MODEL) $(BIN)/python -m pytest
+	LIT_SPECRL_MODEL=$(MODEL) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

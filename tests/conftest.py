@@ -4,13 +4,14 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; more threads only wait for each other, also in child processes
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-torch.set_num_threads(1)  # tiny models; more threads only wait for each other
+torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
