@@ -4,7 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; more threads only wait for each other, also in child processes
+# tiny models; more threads only wait for each other, also in child processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
