@@ -4,7 +4,7 @@
 #           make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # MODEL     folder of the quickstart's model; converted once from a wheel.
 # SEED      seed of the quickstart.
-# WORKERS   processes that tests run in, at once; 0 for none beside pytest's own. Two take 14 minutes on two cores, instead of 22.
+# WORKERS   processes that tests run in at once, a file at a time and in order, because the longest files have few tests; 0 for pytest's own alone.
 PYTHON ?= python3.11
 VENV ?= .venv
 MODEL ?= $(HOME)/.cache/lit_specrl/SmolLM2-135M-Instruct

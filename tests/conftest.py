@@ -1,5 +1,6 @@
 """Tiny models built in memory, with a tokenizer of their own, saved as folders that every engine loads."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -41,7 +42,8 @@ def _freed_memory_goes_back():
     """Training on a CPU makes the process keep what it frees; each worker would hold the peak of all its files."""
     yield
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with contextlib.suppress(OSError, AttributeError):  # not on glibc, where nothing is kept either
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
