@@ -1,11 +1,12 @@
-"""Memory that stays with the process."""
+"""Freed memory on a CPU: kept with the process, or given back."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
+_MAPPINGS = 2**16  # glibc's own M_MMAP_MAX
 
 
 def keep_freed_memory(grow_bytes: int = 2**28) -> bool:
@@ -21,10 +22,36 @@ def keep_freed_memory(grow_bytes: int = 2**28) -> bool:
     Returns:
         Whether the allocator took the settings; False on systems without glibc.
     """
+    if (glibc := _glibc()) is None:
+        return False
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: grow_bytes}
+    return all([glibc.mallopt(name, value) for name, value in settings.items()])
+
+
+def give_back_freed_memory(mapped_bytes: int = 2**20) -> bool:
+    """Tell glibc to hand what it keeps to the system, and from now on every large tensor when it is freed.
+
+    The opposite of `keep_freed_memory`, and slower. Memory that the system counts is then memory in use, and can be measured.
+
+    Args:
+        mapped_bytes: size from which a tensor is a mapping of its own, which ends with it.
+
+    Returns:
+        Whether the allocator took the settings; False on systems without glibc.
+    """
+    if (glibc := _glibc()) is None:
+        return False
+    settings = {_M_MMAP_MAX: _MAPPINGS, _M_MMAP_THRESHOLD: mapped_bytes}
+    taken = all([glibc.mallopt(name, value) for name, value in settings.items()])
+    glibc.malloc_trim(0)  # tells whether there was something to hand back
+    return taken
+
+
+def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_TOP_PAD, grow_bytes)])
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

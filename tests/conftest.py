@@ -1,7 +1,5 @@
 """Tiny models built in memory, with a tokenizer of their own, saved as folders that every engine loads."""
 
-import contextlib
-import ctypes
 import gc
 import os
 
@@ -14,6 +12,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+
+from lit_specrl.allocator import give_back_freed_memory
 
 torch.set_num_threads(1)
 
@@ -42,8 +42,7 @@ def _freed_memory_goes_back():
     """Training on a CPU makes the process keep what it frees; each worker would hold the peak of all its files."""
     yield
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not on glibc, where nothing is kept either
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back_freed_memory()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_specrl import allocator
+from lit_specrl.bench.memory import PeakMemory
 from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device, spread
 from lit_specrl.logprobs import token_logprobs
 
@@ -58,8 +59,7 @@ def bench_logprobs(
 
     A pass is forward (log-probs and entropies), backward and the addition to existing gradients. Each version has a process
     of its own, where inputs and gradients are in place before anything is measured. Peak extra memory is that of the
-    first pass: on a CPU the high-water mark of resident memory (VmHWM, reset before the pass) less the resident memory before it, which
-    counts buffers of the matrix library too; on a GPU the most that torch's allocator handed out, less what it had handed out before.
+    first pass (`PeakMemory`): of the process on a CPU, of torch's allocator on a GPU.
     Seconds are those of the passes after it, chunked and plain in turn. If the plain version does not fit the free memory, it
     is not run, and the report says so.
 
@@ -267,21 +267,17 @@ def _timed_pass(implementation: Implementation, problem: Problem) -> float:
 
 def _extra_memory_of_first_pass(implementation: Implementation, problem: Problem) -> int:
     """Bytes at the peak beyond what was there before."""
+    if problem.device == "cpu":
+        allocator.give_back_freed_memory()
     _timed_pass(implementation, replace(problem, vocab_size=64, num_tokens=8))  # code and thread stacks are loaded here
     problem.inputs()
-    if problem.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _timed_pass(implementation, problem)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
-    before = _process_bytes("VmRSS")
+    memory = PeakMemory(problem.device)
     _timed_pass(implementation, problem)
-    peak = _process_bytes("VmHWM")
+    extra = memory.beyond_start()
     if problem.keep_freed_memory:
         allocator.keep_freed_memory()
         _timed_pass(implementation, problem)  # touches the memory that the timed passes use again
-    return peak - before
+    return extra
 
 
 def _gradients(problem: Problem) -> dict[str, Any]:
@@ -289,12 +285,6 @@ def _gradients(problem: Problem) -> dict[str, Any]:
     inputs = problem.inputs()
     gradients = {"hidden": inputs.hidden.grad, "head": inputs.head.grad}
     return {name: gradient.float().cpu().numpy() for name, gradient in gradients.items() if gradient is not None}
-
-
-def _process_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [kib] = [int(line.split()[1]) for line in lines if line.startswith(field)]
-    return kib * 1024
 
 
 def _synchronize(device: str) -> None:
