@@ -19,10 +19,13 @@ for turn in range(2):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is told by Linux")
-@pytest.mark.parametrize(
-    ("setting", "again"), [("give_back_freed_memory", 160), ("keep_freed_memory", 0)], ids=["given back", "kept"]
-)
-def test_memory_that_is_taken_again_is_seen_where_it_was_given_back(setting, again):
+@pytest.mark.parametrize("setting", ["give_back_freed_memory", "keep_freed_memory"])
+def test_memory_that_is_taken_again_is_seen_where_it_was_given_back(setting):
     program = [sys.executable, "-c", PROGRAM, setting]
     output = subprocess.run(program, capture_output=True, text=True, check=True, timeout=100).stdout
-    assert [float(line) for line in output.split()] == pytest.approx([160, again], abs=8)
+    first, again = (float(line) for line in output.split())
+    assert first == pytest.approx(160, abs=8)
+    if setting == "give_back_freed_memory":
+        assert again == pytest.approx(160, abs=8)
+    else:
+        assert again < 80  # new pages only where the pieces do not fit
