@@ -26,13 +26,13 @@ def bench_weight_sync(
 ) -> Report:
     """Time the hand-over of weights to the engine, and measure the memory that it takes beyond what both hold (`PeakMemory`).
 
-    The policy's weights are float32, in this process like the engine. They go over one tensor after the other. Memory is measured first, in as many
-    hand-overs as are timed then, with freed memory kept on a CPU as in training. The first of all is told apart: it touches the engine's memory for the first time.
+    The policy's weights are float32, in this process like the engine. They go over one tensor after the other. Memory is measured first; the first hand-over
+    is told apart, because it touches the engine's memory for the first time. Others are timed after that, on a CPU with freed memory kept, as in training.
 
     Args:
         model: hub name or local folder, in the transformers format.
         dtype: of the engine's weights.
-        repeats: hand-overs that are timed, and that are measured.
+        repeats: hand-overs whose memory is measured after the first, and as many that are timed.
         lora_rank: of adapters of all linear layers; 0 for a policy that is trained whole.
         merge_adapters: as of `VLLMEngine`.
         device: where policy and engine are; "auto" takes a GPU if there is one.

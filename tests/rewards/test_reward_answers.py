@@ -81,4 +81,4 @@ def test_a_huge_text_that_never_closes_takes_linear_time(piece):
     started_at = time.perf_counter()
     for answer_format in ("auto", "boxed", "hash", "number"):
         extract_answer(text, answer_format)
-    assert time.perf_counter() - started_at < 20
+    assert time.perf_counter() - started_at < 2.0

@@ -71,7 +71,7 @@ def test_a_hung_pair_delays_the_others_by_nothing_beyond_its_own_deadline(pool):
     started_at = time.monotonic()
     verdicts = pool.check([("1", HANG)] + [("1", "2-1")] * 50)
     assert verdicts == ["timeout"] + ["right"] * 50
-    assert 0.9 < time.monotonic() - started_at < 20  # one deadline of a second; 51 in turn would be 51
+    assert 0.9 < time.monotonic() - started_at < 4.0
     assert [is_running(process_id) for process_id in before].count(True) == 1
 
 
