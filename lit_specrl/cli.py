@@ -20,6 +20,7 @@ import lit_specrl.rollout  # noqa: E402, F401
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
 from lit_specrl.data import PromptDataModule  # noqa: E402
 from lit_specrl.module import RLVRModule  # noqa: E402
+from lit_specrl.precision import Trainer  # noqa: E402
 
 _MISLEADING_WARNINGS = [
     r".*isinstance.treespec, LeafSpec",  # Lightning 2.6 with torch 2.13, about its own code
@@ -64,6 +65,7 @@ def run(arguments: list[str] | None = None) -> LitSpecRLCLI:
     return LitSpecRLCLI(
         RLVRModule,
         PromptDataModule,
+        trainer_class=Trainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,

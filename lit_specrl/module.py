@@ -43,6 +43,7 @@ from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatis
 from lit_specrl.micro_batches import MicroBatch
 from lit_specrl.objective import Objective
 from lit_specrl.policy import Policy, TokenStatistics
+from lit_specrl.precision import warn_if_slow
 from lit_specrl.ranks import average_gradients, gather_objects, gather_rows, max_over_ranks, num_ranks, sum_over_ranks
 from lit_specrl.rewards import Reward
 from lit_specrl.scoring_module import ScoringModule
@@ -266,6 +267,12 @@ class RLVRModule(ScoringModule):
             raise MisconfigurationException(
                 "precision='16-mixed' scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' or '32-true'"
             )
+        is_bfloat16 = str(self.trainer.precision).startswith("bf16") or self.model_options["dtype"] == "bfloat16"
+        warn_if_slow(
+            f"precision={self.trainer.precision!r} with dtype={self.model_options['dtype']!r}",
+            "bfloat16" if is_bfloat16 else "float32",
+            self.trainer.strategy.root_device,
+        )
         batch_size = getattr(self._datamodule, "batch_size", None)
         if stage == "fit" and batch_size is not None and batch_size // self.trainer.world_size % self.num_minibatches:
             raise MisconfigurationException(

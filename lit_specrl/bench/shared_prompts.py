@@ -18,6 +18,7 @@ from lit_specrl.bench.report import Report, check_at_least_one, describe_hardwar
 from lit_specrl.masking import masked_sum, pad_left, pad_right
 from lit_specrl.micro_batches import MicroBatch, plan_micro_batches
 from lit_specrl.policy import Policy
+from lit_specrl.precision import auto_precision
 from lit_specrl.types import Experience
 
 _RESPONSE_SPREAD = 0.3  # responses are this fraction shorter or longer than asked for, uniformly
@@ -29,7 +30,7 @@ def bench_shared_prompts(
     prompts: int = 8,
     num_generations: int = 8,
     budgets: str = "2048,4096,8192",
-    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
+    precision: Literal["auto", "bf16-mixed", "32-true"] = "auto",
     repeats: int = 3,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Report:
@@ -49,7 +50,7 @@ def bench_shared_prompts(
         prompts: prompts of the step.
         num_generations: rows for each prompt.
         budgets: tokens of a micro-batch, padding included, separated by commas.
-        precision: as for the trainer.
+        precision: as for the trainer; "auto" is what the device computes fast in.
         repeats: timed passes for each budget and way.
         device: where to compute; "auto" takes a GPU if there is one.
     """
@@ -60,6 +61,8 @@ def bench_shared_prompts(
         keep_freed_memory()
     policy = Policy.build(model).to(device)
     _check_positions(policy, length_pairs)
+    if precision == "auto":
+        precision = auto_precision(device)
     plugin = MixedPrecision(precision, device) if precision == "bf16-mixed" else Precision()
     measured, compared = [], []
     for prompt_length, response_length in length_pairs:

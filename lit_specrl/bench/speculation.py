@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device
 from lit_specrl.data import ArithmeticSource
 from lit_specrl.policy import Policy
+from lit_specrl.precision import fast_dtype
 from lit_specrl.rollout import Drafter, DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter, VLLMEngine
 from lit_specrl.rollout.engine import SpeculationControl
 from lit_specrl.speculation import DecodeStep, LengthSchedule
@@ -37,7 +38,7 @@ def bench_speculation(
     rows: int = 32,
     tokens: int = 128,
     num_speculative_tokens: int = 3,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     repeats: int = 3,
     device: str = "auto",
 ) -> Report:
@@ -54,7 +55,7 @@ def bench_speculation(
         rows: responses that the drain begins with.
         tokens: length of the longest response.
         num_speculative_tokens: most tokens that are drafted at once.
-        dtype: of the engine.
+        dtype: of the engine; "auto" is what the device computes fast in.
         repeats: runs with each setting.
         device: auto, cpu or cuda.
     """
@@ -62,6 +63,8 @@ def bench_speculation(
     if (drafter in ("model", "eagle3")) != (draft_model is not None):
         raise ValueError("--draft_model belongs to --drafter model and eagle3, and is needed there")
     device = resolve_device(device)
+    if dtype == "auto":
+        dtype = fast_dtype(torch.device(device)).name
     lengths = sorted({0, 1, num_speculative_tokens})
     times: Times = defaultdict(list)
     with _plain_engine(model, rows, tokens, dtype, device) as plain:

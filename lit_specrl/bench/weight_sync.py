@@ -11,6 +11,7 @@ from lit_specrl.allocator import give_back_freed_memory, keep_freed_memory
 from lit_specrl.bench.memory import PeakMemory
 from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device, spread
 from lit_specrl.policy import Policy
+from lit_specrl.precision import fast_dtype
 from lit_specrl.rollout import VLLMEngine
 
 _MIB = 2**20
@@ -18,7 +19,7 @@ _MIB = 2**20
 
 def bench_weight_sync(
     model: str,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     repeats: int = 5,
     lora_rank: int = 0,
     merge_adapters: bool = True,
@@ -31,7 +32,7 @@ def bench_weight_sync(
 
     Args:
         model: hub name or local folder, in the transformers format.
-        dtype: of the engine's weights.
+        dtype: of the engine's weights; "auto" is what the device computes fast in.
         repeats: hand-overs whose memory is measured after the first, and as many that are timed.
         lora_rank: of adapters of all linear layers; 0 for a policy that is trained whole.
         merge_adapters: as of `VLLMEngine`.
@@ -39,6 +40,8 @@ def bench_weight_sync(
     """
     check_at_least_one(repeats=repeats)
     device = resolve_device(device)  # type: ignore[assignment]
+    if dtype == "auto":
+        dtype = fast_dtype(torch.device(device)).name
     if device == "cpu":
         give_back_freed_memory()
     lora = {"r": lora_rank, "target_modules": "all-linear"} if lora_rank else None

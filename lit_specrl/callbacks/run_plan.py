@@ -21,6 +21,7 @@ from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.critic import SeparateCritic
 from lit_specrl.memory_plan import ModelSize, device_memory, model_size, training_memory
 from lit_specrl.policy import check_model_exists
+from lit_specrl.precision import fast_dtype
 from lit_specrl.rollout import TransformersEngine, VLLMEngine
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class RunPlan(RolloutCallback):
             **_arithmetic(trainer, module),
             "memory of a rank": _memory(memory),
             "engine": _engine(trainer),
-            "ranks": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {type(trainer.strategy).__name__}, {trainer.precision}",
+            "ranks": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {type(trainer.strategy).__name__}",
+            "precision": f"{trainer.precision} ({fast_dtype(trainer.strategy.root_device).reason})",
             "on": ", ".join(kind.__name__ for kind in _FEATURES if _has(trainer, kind)) or "-",
             "off": ", ".join(kind.__name__ for kind in _FEATURES if not _has(trainer, kind)) or "-",
             "versions": _versions(),
@@ -146,15 +148,16 @@ def _gib(num_bytes: float) -> str:
 
 
 def _engine(trainer: L.Trainer) -> str:
+    device = trainer.strategy.root_device
     owner = _find(trainer, SpeculativeRollout)
     if not isinstance(owner, SpeculativeRollout):
-        return TransformersEngine().describe()  # what the module takes where it was given none
+        return TransformersEngine().describe(device)  # what the module takes where it was given none
     drafter = (
         ""
         if owner.drafter is None
         else f", up to {owner.drafter.num_speculative_tokens} tokens by {type(owner.drafter).__name__}"
     )
-    return f"{owner.engine.describe()}{drafter}"
+    return f"{owner.engine.describe(device)}{drafter}"
 
 
 def _versions() -> str:

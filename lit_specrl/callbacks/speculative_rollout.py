@@ -63,7 +63,7 @@ class SpeculativeRollout(RolloutCallback):
             self.drafter.check(AutoConfig.from_pretrained(module.model_name))
         module.engine, self.engine.drafter = self.engine, self.drafter
         if isinstance(self.engine, VLLMEngine):
-            self.engine.check_run(trainer.world_size, module.max_length)
+            self.engine.check_run(trainer.world_size, module.max_length, trainer.strategy.root_device)
             check_version()
 
     def _check_drafter(self, trainer: L.Trainer, drafter: Drafter) -> None:

@@ -177,8 +177,8 @@ class RolloutEngine(ABC):
     def shutdown(self) -> None:
         """Free everything; the engine can be started again."""
 
-    def describe(self) -> str:
-        """Name, version and settings in one line, for the start of a run."""
+    def describe(self, device: torch.device) -> str:
+        """Name, version and settings in one line, for the start of a run on a device."""
         return type(self).__name__
 
     def _check_version(self, request: RolloutRequest) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_specrl.lora import adapter_ranks, named_adapters
 from lit_specrl.policy import Policy
+from lit_specrl.precision import fast_dtype, warn_if_slow
 from lit_specrl.rollout import vllm_adapter
 from lit_specrl.rollout.drafters import HistoryDrafter
 from lit_specrl.rollout.engine import Continuation, ProgressMeter, RolloutEngine
@@ -29,8 +30,8 @@ class VLLMEngine(RolloutEngine):
     """A colocated vLLM: same process, same device, weights handed over in memory.
 
     Args:
-        dtype: dtype of the engine's weights and cache. "bfloat16" is faster and takes half the memory; only "float32" gives
-            the tokens of a float32 policy.
+        dtype: dtype of the engine's weights and cache. "auto" is "bfloat16" where the device has instructions for it, which is
+            faster and takes half the memory, and "float32" elsewhere. Only "float32" gives the tokens of a float32 policy.
         gpu_memory_utilization: fraction of the GPU that the engine may hold; not used on a CPU.
         cpu_kv_cache_gib: size of the key-value cache on a CPU, in GiB.
         max_num_seqs: most responses decoded at once.
@@ -48,7 +49,7 @@ class VLLMEngine(RolloutEngine):
 
     def __init__(
         self,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         gpu_memory_utilization: float = 0.5,
         cpu_kv_cache_gib: float = 2,
         max_num_seqs: int = 256,
@@ -82,12 +83,17 @@ class VLLMEngine(RolloutEngine):
         self._adapter: Any = None  # what requests name, where adapters are not merged
         self._asleep = False
 
-    def check_run(self, num_ranks: int, max_length: int | None) -> None:
-        """Whether the engine fits a run, before anything is loaded.
+    def dtype_on(self, device: torch.device) -> str:
+        """The dtype of weights and cache on a device."""
+        return fast_dtype(device).name if self.dtype == "auto" else self.dtype
+
+    def check_run(self, num_ranks: int, max_length: int | None, device: torch.device) -> None:
+        """Whether the engine fits a run, before anything is loaded; warns of a dtype that the device emulates.
 
         Args:
             num_ranks: of the run.
             max_length: longest prompt plus response, in tokens, if it is known.
+            device: that generates.
 
         Raises:
             ValueError: the ranks cannot be divided among engines, or the longest rollouts do not fit.
@@ -102,12 +108,13 @@ class VLLMEngine(RolloutEngine):
                 f"max_model_len={self.max_model_len} is less than the run's prompts and responses of up to {max_length} tokens; raise it, or "
                 "leave it out"
             )
+        warn_if_slow(f"VLLMEngine(dtype={self.dtype!r})", self.dtype_on(device), device)
 
     def memory(self, num_parameters: int, device: torch.device) -> int:
         """Bytes that the engine will hold on a device while it generates; on a GPU what it was allotted, on a CPU weights and key-value cache."""
         if device.type == "cuda":
             return int(self.gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory)
-        weights = num_parameters * getattr(torch, self.dtype).itemsize // self.tensor_parallel_size
+        weights = num_parameters * getattr(torch, self.dtype_on(device)).itemsize // self.tensor_parallel_size
         return weights + int(max(1, self.cpu_kv_cache_gib) * 2**30)
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
@@ -117,7 +124,7 @@ class VLLMEngine(RolloutEngine):
         # vLLM samples a token after scoring; and where drafts might not fit behind the longest row, it drafts token 0 for all
         room = 1 if self.drafter is None else self.drafter.num_speculative_tokens + 2
         options: dict[str, Any] = {
-            "dtype": self.dtype,
+            "dtype": self.dtype_on(policy.device),
             "max_model_len": self.max_model_len or min(max_length + room, positions),
             "max_num_seqs": self.max_num_seqs,
             "async_scheduling": False,
@@ -297,10 +304,10 @@ class VLLMEngine(RolloutEngine):
         self.drafter_version = 0
         self._asleep = False
 
-    def describe(self) -> str:
+    def describe(self, device: torch.device) -> str:
         place = "in process" if self.tensor_parallel_size == 1 else f"over {self.tensor_parallel_size} ranks"
         adapters = "" if self.merge_adapters else ", adapters not merged"
-        return f"{vllm_adapter.check_version()}, {self.dtype}, {place}{adapters}"
+        return f"{vllm_adapter.check_version()}, {self.dtype_on(device)}, {place}{adapters}"
 
 
 def _histories(request: RolloutRequest) -> dict[int, Following]:
