@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lit_specrl.losses import value_loss
 from lit_specrl.metrics import CriticStatistics
 from lit_specrl.policy import Policy, disable_dropout, load_pretrained, shard_by_layer
-from lit_specrl.response_states import response_states
+from lit_specrl.response_states import keeps_cache_by_row, response_states
 from lit_specrl.types import Experience
 from lit_specrl.value_head import ValueHead
 
@@ -142,6 +142,7 @@ class SeparateCritic(Critic):
                 f"{policy.model.get_input_embeddings().num_embeddings}; use a model with the policy's tokenizer"
             )
         disable_dropout(self.backbone)
+        self.keeps_cache_by_row = keeps_cache_by_row(self.backbone)
         self.head = ValueHead(self.backbone.config.get_text_config().hidden_size)
 
     def trained_parameters(self, policy: Policy) -> Iterator[nn.Parameter]:
@@ -161,7 +162,13 @@ class SeparateCritic(Critic):
     ) -> Tensor:
         """Values before each response token, [N, R]; arguments as those of `Policy`."""
         states = response_states(
-            self.backbone, prompt_ids, prompt_mask, prompt_index, response_ids, response_mask, share_prompts
+            self.backbone,
+            prompt_ids,
+            prompt_mask,
+            prompt_index,
+            response_ids,
+            response_mask,
+            share_prompts and self.keeps_cache_by_row,
         )
         return self.head(states.last, response_mask)
 

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from lit_specrl.logprobs import token_logprobs
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config, merged_weight
+from lit_specrl.policy_check import check_logprobs
 from lit_specrl.ranks import compute_device, whole_tensor
-from lit_specrl.response_states import response_states
+from lit_specrl.response_states import keeps_cache_by_row, response_states
 from lit_specrl.teaching import TaughtRow, Teaching, teach
 from lit_specrl.value_head import ValueHead
 
@@ -42,6 +43,9 @@ class Policy(nn.Module):
     Args:
         model: a transformers causal language model.
 
+    Raises:
+        ValueError: the log-probs of a short input are not those of the model's own logits.
+
     Example::
 
         policy = Policy.build("HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -54,8 +58,10 @@ class Policy(nn.Module):
         self.model = model
         self.value_head: ValueHead | None = None
         """Set where a critic shares the trunk of the policy."""
-        self._reject_scaled_logits(model)
         disable_dropout(model)
+        check_logprobs(self)
+        self.keeps_cache_by_row = keeps_cache_by_row(cast(PreTrainedModel, model.base_model))
+        """False for models whose cache cannot be repeated or selected by row, such as those with linear attention."""
 
     @classmethod
     def build(
@@ -84,20 +90,6 @@ class Policy(nn.Module):
             add_adapters(model, adapters)
         return cls(model)
 
-    @staticmethod
-    def _reject_scaled_logits(model: PreTrainedModel) -> None:
-        config = model.config.get_text_config()
-        scaled = [
-            name
-            for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_soft_cap")
-            if getattr(config, name, None) not in (None, 0, 1, 1.0)
-        ]
-        if scaled:
-            raise ValueError(
-                f"{type(model).__name__} rescales its logits ({', '.join(scaled)}), which the chunked log-probs do not "
-                "apply; use a model of the Llama, Qwen, Mistral or SmolLM kind"
-            )
-
     @property
     def device(self) -> torch.device:
         """Where it computes, also where its weights wait on the host."""
@@ -112,8 +104,8 @@ class Policy(nn.Module):
 
     @property
     def can_share_prompts(self) -> bool:
-        """False where the prompt's keys and values cannot be kept for the responses (gradient checkpointing)."""
-        return not self.model.is_gradient_checkpointing
+        """False where the prompt's keys and values cannot be kept for the responses."""
+        return self.keeps_cache_by_row and not self.model.is_gradient_checkpointing
 
     def forward(
         self,
@@ -254,9 +246,9 @@ def load_pretrained(
         ValueError: the model can neither be found locally nor fetched.
     """
     config = check_model_exists(name_or_path)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if hasattr(config.get_text_config(), "attention_dropout"):
-        options["attention_dropout"] = 0.0
+        config.get_text_config().attention_dropout = 0.0
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": config}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:

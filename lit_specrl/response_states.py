@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_specrl.masking import pad_left, pad_right
+
 
 class ResponseStates(NamedTuple):
     """Hidden states of a forward pass; what stands on padding means nothing."""
@@ -47,6 +49,36 @@ def response_states(
     """
     states = _shared_states if share_prompts else _plain_states
     return states(backbone, prompt_ids, prompt_mask, prompt_index, response_ids, response_mask, layers)
+
+
+@torch.no_grad()
+def keeps_cache_by_row(backbone: PreTrainedModel) -> bool:
+    """Whether the cache of a prompt can be repeated for its responses, tried on a short input.
+
+    It cannot in transformers 5.19 where layers keep a state instead of keys and values (linear attention, convolutions, Mamba).
+
+    Args:
+        backbone: a transformers model without a head.
+    """
+    inputs = *pad_left([[5, 6], [4]]), torch.tensor([0, 1, 0]), *pad_right([[4, 6], [5, 6], [6, 5]])
+    prompt_ids, prompt_mask, prompt_index, response_ids, response_mask = (
+        tensor.to(next(backbone.parameters()).device) for tensor in inputs
+    )
+    was_training = backbone.training
+    backbone.eval()  # gradient checkpointing switches the cache off in training
+    try:
+        plain, shared = (
+            response_states(
+                backbone, prompt_ids, prompt_mask, prompt_index, response_ids, response_mask, share_prompts
+            ).last.float()
+            for share_prompts in (False, True)
+        )
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        backbone.train(was_training)
+    tolerance = 1e-3 if backbone.dtype in (torch.float32, torch.float64) else 0.2  # of the largest entry
+    return bool((plain - shared).abs().max() <= tolerance * plain.abs().max())
 
 
 def _plain_states(

@@ -86,7 +86,8 @@ class ScoringModule(RolloutModule):
             prompts: B prompts.
             prompt_index: [N] the prompt of each response.
             response_ids: [N] ragged, none empty.
-            survivors: asked after every block of a row's tokens whether the rest is wanted; `None` wants all. Sharded policies compute all.
+            survivors: asked after every block of a row's tokens whether the rest is wanted; `None` wants all. Sharded policies, and
+                those whose cache cannot be selected by row, compute all.
             block_length: tokens of a block.
 
         Returns:
@@ -98,7 +99,8 @@ class ScoringModule(RolloutModule):
         experience = padded_rows(
             prompts.prompt_ids, [0] if nothing else prompt_index, [[0]] if nothing else response_ids
         ).to(self.device)
-        if survivors is None or self.is_sharded:
+        assert self.policy is not None
+        if survivors is None or self.is_sharded or not self.policy.keeps_cache_by_row:
             logprobs = self.token_statistics(self.policy, experience, [] if nothing else None).logprobs
         else:
             logprobs = self._logprobs_in_blocks(experience, survivors, block_length)

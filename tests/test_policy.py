@@ -2,9 +2,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
     GPT2Config,
-    GraniteConfig,
     MistralConfig,
 )
 
@@ -137,27 +135,6 @@ def test_training_mode_is_deterministic_in_a_model_with_dropout():
     config = GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2, attn_pdrop=0.0, resid_pdrop=0.5, embd_pdrop=0.5)
     policy = Policy(AutoModelForCausalLM.from_config(config)).train()
     torch.testing.assert_close(policy(*padded()).logprobs, policy(*padded()).logprobs, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        (
-            Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16, final_logit_softcapping=30.0),
-            "final_logit_softcapping",
-        ),
-        (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling"),
-    ],
-    ids=["Gemma2", "Granite"],
-)
-def test_models_that_rescale_their_logits_are_refused(config, name):
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=rf"{type(model).__name__} rescales its logits \({name}\)"):
-        Policy(model)
-
-
-def test_a_scale_of_one_is_no_scale():
-    Policy(AutoModelForCausalLM.from_config(GraniteConfig(**SMALL, logits_scaling=1.0)))
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ class TransformersEngine(RolloutEngine):
             active &= ~ended
             if not active.any():
                 break
-            if active.float().mean() < _COMPACT_BELOW:
+            if self.policy.keeps_cache_by_row and active.float().mean() < _COMPACT_BELOW:
                 keep = active.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
                 slots, tokens, mask, positions = slots[keep], tokens[keep], mask[keep], positions[keep]
@@ -102,8 +102,9 @@ class TransformersEngine(RolloutEngine):
     def _prefill(self, request: RolloutRequest, rows: list[int]) -> tuple[Tensor, Any, Tensor]:
         """Logits of the first token to sample, keys and values of prompt and prefix, and which of them are real.
 
-        Each prompt is computed once for all of its rows, unless there are prefixes. Then every row is computed by itself: padding
-        between prompt and continuation would take up the window of models that attend to the last tokens only.
+        Each prompt is computed once for all of its rows, unless there are prefixes, or the model's cache cannot be repeated. Then every
+        row is computed by itself: padding between prompt and continuation would take up the window of models that attend to the last
+        tokens only.
         """
         assert self.policy is not None
         owners = [request.prompt_index(row) for row in rows]
@@ -111,7 +112,7 @@ class TransformersEngine(RolloutEngine):
             request.prompts.prompt_ids[owner] + request.prefix(row) for owner, row in zip(owners, rows, strict=True)
         ]
         spread = list(range(len(rows)))
-        if not any(request.prefix(row) for row in rows):
+        if self.policy.keeps_cache_by_row and not any(request.prefix(row) for row in rows):
             prompts = sorted(set(owners))
             beginnings = [request.prompts.prompt_ids[owner] for owner in prompts]
             spread = [prompts.index(owner) for owner in owners]
@@ -127,7 +128,8 @@ class TransformersEngine(RolloutEngine):
         )
         index = torch.tensor(spread, device=device)  # [n]
         cache = prefill.past_key_values
-        cache.batch_select_indices(index)
+        if spread != list(range(len(beginnings))):
+            cache.batch_select_indices(index)
         return prefill.logits[index, -1], cache, mask[index]
 
 
