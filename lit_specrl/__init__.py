@@ -26,6 +26,7 @@ _EXPORTS = {
     "DraftModel": "rollout",
     "Eagle3Drafter": "rollout",
     "FSDP2Strategy": "strategy",
+    "auto_precision": "precision",
     "AdaptiveScheduler": "callbacks",
     "CompletionWriter": "callbacks",
     "DrafterDistillation": "callbacks",

@@ -67,7 +67,7 @@ def test_the_programs_run_up_to_the_training(monkeypatch):
     for program in blocks("python"):
         exec(
             compile(
-                program.replace('precision="bf16-mixed",', 'precision="bf16-mixed", accelerator="cpu",'),
+                program.replace("precision=auto_precision(),", 'precision=auto_precision(), accelerator="cpu",'),
                 "README",
                 "exec",
             ),
