@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any
@@ -22,8 +21,7 @@ def fit_configuration(arguments: Sequence[str]) -> Configuration:
 
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python")
+        with redirect_stdout(printed):
             run(["fit", *arguments, "--print_config"])
     except SystemExit as end:
         if end.code:
