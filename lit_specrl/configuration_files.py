@@ -34,9 +34,9 @@ def sources(arguments: Sequence[str]) -> list[Source]:
     while rest:
         token = rest.pop(0)
         if not token.startswith("-"):
-            raise ConfigurationError(
-                f"unexpected argument {token!r}; options look like --trainer.max_epochs=3", COMMAND_LINE
-            )
+            is_file = token.endswith((".yaml", ".yml", ".json"))
+            hint = f"did you mean --config {token}?" if is_file else "options look like --trainer.max_epochs=3"
+            raise ConfigurationError(f"unexpected argument {token!r}; {hint}", COMMAND_LINE)
         name, equals, value = token.partition("=")
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
@@ -62,7 +62,7 @@ def read_configuration(file: str) -> dict[str, Any]:
     """
     path = Path(file)
     if not path.exists():
-        similar = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        similar = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1, 0.75)
         hint = f"did you mean {path.parent / similar[0]}?" if similar else f"looked in {path.absolute().parent}"
         raise ConfigurationError(f"there is no configuration file {file}; {hint}", "--config")
     try:

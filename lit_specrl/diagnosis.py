@@ -37,6 +37,8 @@ class Level:
 
     names: dict[str, Any] = field(default_factory=dict)
     required: list[str] = field(default_factory=list)
+    inner: dict[str, Level] = field(default_factory=dict)
+    """Arguments of the classes that are named so far."""
 
     @classmethod
     def of_parser(cls, parser: ArgumentParser) -> Level:
@@ -83,14 +85,15 @@ def explain(parser: ArgumentParser, arguments: Sequence[str], error: ArgumentErr
         error: what the parser raised.
     """
     level = Level.of_parser(parser)
+    title = "the configuration" if "config" in level.names else parser.prog
     merged: dict[str, Any] = {}
     try:
         for source in sources(arguments):
-            for problem in _in_level(level, source.settings, merged, ""):
-                return ConfigurationError(
-                    problem.sentence, f"{problem.key}, {source.origin}" if problem.key else source.origin
-                )
+            for problem in _in_level(level, source.settings, merged, "", title):
+                where = f"{problem.key}, {source.origin}" if problem.key else source.origin
+                return ConfigurationError(problem.sentence, where)
             _merge(merged, source.settings)
+            level.inner = _inner(level, merged)
         for problem in _missing(level, merged) if "config" in level.names else ():
             return ConfigurationError(problem.sentence, ", ".join(s.origin for s in sources(arguments)) or COMMAND_LINE)
     except ConfigurationError as found:
@@ -249,23 +252,29 @@ def _in_spec(kinds: list[tuple[Any, int]], spec: Mapping[str, Any], before: Any,
             yield _Problem(f"{title} needs {' and '.join(missing)}", f"{key}.init_args")
 
 
+def _inner(level: Level, settings: Mapping[str, Any]) -> dict[str, Level]:
+    found = {}
+    for name in ("model", "data"):
+        spec = settings.get(name)
+        if isinstance(spec, Mapping) and isinstance(spec.get("class_path"), str) and name in level.names:
+            kinds = [kind for member in _members(level.names[name]) for kind in _classes(member)]
+            resolved = _resolved(spec["class_path"], kinds)
+            if not isinstance(resolved, str):
+                found[name] = Level.of_class(*resolved)
+    return found
+
+
 def _missing(level: Level, settings: Mapping[str, Any]) -> Iterator[_Problem]:
     """What must be set and is not."""
     for name in level.required:
         if settings.get(name.partition(".")[0]) is None:
             yield _Problem(f"the configuration has no {name}; see recipes/quickstart.yaml for a complete one", name)
             return
-    for name, hint in level.names.items():
-        spec = settings.get(name)
-        if isinstance(spec, Mapping) and isinstance(spec.get("class_path"), str):
-            resolved = _resolved(spec["class_path"], [kind for member in _members(hint) for kind in _classes(member)])
-            if not isinstance(resolved, str):
-                inner = Level.of_class(*resolved)
-                given = spec.get("init_args") or {}
-                absent = [argument for argument in inner.required if argument not in given]
-                if absent:
-                    path = f"{name}.init_args"
-                    yield _Problem(f"{resolved[0].__name__} needs {' and '.join(absent)} under {path}", path)
+    for name, inner in _inner(level, settings).items():
+        absent = [argument for argument in inner.required if argument not in (settings[name].get("init_args") or {})]
+        if absent:
+            kind = settings[name]["class_path"].rpartition(".")[2]
+            yield _Problem(f"{kind} needs {' and '.join(absent)} under {name}.init_args", f"{name}.init_args")
 
 
 def _unknown(name: str, title: str, level: Level) -> str:
@@ -274,10 +283,10 @@ def _unknown(name: str, title: str, level: Level) -> str:
     ]
     if similar:
         return f"{title} has no {name}; did you mean {similar[0]}?"
-    for section, inner in level.names.items():
+    for section, inner in {**level.names, **level.inner}.items():
         if isinstance(inner, Level) and name in inner.names:
             return f"{title} has no {name}; it belongs under {section}"
-    names = list(level.names)
+    names = [name for name in level.names if name != "config"]
     listed = ", ".join(names[:_OTHERS]) + (", ..." if len(names) > _OTHERS else "")
     return f"{title} has no {name}; it has {listed or 'no settings'}"
 
@@ -335,13 +344,13 @@ def _subclasses(kind: Any) -> list[Any]:
     return [*([] if inspect.isabstract(kind) else [kind]), *below]
 
 
-def _among(kinds: list[tuple[Any, int]]) -> str:
+def _among(kinds: list[tuple[Any, int]], most: int = _OTHERS) -> str:
     names = list(
         dict.fromkeys(
             sub.__name__ for kind, _ in kinds for sub in _subclasses(kind) if not sub.__name__.startswith("_")
         )
     )
-    return ", ".join(names[:_OTHERS]) + (", ..." if len(names) > _OTHERS else "")
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -373,9 +382,9 @@ def _in_words(hint: Any) -> str:
         return "a mapping"
     if origin is collections.abc.Callable or hint is collections.abc.Callable:
         kinds = list(_classes(hint))
-        return f"a class_path such as {_among(kinds[:1])}" if kinds else "the import path of a function"
+        return f"a class_path such as {_among(kinds[:1], 5)}" if kinds else "the import path of a function"
     if isinstance(hint, type):
-        return f"a class_path such as {_among([(hint, 0)])}" if _subclasses(hint) else f"a {hint.__name__}"
+        return f"a class_path such as {_among([(hint, 0)], 5)}" if _subclasses(hint) else f"a {hint.__name__}"
     return str(hint).replace("typing.", "")
 
 
@@ -455,6 +464,12 @@ def explain_failure(failures: Sequence[Failure], settings: Namespace, error: Exc
     places["trainer"] = settings.as_dict().get("trainer") or {}
     if failure:
         places = {key: spec for key, spec in specs.items() if pkgutil.resolve_name(spec["class_path"]) is failure.kind}
+    if isinstance(cause, TypeError) and "NoneType" in text:
+        for key, spec in specs.items():
+            for name in _nulls(pkgutil.resolve_name(spec["class_path"]), spec.get("init_args", {})):
+                return ConfigurationError(
+                    f"{name} must not be null; leave it out to take the default", f"{key}.init_args.{name}"
+                )
     for key, spec in places.items():
         arguments = spec.get("init_args", {}) if "class_path" in spec else spec
         named = [
@@ -463,6 +478,16 @@ def explain_failure(failures: Sequence[Failure], settings: Namespace, error: Exc
         if named:
             return ConfigurationError(text, ".".join([key, *(["init_args"] if "class_path" in spec else []), named[0]]))
     return ConfigurationError(text, next(iter(places)) if failure and places else "")
+
+
+def _nulls(kind: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Arguments that are null and have another default."""
+    parameters: dict[str, Any] = {}
+    for base in reversed(getattr(kind, "__mro__", ())):
+        parameters |= inspect.signature(base.__init__).parameters if "__init__" in vars(base) else {}
+    for name, value in arguments.items():
+        if value is None and name in parameters and parameters[name].default is not None:
+            yield name
 
 
 def _is_quoted(value: Any, text: str) -> bool:

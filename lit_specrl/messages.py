@@ -76,6 +76,8 @@ def sentence(error: BaseException) -> str:
         return _about_files(error)
     if kinds & {*_CONFIGURATION, "RunFailedError"} and (" " in text):
         return text
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in text:
+        return "a checkpoint could not be written whole, probably because the disk is full; make room, or write elsewhere (trainer.default_root_dir)"
     if type(error) is RuntimeError and " " in text and _raised_in_library(error):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

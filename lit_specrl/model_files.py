@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _INDEX = "model.safetensors.index.json"
+_LONGEST_HEADER = 100_000_000  # bytes, of safetensors
 _ANSWER_S = 10.0  # seconds that the hub may take; its own client tries for half a minute, file by file
 
 
@@ -19,8 +20,10 @@ def is_out_of_reach(name_or_path: str) -> bool:
     if Path(name_or_path).is_dir():
         return False
     try:
-        if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name_or_path, "config.json"), str):
+        if isinstance(try_to_load_from_cache(name_or_path, "config.json"), str):
             return False
+        if constants.HF_HUB_OFFLINE:
+            return True
         HfApi().model_info(name_or_path, timeout=_ANSWER_S)
     except RepositoryNotFoundError:
         return True
@@ -86,6 +89,8 @@ def _expected_size(file: Path) -> int | None:
     try:
         with file.open("rb") as content:
             (length,) = struct.unpack("<Q", content.read(8))
+            if length > _LONGEST_HEADER:
+                return None
             if length > file.stat().st_size:
                 return 8 + length
             header = json.loads(content.read(length))

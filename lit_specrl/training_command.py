@@ -11,7 +11,7 @@ from lit_specrl.environment import check_torchvision
 
 check_torchvision()  # before transformers, whose own message would be about another class
 
-from jsonargparse import ArgumentError  # noqa: E402
+from jsonargparse import ArgumentError, Namespace  # noqa: E402
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
@@ -22,9 +22,11 @@ import lit_specrl.critic  # noqa: E402
 import lit_specrl.rewards  # noqa: E402
 import lit_specrl.rollout  # noqa: E402, F401
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
+from lit_specrl.configuration_files import in_short  # noqa: E402
 from lit_specrl.data import PromptDataModule  # noqa: E402
 from lit_specrl.diagnosis import Failure, explain, explain_failure  # noqa: E402
 from lit_specrl.early_checks import check_settings  # noqa: E402
+from lit_specrl.messages import ConfigurationError  # noqa: E402
 from lit_specrl.module import RLVRModule  # noqa: E402
 
 _MISLEADING_WARNINGS = [
@@ -44,6 +46,9 @@ class LitSpecRLCLI(LightningCLI):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for action in parser._actions:
+            if action.dest == "data":  # files of data are no configurations: one with a single row would be read as one
+                action.sub_add_kwargs = {**action.sub_add_kwargs, "sub_configs": False}
         parser.add_lightning_class_args(RunPlan, "plan")
         parser.add_lightning_class_args(RolloutProgressBar, "progress_bar")
         parser.add_lightning_class_args(TensorBoardReport, "tensorboard")
@@ -58,6 +63,8 @@ class LitSpecRLCLI(LightningCLI):
                 raise
             raise explain(self._subcommand_parsers[given[0]], given[1:], error) from error
         trainer = self.config[self.config.subcommand].trainer
+        if not isinstance(trainer, Namespace):
+            raise ConfigurationError(f"trainer must be a mapping, got {in_short(trainer)}", "trainer")
         if isinstance(trainer.callbacks, list):
             last = {callback.class_path: callback for callback in trainer.callbacks}
             trainer.callbacks = [
@@ -77,7 +84,13 @@ class LitSpecRLCLI(LightningCLI):
         except Exception as error:
             raise explain_failure(self._failures, self.config[self.config.subcommand], error) from error
 
-    def _instantiate(self, kind: Any, *arguments: Any, **options: Any) -> Any:
+    def instantiate_trainer(self, **options: Any) -> Any:
+        if self.config[self.subcommand].trainer.enable_progress_bar is False:  # Lightning refuses a bar beside it
+            parser = self._subcommand_parsers[self.subcommand]
+            parser.callback_keys = [key for key in parser.callback_keys if key != "progress_bar"]
+        return super().instantiate_trainer(**options)
+
+    def _instantiate(self, kind: Any, /, *arguments: Any, **options: Any) -> Any:
         """Make an object of the configuration; remembers what it says when it refuses."""
         try:
             return kind(*arguments, **options)

@@ -6,12 +6,14 @@ With `LIT_SPECRL_MESSAGES=FILE` the answers go into that file, a line for each m
 import copy
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lit_specrl import cli
@@ -30,7 +32,8 @@ FILES = {
     "needy.py": "import package_that_is_not_there\n\ndef short(completions, **columns):\n    return [0.0 for _ in completions]\n",
     "eager.py": "raise RuntimeError('no key in the environment')\n",
     "my_callbacks.py": "import lightning as L\n\nclass Breaks(L.Callback):\n    def on_train_batch_end(self, *arguments):\n"
-    "        raise KeyError('accuracy')\n\nclass Picky(L.Callback):\n    def __init__(self, path):\n        open(path)\n",
+    "        raise KeyError('accuracy')\n\nclass Full(L.Callback):\n    def on_train_batch_end(self, *arguments):\n"
+    "        raise OSError(28, 'No space left on device', 'runs/last.ckpt')\n\nclass Picky(L.Callback):\n    def __init__(self, path):\n        open(path)\n",
     "empty.yaml": "",
     "list.yaml": "- model\n- data\n",
     "word.yaml": "quickstart\n",
@@ -111,7 +114,7 @@ CONFIGURATION = {
     "shortened option": ([*FIT, "--trainer.max_epoch=4"], {}, "trainer has no max_epoch; did you mean max_epochs?"),
     "option of no section": ([*FIT, "--max_epochs=4"], {}, "has no max_epochs; it belongs under trainer"),
     "option of another section": ([*FIT, "--num_generations=4"], {}, "has no num_generations; it belongs under model"),
-    "misspelt section": (FIT, {"trainner": {}}, "has no trainner; did you mean trainer?"),
+    "misspelt section": (FIT, {"trainner": {"max_epochs": 2}}, "has no trainner; did you mean trainer?"),
     "misspelt argument": (FIT, model(rewardz=[]), "GRPO has no rewardz; did you mean rewards?"),
     "misspelt data argument": (FIT, data(batchsize=4), "PromptDataModule has no batchsize; did you mean batch_size?"),
     "misspelt trainer argument": (FIT, trainer(maxepochs=4), "trainer has no maxepochs; did you mean max_epochs?"),
@@ -208,7 +211,8 @@ CONFIGURATION = {
     "text for a switch": (FIT, data(shuffle="perhaps"), "shuffle must be true or false, got the text 'perhaps'"),
     "a list for a name": (FIT, model(model=["a", "b"]), "model must be text, got a list ['a', 'b']"),
     "a mapping for a number": (FIT, data(batch_size={"train": 2}), "batch_size must be a whole number, got a mapping"),
-    "null for a number": (FIT, data(batch_size=None), "batch_size must be a whole number, got null"),
+    "null for a count": (FIT, model(num_generations=None), "num_generations must not be null; leave it out"),
+    "null for a number": (FIT, data(batch_size=None), "batch_size must be at least 1 prompt, got None"),
     "a value that is none of several": (
         FIT,
         model(advantage_estimator="grpoo"),
@@ -256,7 +260,7 @@ CONFIGURATION = {
         "expected a file ending in .jsonl",
     ),
     "data that is no JSON": (FIT, data(train="broken.jsonl"), "broken.jsonl, line 1: not valid JSON"),
-    "data with other columns": (FIT, data(train="columns.jsonl"), "question"),
+    "data with other columns": (FIT, data(train="columns.jsonl"), "no column 'question'"),
     "empty data": (FIT, data(train="nothing.jsonl"), "nothing.jsonl"),
     "sleep level 5": (FIT, engine(sleep_level=5), "sleep_level must be 0 or 1, got 5"),
     "no sequences": (FIT, engine(max_num_seqs=0), "max_num_seqs must be at least 1, got 0"),
@@ -431,7 +435,7 @@ CONFIGURATION = {
         "GRPO has no bet; did you mean beta?",
     ),
     "drafter without a folder": (["drafter", "--config=run.yaml"], {}, "--output"),
-    "drafter without a configuration": (["drafter", "--output=head"], {}, "the configuration has no model"),
+    "drafter without a configuration": (["drafter", "--output=head"], {}, "a configuration is missing"),
     "drafter from no rollouts": (
         ["drafter", "--config=run.yaml", "--output=head", "--num_rollouts=0"],
         {},
@@ -452,6 +456,12 @@ RUN_TIME = {
         "",
     ),
     "a reward that returns too few": (FIT, model(rewards=["my_rewards.few"]), "expected 4, got 1", ""),
+    "a full disk": (
+        FIT,
+        callback("my_callbacks.Full"),
+        "runs/last.ckpt: no space left on device; make room, or write elsewhere",
+        "",
+    ),
     "a callback that raises": (
         FIT,
         callback("my_callbacks.Breaks"),
@@ -505,6 +515,10 @@ def folder(tiny_model, tmp_path_factory):
     (folder / "models/sharded/model.safetensors").rename(folder / "models/sharded/model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / "models/sharded/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    state = {"model": "models/other", "step": 1, "policy_version": 1, "skipped_updates": [0, 0]}
+    saved = {"epoch": 0, "global_step": 1, "pytorch-lightning_version": "2.6.6", "state_dict": {}}
+    torch.save({**saved, "rlvr": state, "state_dict": {"policy.model.a": torch.zeros(2, 3)}}, folder / "other.ckpt")
+    torch.save(saved, folder / "foreign.ckpt")
     config = json.loads((folder / "models/alien/config.json").read_text())
     (folder / "models/alien/config.json").write_text(json.dumps({**config, "model_type": "alien"}))
     return folder
@@ -601,3 +615,53 @@ def test_what_fails_in_a_run_is_told_with_the_place_in_the_users_code(mistake, a
     assert message in text and place in text
     assert "Traceback" not in " ".join(lines)
     assert len(lines) - start <= SCREEN / 2
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ("other.ckpt", "the checkpoint is of a run with model 'models/other', and does not fit this one with model"),
+        ("foreign.ckpt", "the checkpoint is not of an RLVRModule such as GRPO: it holds epoch, global_step"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_told_in_one_sentence(checkpoint, message, answer):
+    code, lines = answer(checkpoint, [*FIT, f"--ckpt_path={checkpoint}"], {})
+    start = next(index for index, line in enumerate(lines) if line.startswith("lit-specrl fit: "))
+    assert code == 2
+    assert message in " ".join(lines[start:])
+    assert len(lines) - start <= SCREEN / 2
+
+
+def test_debug_prints_the_traceback_and_otherwise_a_file_has_it(answer):
+    _, lines = answer("debug", [*FIT, "--model.temperature=0", "--debug"], {})
+    assert "Traceback (most recent call last):" in lines
+    _, lines = answer("no debug", [*FIT, "--model.temperature=0"], {})
+    file = lines[-1].partition("traceback: ")[2].removesuffix(" (--debug prints it)")
+    assert "ValueError: temperature must be positive" in Path(file).read_text()
+
+
+# -------------------------------------------------------------------------------------------------------- own processes
+
+
+def test_what_can_be_said_without_imports_is_said_without_them():
+    program = (
+        "import sys; from lit_specrl import cli; sys.argv = ['lit-specrl', 'fit', '--config', 'nowhere.yaml']\n"
+        "try: cli.main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr.startswith("lit-specrl fit: there is no configuration file nowhere.yaml")
+
+
+def test_without_a_network_a_missing_model_is_told_at_once(tmp_path):
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "lit_specrl.cli", "fit", "--config", str(ROOT / "recipes/quickstart.yaml")]
+    options = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    done = subprocess.run(
+        [*command, *options], env={**os.environ, **nowhere}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    printed = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == 2
+    assert "is neither a folder in the transformers format" in done.stderr
+    assert "Retrying" not in done.stderr  # the client of the hub tries five times, file by file
+    assert len(printed) <= SCREEN

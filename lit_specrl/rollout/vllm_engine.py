@@ -159,7 +159,14 @@ class VLLMEngine(RolloutEngine):
         if self.drafter is not None:
             self.drafter.prepare(model)
         with torch.autocast(policy.device.type, enabled=False):
-            self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
+            try:
+                self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
+            except (RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError) as error:
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise RuntimeError(
+                    f"vLLM does not start with {model!r}: {reason}; where memory is short, change gpu_memory_utilization, cpu_kv_cache_gib, "
+                    "max_num_seqs or max_model_len"
+                ) from error
             self._speculation = vllm_adapter.take_over_sampling(self.llm, self.drafter)
 
     def load_policy(self, policy: Policy, version: int) -> None:

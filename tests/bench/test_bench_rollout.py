@@ -26,6 +26,7 @@ from lit_specrl.bench.rollout.configuration import fit_configuration, with_seed
 from lit_specrl.bench.rollout.records import EvaluationRecord, RunRecord, StepRecord
 from lit_specrl.bench.rollout.runs import RunFailedError, planned_runs
 from lit_specrl.data import ArithmeticSource
+from lit_specrl.messages import ConfigurationError
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from lit_specrl.messages import ConfigurationError
+
 _ENGINE_OWNER = "SpeculativeRollout"
 Configuration = dict[str, Any]
 """All settings of `fit`, defaults included, as `--print_config` prints them."""
@@ -19,6 +21,8 @@ def fit_configuration(arguments: Sequence[str]) -> Configuration:
     """What `lit-specrl fit` makes of its arguments. Wrong ones end the program, with the message of `fit`."""
     from lit_specrl.cli import run  # here, because the command line imports the benchmarks
 
+    if not arguments:
+        raise ConfigurationError("a configuration is missing; give one by --config, such as recipes/quickstart.yaml")
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
