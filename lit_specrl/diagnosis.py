@@ -253,7 +253,7 @@ def _in_spec(kinds: list[tuple[Any, int]], spec: Mapping[str, Any], before: Any,
 
 
 def _inner(level: Level, settings: Mapping[str, Any]) -> dict[str, Level]:
-    found = {}
+    found: dict[str, Level] = {}
     for name in ("model", "data"):
         spec = settings.get(name)
         if isinstance(spec, Mapping) and isinstance(spec.get("class_path"), str) and name in level.names:

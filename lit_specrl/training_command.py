@@ -46,7 +46,8 @@ class LitSpecRLCLI(LightningCLI):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for action in parser._actions:
+        actions: list[Any] = parser._actions
+        for action in actions:
             if action.dest == "data":  # files of data are no configurations: one with a single row would be read as one
                 action.sub_add_kwargs = {**action.sub_add_kwargs, "sub_configs": False}
         parser.add_lightning_class_args(RunPlan, "plan")
@@ -86,7 +87,7 @@ class LitSpecRLCLI(LightningCLI):
 
     def instantiate_trainer(self, **options: Any) -> Any:
         if self.config[self.subcommand].trainer.enable_progress_bar is False:  # Lightning refuses a bar beside it
-            parser = self._subcommand_parsers[self.subcommand]
+            parser = self._subcommand_parsers[str(self.subcommand)]
             parser.callback_keys = [key for key in parser.callback_keys if key != "progress_bar"]
         return super().instantiate_trainer(**options)
 
