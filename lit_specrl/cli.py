@@ -1,103 +1,99 @@
-"""`lit-specrl`: LightningCLI with this library's classes, and the commands beside training."""
+"""`lit-specrl`: the commands by name. Nothing heavy is imported before the command line makes sense."""
 
 from __future__ import annotations
 
+import difflib
+import os
 import sys
-import warnings
+from typing import TYPE_CHECKING
 
-from lit_specrl.environment import check_torchvision
+from lit_specrl.messages import ConfigurationError, told, wants_debug
 
-check_torchvision()  # before transformers, whose own message would be about another class
+if TYPE_CHECKING:
+    from lit_specrl.training_command import LitSpecRLCLI
 
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI  # noqa: E402
+_TRAINING = {
+    "fit": "train a policy",
+    "validate": "score a policy on the validation data",
+    "test": "score a policy on the test data",
+    "predict": "write responses to the prompts",
+}
+_OTHERS = {
+    "export": "turn a checkpoint into a HuggingFace folder",
+    "bench": "measure the library on this machine",
+    "drafter": "make a drafter for speculative rollouts",
+}
+_FIRST = "lit-specrl fit --config recipes/quickstart.yaml"
+_HELP = """usage: lit-specrl COMMAND [options]
 
-# Imported for their side effect: the CLI takes short names of classes that are imported.
-import lit_specrl.algorithms  # noqa: E402
-import lit_specrl.callbacks  # noqa: E402
-import lit_specrl.critic  # noqa: E402
-import lit_specrl.rewards  # noqa: E402
-import lit_specrl.rollout  # noqa: E402, F401
-from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
-from lit_specrl.data import PromptDataModule  # noqa: E402
-from lit_specrl.module import RLVRModule  # noqa: E402
-from lit_specrl.precision import Trainer  # noqa: E402
+Reinforcement learning with verifiable rewards. Begin with
 
-_MISLEADING_WARNINGS = [
-    r".*isinstance.treespec, LeafSpec",  # Lightning 2.6 with torch 2.13, about its own code
-    r".*no pre-optimization state",  # about batches of supervised learning; a checkpoint between two steps is complete
-    r".*infer the batch indices",  # about loaders that are a DataLoader
-    r".*Total length of `list` across ranks is zero",  # a run without validation data
-]
+  {first}
 
+commands:
+{commands}
 
-class LitSpecRLCLI(LightningCLI):
-    """The command line: any `RLVRModule`, any data module, and four callbacks that every run has.
-
-    A callback of this library that a later file or option names again takes the place of the earlier one.
-    """
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(RunPlan, "plan")
-        parser.add_lightning_class_args(RolloutProgressBar, "progress_bar")
-        parser.add_lightning_class_args(TensorBoardReport, "tensorboard")
-        parser.add_lightning_class_args(CompletionWriter, "completions")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        super().parse_arguments(parser, args)
-        trainer = self.config[self.config.subcommand].trainer
-        if isinstance(trainer.callbacks, list):
-            last = {callback.class_path: callback for callback in trainer.callbacks}
-            trainer.callbacks = [
-                callback
-                for callback in trainer.callbacks
-                if not callback.class_path.startswith("lit_specrl.") or last[callback.class_path] is callback
-            ]
-
-
-def run(arguments: list[str] | None = None) -> LitSpecRLCLI:
-    """Do what the command line says.
-
-    Args:
-        arguments: command line without the program's name; by default that of the process.
-    """
-    for message in _MISLEADING_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    return LitSpecRLCLI(
-        RLVRModule,
-        PromptDataModule,
-        trainer_class=Trainer,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},  # a resumed run writes into the folder of the first
-        trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": 1},
-        parser_kwargs={
-            "prog": "lit-specrl",
-            "description": "Reinforcement learning with verifiable rewards. "
-            "`lit-specrl export --help` turns a checkpoint into a HuggingFace folder. "
-            "`lit-specrl bench --help` measures the library on this machine. "
-            "`lit-specrl drafter --help` makes a drafter for speculative rollouts.",
-        },
-        args=arguments,
-    )
+`lit-specrl COMMAND --help` lists the options of a command. Every command takes --debug, which prints the traceback of an error.
+"""
 
 
 def main() -> None:
     """Entry point of `lit-specrl`."""
-    if sys.argv[1:2] == ["export"]:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if sys.path[:1] not in ([""], [os.getcwd()]):
+        sys.path.insert(0, os.getcwd())  # a reward beside the configuration is found, as by `python train.py`
+    command = f"lit-specrl {arguments[0]}" if arguments and arguments[0] in _TRAINING | _OTHERS else "lit-specrl"
+    with told(command, wants_debug(sys.argv[1:])):
+        _call(arguments)
+
+
+def run(arguments: list[str] | None = None) -> LitSpecRLCLI:
+    """Do what the command line of `fit`, `validate`, `test` or `predict` says.
+
+    Args:
+        arguments: command line without the program's name; by default that of the process.
+    """
+    from lit_specrl.training_command import train
+
+    return train(arguments)
+
+
+def _call(arguments: list[str]) -> None:
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        width = max(map(len, _TRAINING | _OTHERS))
+        commands = [f"  {command:{width}}  {text}" for command, text in (_TRAINING | _OTHERS).items()]
+        print(_HELP.format(first=_FIRST, commands="\n".join(commands)))
+    elif name == "export":
         from lit_specrl.export import export_command
 
-        export_command(sys.argv[2:])
-    elif sys.argv[1:2] == ["bench"]:
+        export_command(arguments[1:])
+    elif name == "bench":
         from lit_specrl.bench.command import bench_command
 
-        bench_command(sys.argv[2:])
-    elif sys.argv[1:2] == ["drafter"]:
+        bench_command(arguments[1:])
+    elif name == "drafter":
         from lit_specrl.drafter_command import drafter_command
 
-        drafter_command(sys.argv[2:])
+        drafter_command(arguments[1:])
+    elif name in _TRAINING or name.startswith("-"):
+        _check_files(arguments)
+        run(arguments)
     else:
-        run()
+        similar = difflib.get_close_matches(name, _TRAINING | _OTHERS, 1)
+        hint = f"did you mean {similar[0]}?" if similar else f"expected one of {', '.join(_TRAINING | _OTHERS)}"
+        said = f"there is no command {name!r}; {hint}" if name else f"a command is missing; {hint}"
+        raise ConfigurationError(f"{said} Begin with: {_FIRST}" if similar else f"{said}. Begin with: {_FIRST}")
+
+
+def _check_files(arguments: list[str]) -> None:
+    """What can be said before anything is imported: that there is a configuration, and that its files can be read."""
+    from lit_specrl.configuration_files import sources
+
+    if len(arguments) == 1 and arguments[0] in _TRAINING:
+        raise ConfigurationError(f"{arguments[0]} needs a configuration; begin with: {_FIRST}")
+    if arguments[0] in _TRAINING:
+        sources(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.bench.rollout.configuration import Configuration, fit_configuration
 
@@ -29,13 +28,10 @@ def drafter_command(arguments: list[str]) -> None:
     from lit_specrl.cli import run  # here, because the command line imports this file
 
     configuration = pretraining_configuration(fit_configuration(fit_arguments), vars(options))
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "config.yaml"
-            path.write_text(yaml.safe_dump(configuration), "utf-8")
-            run(["fit", "--config", str(path)])
-    except (ImportError, ValueError, MisconfigurationException) as error:
-        raise SystemExit(f"lit-specrl drafter: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(configuration), "utf-8")
+        run(["fit", "--config", str(path)])
 
 
 def pretraining_configuration(configuration: Configuration, options: dict[str, Any]) -> Configuration:

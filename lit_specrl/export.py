@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lit_specrl.diagnosis import parsed
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config
 from lit_specrl.policy import Policy, unreachable_model_message
 from lit_specrl.rollout import DraftModel, Eagle3Drafter
@@ -78,7 +79,9 @@ def export_checkpoint(
         else:
             policy = _merged(_with_adapters(config, lora, state), getattr(torch, dtype))
     except RuntimeError as error:
-        raise ValueError(f"the weights of {source} do not fit the architecture of {model}: {error}") from error
+        raise ValueError(
+            f"the weights of {source} do not fit the architecture of {model}: {_some_lines(error)}; give the run's own by --model"
+        ) from error
     with suppress(OSError):  # many base models come without a generation config
         policy.generation_config = GenerationConfig.from_pretrained(model)
     with whole_folder(target) as partial:
@@ -87,6 +90,12 @@ def export_checkpoint(
     if drafter is not None and network is not None:
         network.save(drafter)
     return target
+
+
+def _some_lines(error: Exception) -> str:
+    """The beginning of a message with a line for each weight."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line if len(line) < 200 else f"{line[:200]}..." for line in lines[:2])
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -162,7 +171,8 @@ def _merged(adapted: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def export_command(arguments: list[str]) -> None:
     """`lit-specrl export CHECKPOINT FOLDER [--model ...] [--dtype ...] [--adapter_only true] [--drafter FOLDER]`."""
-    try:
-        print(auto_cli(export_checkpoint, args=arguments, prog="lit-specrl export"))
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"lit-specrl export: {error}") from error
+    parser = ArgumentParser(
+        prog="lit-specrl export", description=export_checkpoint.__doc__, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_function_arguments(export_checkpoint, as_positional=True)
+    print(export_checkpoint(**parsed(parser, arguments).as_dict()))

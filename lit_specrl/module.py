@@ -41,8 +41,9 @@ from lit_specrl.losses import (
 from lit_specrl.masking import masked_mean, masked_whiten
 from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics
 from lit_specrl.micro_batches import MicroBatch
+from lit_specrl.model_files import check_weights
 from lit_specrl.objective import Objective
-from lit_specrl.policy import Policy, TokenStatistics
+from lit_specrl.policy import Policy, TokenStatistics, check_model_exists
 from lit_specrl.precision import warn_if_slow
 from lit_specrl.ranks import average_gradients, gather_objects, gather_rows, max_over_ranks, num_ranks, sum_over_ranks
 from lit_specrl.rewards import Reward
@@ -51,6 +52,8 @@ from lit_specrl.strategy import sharding
 from lit_specrl.sums import total
 from lit_specrl.teaching import Student
 from lit_specrl.types import Experience, PromptBatch, Rollouts, SamplingConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -189,6 +192,8 @@ class RLVRModule(ScoringModule):
         }.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
         if kl_target is not None and not kl_in_reward:
@@ -261,8 +266,11 @@ class RLVRModule(ScoringModule):
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
+    def check_run(self, stage: str) -> None:
+        super().check_run(stage)
+        if isinstance(self.critic, SeparateCritic) and self.critic.model is not None:
+            check_model_exists(self.critic.model)
+            check_weights(self.critic.model)
         if self.trainer.precision == "16-mixed":
             raise MisconfigurationException(
                 "precision='16-mixed' scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' or '32-true'"
@@ -618,13 +626,33 @@ class RLVRModule(ScoringModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "rlvr" not in checkpoint:
+            raise MisconfigurationException(
+                f"the checkpoint is not of an RLVRModule such as {type(self).__name__}: it holds {', '.join(sorted(checkpoint))}"
+            )
         state = checkpoint["rlvr"]
+        self._check_weights(checkpoint.get("state_dict", {}), state["model"])
         self.step, self.policy_version = state["step"], state["policy_version"]
         self._policy_step.num_skipped, self._critic_step.num_skipped = state["skipped_updates"]
         if self.kl_coefficient.target is not None:
             self.kl_coefficient.value = state["kl_coefficient"]
 
     # --------------------------------------------------------------------------------------------------------- helpers
+
+    def _check_weights(self, weights: dict[str, Tensor], model: str) -> None:
+        """Refuse a checkpoint whose weights have other names or shapes than those of the run; one of a sharded run has them elsewhere."""
+        if not weights or self.is_sharded:
+            return
+        own = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
+        differing = sorted(name for name in {*own, *theirs} if own.get(name) != theirs.get(name))
+        if differing:
+            name = differing[0]
+            raise MisconfigurationException(
+                f"the checkpoint is of a run with model {model!r}, and does not fit this one with model {self.model_name!r}: {len(differing)} weights "
+                f"differ, as {name}, {theirs.get(name, 'missing')} in the checkpoint and {own.get(name, 'missing')} here; take the model, critic and lora "
+                "of the checkpoint's run, or leave ckpt_path out"
+            )
 
     def _log_step(self, updates: UpdateStatistics, started_at: float) -> None:
         seconds = self.timer.pop()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from lit_specrl.logprobs import token_logprobs
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config, merged_weight
+from lit_specrl.model_files import check_weights, is_out_of_reach
 from lit_specrl.policy_check import check_logprobs
 from lit_specrl.ranks import compute_device, whole_tensor
 from lit_specrl.response_states import keeps_cache_by_row, response_states
@@ -251,9 +252,12 @@ def load_pretrained(
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": config}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    check_weights(name_or_path)
     try:
         model = auto_class.from_pretrained(name_or_path, **options)
     except OSError as error:
+        if Path(name_or_path).is_dir():
+            raise ValueError(f"the model folder {name_or_path} cannot be loaded: {_first_line(error)}") from error
         raise ValueError(unreachable_model_message(name_or_path)) from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -274,7 +278,17 @@ def check_model_exists(name_or_path: str) -> PretrainedConfig:
     Raises:
         ValueError: neither a local folder with a config nor a model that the hub delivers.
     """
+    if is_out_of_reach(name_or_path):
+        raise ValueError(unreachable_model_message(name_or_path))
     try:
         return AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
+        if (Path(name_or_path) / "config.json").is_file():
+            raise ValueError(
+                f"the configuration of model {name_or_path!r} cannot be used: {_first_line(error)}"
+            ) from error
         raise ValueError(unreachable_model_message(name_or_path)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.checkpoint_io import WholeCheckpointIO
 from lit_specrl.evaluation import AccuracyMeter
+from lit_specrl.model_files import check_tokenizer, check_weights
 from lit_specrl.policy import Policy, check_model_exists, unreachable_model_message
 from lit_specrl.rewards import Reward, RewardSet
 from lit_specrl.rewards.answers import extract_answer
@@ -65,15 +66,30 @@ class RolloutModule(L.LightningModule):
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the policy; read without its weights."""
+        check_model_exists(self.model_name)
+        check_tokenizer(self.model_name)
         try:
             return AutoTokenizer.from_pretrained(self.model_name)
         except OSError as error:
             raise ValueError(unreachable_model_message(self.model_name)) from error
 
     def setup(self, stage: str) -> None:
-        check_model_exists(self.model_name)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        self.check_run(stage)
+
+    def check_run(self, stage: str) -> None:
+        """Whether module, trainer and data fit each other, before anything is loaded.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            ValueError: the model cannot be had, or is not whole.
+            MisconfigurationException: they do not fit.
+        """
+        check_model_exists(self.model_name)
+        check_weights(self.model_name)
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.engine, VLLMEngine):
             raise MisconfigurationException(
                 "TransformersEngine cannot generate with sharded weights; add SpeculativeRollout(engine=VLLMEngine()), or "

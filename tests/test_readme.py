@@ -57,7 +57,7 @@ def test_the_benchmark_finds_its_callbacks(command, tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(Run, "execute", stop)
-    with pytest.raises(SystemExit, match="without would start"):
+    with pytest.raises(RunFailedError, match="without would start"):
         bench_command([*shlex.split(command)[2:], f"--output={tmp_path}"])
 
 

@@ -16,6 +16,7 @@ from lit_specrl.bench.rollout.command import bench_rollout, rollout_command
 from lit_specrl.bench.shared_prompts import bench_shared_prompts
 from lit_specrl.bench.speculation import bench_speculation
 from lit_specrl.bench.weight_sync import bench_weight_sync
+from lit_specrl.diagnosis import parsed
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "logprobs": bench_logprobs,
@@ -33,16 +34,15 @@ def bench_command(arguments: list[str]) -> None:
         return rollout_command(arguments[1:])  # takes the options of `lit-specrl fit` as well
     if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
         return rollout_command(arguments)
-    options = _parser().parse_args(arguments)
-    name = options.subcommand
-    settings = options[name].as_dict()
+    parsers = _parsers()
+    if not arguments or arguments[0] not in parsers:
+        _overview(parsers).parse_args(arguments)
+    name = arguments[0]
+    settings = parsed(parsers[name], arguments[1:]).as_dict()
     json_file = settings.pop("json")
-    try:
-        if json_file is not None:
-            _check_writable(Path(json_file))
-        report = BENCHMARKS[name](**settings)
-    except ValueError as error:
-        raise SystemExit(f"lit-specrl bench {name}: {error}") from error
+    if json_file is not None:
+        _check_writable(Path(json_file))
+    report = BENCHMARKS[name](**settings)
     if json_file is not None:
         Path(json_file).write_text(json.dumps(report.as_dict(), indent=2) + "\n")
     report.print()
@@ -50,17 +50,31 @@ def bench_command(arguments: list[str]) -> None:
         raise SystemExit(f"lit-specrl bench {name}: " + "; ".join(report.failures))
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="lit-specrl bench", description="Measure this library on this machine.")
-    subcommands = parser.add_subcommands(required=True)
+def _parsers() -> dict[str, ArgumentParser]:
+    """The parser of each benchmark."""
+    parsers = {}
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.__doc__ is not None
-        options = ArgumentParser(description=benchmark.__doc__.split("\n\n    Args:")[0])
+        options = ArgumentParser(
+            prog=f"lit-specrl bench {name}",
+            description=benchmark.__doc__.split("\n\n    Args:")[0],
+            exit_on_error=False,
+            allow_abbrev=False,
+        )
         options.add_function_arguments(benchmark)
         options.add_argument("--json", type=str | None, default=None, help="file for the numbers of the tables.")
+        parsers[name] = options
+    return parsers
+
+
+def _overview(parsers: dict[str, ArgumentParser]) -> ArgumentParser:
+    """What lists the benchmarks, and refuses a name that is none."""
+    parser = ArgumentParser(prog="lit-specrl bench", description="Measure this library on this machine.")
+    subcommands = parser.add_subcommands(required=True)
+    for name, options in {**parsers, "rollout": ArgumentParser()}.items():
+        benchmark = BENCHMARKS.get(name, bench_rollout)
+        assert benchmark.__doc__ is not None
         subcommands.add_subcommand(name, options, help=benchmark.__doc__.split("\n")[0])
-    assert bench_rollout.__doc__ is not None
-    subcommands.add_subcommand("rollout", ArgumentParser(), help=bench_rollout.__doc__.split("\n")[0])
     return parser
 
 

@@ -20,7 +20,6 @@ from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.critic import SeparateCritic
 from lit_specrl.memory_plan import ModelSize, device_memory, model_size, training_memory
-from lit_specrl.policy import check_model_exists
 from lit_specrl.precision import fast_dtype
 from lit_specrl.rollout import TransformersEngine, VLLMEngine
 
@@ -38,7 +37,7 @@ class RunPlan(RolloutCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = require_rlvr_module(self, pl_module)
-        check_model_exists(module.model_name)
+        module.check_run(stage)  # here as well, so that what is wrong is not told below the table
         if trainer.state.fn == TrainerFn.FITTING:
             self._report(trainer, module)
 

@@ -14,7 +14,7 @@ from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_
 from lit_specrl.callbacks.streak_warning import StreakWarning
 from lit_specrl.ranks import gather_objects
 from lit_specrl.rollout import Drafter, HistoryDrafter, RolloutEngine, TransformersEngine, VLLMEngine
-from lit_specrl.rollout.vllm_adapter import check_version, installed_version
+from lit_specrl.rollout.vllm_adapter import installed_version
 from lit_specrl.speculation import DecodeStep
 from lit_specrl.types import Experience, Rollouts
 
@@ -64,7 +64,6 @@ class SpeculativeRollout(RolloutCallback):
         module.engine, self.engine.drafter = self.engine, self.drafter
         if isinstance(self.engine, VLLMEngine):
             self.engine.check_run(trainer.world_size, module.max_length, trainer.strategy.root_device)
-            check_version()
 
     def _check_drafter(self, trainer: L.Trainer, drafter: Drafter) -> None:
         if not self.engine.can_speculate:

@@ -80,6 +80,9 @@ class PromptDataModule(L.LightningDataModule):
         super().__init__()
         if overlong not in ("drop", "raise"):
             raise ValueError(f"overlong must be 'drop' or 'raise', got {overlong!r}")
+        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if (value is None and name == "batch_size") or (value is not None and value < 1):
+                raise ValueError(f"{name} must be at least 1 prompt, got {value}")
         if max_prompt_length < 1:
             raise ValueError(f"max_prompt_length must be at least 1 token, got {max_prompt_length}")
         self.sources = {

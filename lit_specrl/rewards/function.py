@@ -7,7 +7,9 @@ import inspect
 import math
 import warnings
 from collections.abc import Awaitable, Callable
+from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lit_specrl.rewards.base import Reward, Scores, snake_case
@@ -129,17 +131,31 @@ def import_function(path: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         # A module that exists but misses a dependency of its own must report that dependency.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
+            raise ImportError(
+                f"reward function {path!r}: module {module_name!r} needs {error.name!r}, which is not installed"
+            ) from error
         raise ValueError(
-            f"reward function {path!r}: there is no module {error.name!r}; expected 'package.module.function' with "
-            f"the package installed or its folder on PYTHONPATH"
+            f"reward function {path!r}: there is no module {error.name!r} in the working folder {Path.cwd()}, on PYTHONPATH, or "
+            "installed; expected 'package.module.function'"
+        ) from error
+    except SyntaxError as error:
+        raise ValueError(
+            f"reward function {path!r}: {error.filename}, line {error.lineno} is not Python: {error.msg}"
+        ) from error
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"reward function {path!r}: importing module {module_name!r} failed: {type(error).__name__}: {error}"
         ) from error
     function = getattr(module, function_name, None)
     if callable(function):
         return function
+    similar = get_close_matches(function_name, [name for name, value in vars(module).items() if callable(value)], 1)
     found = f"a {type(function).__name__}" if hasattr(module, function_name) else "no such name"
     raise ValueError(
         f"reward function {path!r}: expected a function {function_name!r} in module {module_name!r}, found {found}"
+        + (f"; did you mean {similar[0]}?" if similar else "")
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lit_specrl.model_files import check_weights
 from lit_specrl.policy import check_model_exists, load_pretrained
 from lit_specrl.speculation import (
     CausalNetwork,
@@ -131,6 +132,7 @@ class DraftModel(Drafter):
         return CausalNetwork.load(self.model)
 
     def check(self, policy: PretrainedConfig) -> None:
+        check_weights(self.model)
         own, theirs = (config.get_text_config().vocab_size for config in (check_model_exists(self.model), policy))
         if own != theirs:
             raise ValueError(

@@ -5,13 +5,17 @@ Everything here was tried with the versions in `TESTED`; `check_version` refuses
 
 from __future__ import annotations
 
+import ast
 import gc
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
+from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -76,6 +80,40 @@ def check_version() -> str:
     return f"{distribution} {version}"
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse arguments that `vllm.LLM` does not have; read from vLLM's source, whose import takes long.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    unknown = [name for name in options if name not in _option_names()] if options else []
+    if unknown:
+        similar = get_close_matches(unknown[0], _option_names(), 1)
+        hint = f"did you mean {similar[0]}?" if similar else "options are the arguments of vllm.LLM"
+        raise ValueError(f"vLLM has no option {unknown[0]!r}; {hint}")
+
+
+@cache
+def _option_names() -> frozenset[str]:
+    spec = find_spec("vllm")
+    assert spec is not None and spec.origin is not None, "after `check_version`"
+    names = set[str]()
+    for file in ("engine/arg_utils.py", "entrypoints/llm.py"):
+        for node in ast.walk(ast.parse((Path(spec.origin).parent / file).read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef) and node.name == "EngineArgs":
+                names |= {
+                    field.target.id
+                    for field in node.body
+                    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                }
+            if isinstance(node, ast.ClassDef) and node.name == "LLM":
+                constructor = next(
+                    item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"
+                )
+                names |= {argument.arg for argument in [*constructor.args.args, *constructor.args.kwonlyargs]}
+    return frozenset(names - {"self"})
+
+
 def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = None, **options: Any) -> Any:
     """Construct a `vllm.LLM` in this process, with empty weights.
 
@@ -90,7 +128,7 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
     if drafter is not None:
         # on GPUs the second generation of vLLM's model runner is another code path than the one tested
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cpu_kv_cache_gib)))
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(int(cpu_kv_cache_gib))
     from vllm import LLM
 
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

@@ -20,6 +20,7 @@ from lit_specrl.rollout.vllm_speculation import Speculation
 from lit_specrl.speculation import DecodeStep, TextHistory
 from lit_specrl.types import RolloutRequest
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 _CPU_BATCHED_TOKENS = 4096  # prompt tokens of one engine step on a CPU
 _CPU_BLOCK_SIZE = 32  # tokens; under vLLM's own 128 the rows of a group seldom find their prompt in the KV prefix cache
 _PROFILE_PROMPT = 8  # tokens
@@ -66,6 +67,19 @@ class VLLMEngine(RolloutEngine):
             )
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
+        for name, value in {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization is a fraction of the GPU's memory and must lie in (0, 1], got {gpu_memory_utilization}"
+            )
+        if cpu_kv_cache_gib < 1 or cpu_kv_cache_gib != int(cpu_kv_cache_gib):
+            raise ValueError(
+                f"cpu_kv_cache_gib must be a whole number of GiB (vLLM takes no other), at least 1, got {cpu_kv_cache_gib}"
+            )
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if "speculative_config" in (options or {}):
             raise ValueError(
                 "speculation is not an option of the engine: give SpeculativeRollout a drafter, whose drafts are verified exactly"
@@ -96,8 +110,11 @@ class VLLMEngine(RolloutEngine):
             device: that generates.
 
         Raises:
-            ValueError: the ranks cannot be divided among engines, or the longest rollouts do not fit.
+            ImportError: vLLM is missing, or a version that was not tried.
+            ValueError: the ranks cannot be divided among engines, the longest rollouts do not fit, or vLLM has no such option.
         """
+        vllm_adapter.check_version()
+        vllm_adapter.check_options(self.options)
         if num_ranks % self.tensor_parallel_size:
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} ranks hold one engine, which {num_ranks} ranks cannot be divided "
@@ -115,7 +132,7 @@ class VLLMEngine(RolloutEngine):
         if device.type == "cuda":
             return int(self.gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory)
         weights = num_parameters * getattr(torch, self.dtype_on(device)).itemsize // self.tensor_parallel_size
-        return weights + int(max(1, self.cpu_kv_cache_gib) * 2**30)
+        return weights + int(self.cpu_kv_cache_gib) * 2**30
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
         self._on_gpu = policy.device.type == "cuda"
@@ -149,7 +166,14 @@ class VLLMEngine(RolloutEngine):
         if self.drafter is not None:
             self.drafter.prepare(model)
         with torch.autocast(policy.device.type, enabled=False):
-            self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
+            try:
+                self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
+            except (RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError) as error:
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise RuntimeError(
+                    f"vLLM does not start with {model!r}: {reason}; where memory is short, change gpu_memory_utilization, cpu_kv_cache_gib, "
+                    "max_num_seqs or max_model_len"
+                ) from error
             self._speculation = vllm_adapter.take_over_sampling(self.llm, self.drafter)
 
     def load_policy(self, policy: Policy, version: int) -> None:

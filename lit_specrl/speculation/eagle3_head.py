@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from lit_specrl.model_files import is_out_of_reach
 from lit_specrl.whole_files import whole_folder
 
 _VOCABULARY = 4096
@@ -132,6 +133,10 @@ def check_head(folder: str, policy: PreTrainedConfig) -> None:
 
 
 def _head_config(folder: str) -> Any:
+    if is_out_of_reach(folder):  # before the import, which takes long
+        raise ValueError(
+            f"{folder!r} is no EAGLE-3 head: there is no such folder, and the hub does not deliver it. `lit-specrl drafter` makes one"
+        )
     _require_speculators()
     from speculators.models.eagle3 import Eagle3SpeculatorConfig
 

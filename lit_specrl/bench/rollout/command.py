@@ -23,7 +23,7 @@ from lit_specrl.bench.rollout.comparison import (
 from lit_specrl.bench.rollout.configuration import Configuration, fit_configuration
 from lit_specrl.bench.rollout.figure import draw
 from lit_specrl.bench.rollout.records import RunRecord
-from lit_specrl.bench.rollout.runs import RunFailedError, planned_runs
+from lit_specrl.bench.rollout.runs import planned_runs
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,6 @@ def rollout_command(arguments: list[str]) -> None:
             score=options.score,
             output=Path(options.output),
         )
-    except (ValueError, RunFailedError) as error:
-        raise SystemExit(f"lit-specrl bench rollout: {error}") from error
     except KeyboardInterrupt:
         message = "interrupted. Finished runs are kept: the same command goes on after them"
         raise SystemExit(f"lit-specrl bench rollout: {message}") from None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
 import yaml
+
+from lit_specrl.messages import ConfigurationError
 
 _ENGINE_OWNER = "SpeculativeRollout"
 Configuration = dict[str, Any]
@@ -20,10 +21,11 @@ def fit_configuration(arguments: Sequence[str]) -> Configuration:
     """What `lit-specrl fit` makes of its arguments. Wrong ones end the program, with the message of `fit`."""
     from lit_specrl.cli import run  # here, because the command line imports the benchmarks
 
+    if not arguments:
+        raise ConfigurationError("a configuration is missing; give one by --config, such as recipes/quickstart.yaml")
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python")
+        with redirect_stdout(printed):
             run(["fit", *arguments, "--print_config"])
     except SystemExit as end:
         if end.code:

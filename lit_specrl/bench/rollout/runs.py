@@ -21,7 +21,7 @@ from lit_specrl.bench.rollout.configuration import Configuration, with_seed, wit
 from lit_specrl.bench.rollout.records import RunRecord
 
 Arm = Literal["without", "with"]
-_TAIL_LINES = 30  # of what a failed run has written
+_TAIL_LINES = 5  # of what a failed run has written
 
 
 class RunFailedError(Exception):
