@@ -19,7 +19,7 @@ def extract_answer(text: str, answer_format: str = "auto") -> str | None:
         answer_format: where the answer stands.
             "boxed": in the last closed `\boxed{...}` or `\fbox{...}`, the inner one of nested boxes;
             "hash": after the last `####`, to the end of the line (GSM8K);
-            "number": the last number, with its `$`, `,`, `/` and `%`;
+            "number": the last number, with its sign, `$`, `,`, `/`, `%` and exponent, or `\frac`;
             "text": the whole text;
             "auto": the first of these that is there: a box, `####`, "the answer is ...", the last formula between
             `$...$`, `\(...\)` or `\[...\]`, the whole text;
@@ -126,11 +126,18 @@ def _last_formula(text: str) -> str | None:
     return _last_group(_FORMULA, text)
 
 
-_NUMBER = re.compile(
-    r"(?<![\w.,])[-+]?\$?+(?:\d[\d,]*+(?:\.\d++)?|\.\d++)(?:/\d++)?%?|\$?+\d[\d,]*+(?:\.\d++)?(?:/\d++)?%?"
-)
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})++(?![\d,])|\d++)(?:\.\d++)?|\.\d++)(?:[eE][-+]?\d++)?"
+_POWER = r"(?:(?: ?(?:\\times|\\cdot|[*\u00d7]) ?10)?\^(?:\{[-+]?\d++\}|[-+]?\d++))"
+_UNSIGNED = rf"\$?+(?:\\[dt]?frac\{{\d++\}}\{{\d++\}}|{_DIGITS}(?: ?/ ?\d++|{_POWER})?)(?:\s?\\?%)?"
+_NUMBER = re.compile(rf"(?<![\w.,)}}])[-+]?{_UNSIGNED}|{_UNSIGNED}")
+_MINUS_SIGNS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe58\ufe63\uff0d"), "-")
+
+
+def plain_minus(text: str) -> str:
+    """Return the text with the minus signs and hyphens of Unicode as "-"."""
+    return text.translate(_MINUS_SIGNS)
 
 
 def _last_number(text: str) -> str | None:
-    matches = _NUMBER.findall(text)
-    return matches[-1].rstrip(",") if matches else None
+    matches = _NUMBER.findall(plain_minus(text))
+    return matches[-1] if matches else None

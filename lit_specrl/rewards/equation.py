@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from decimal import MAX_EMAX, Context, Decimal
 from typing import Any
 
 from lit_specrl.rewards.base import Reward
 
-_EQUATION = re.compile(r"(\d+) *\+ *(\d+) *= *(\d+)")
+_EQUATION = re.compile(r"(?<![0-9])([0-9]++) *+\+ *+([0-9]++) *+= *+([0-9]++)")
 
 
 class EquationReward(Reward):
@@ -39,6 +40,13 @@ class EquationReward(Reward):
         return [self._share(text) for text in completions]
 
     def _share(self, text: str) -> float:
-        written = _EQUATION.findall(text)
-        right = {(a, b) for a, b, c in written if int(a) + int(b) == int(c)}
+        written = [tuple(number.lstrip("0") or "0" for number in found) for found in _EQUATION.findall(text)]
+        right = {(a, b) for a, b, c in written if _sum(a, b) == c}
         return len(right) / max(len(written), self.num_equations)
+
+
+def _sum(a: str, b: str) -> str:
+    """Add numbers of any length; `int` refuses text of more than 4,300 digits and takes quadratic time for it."""
+    length = max(len(a), len(b)) + 1
+    context = Context(prec=length, Emax=MAX_EMAX, traps=[])
+    return format(context.add(Decimal(a), Decimal(b)), "f")

@@ -11,6 +11,9 @@ from lit_specrl.rewards.base import Reward
 class FormatReward(Reward):
     r"""1 where the whole completion matches a regular expression, 0 elsewhere.
 
+    Some chat templates open a tag for the model: their prompts end with `<think>`. The completion then goes on inside the tag, so the
+    pattern is tried on the completion and on the tags at the end of the prompt with the completion.
+
     Args:
         pattern: regular expression for the completion without surrounding white space; `.` matches line breaks too.
             Nested repetitions such as `(a+)+` may take exponential time.
@@ -20,6 +23,7 @@ class FormatReward(Reward):
     Example::
 
         FormatReward("<think>.*</think>.*")(["2+2="], ["<think>easy</think> 4"])  # [1.0]
+        FormatReward("<think>.*</think>.*")(["2+2=<think>"], ["easy</think> 4"])   # [1.0]
     """
 
     def __init__(self, pattern: str, weight: float = 1.0, name: str | None = None) -> None:
@@ -30,4 +34,21 @@ class FormatReward(Reward):
             raise ValueError(f"pattern must be a regular expression, got {pattern!r}: {error}") from error
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-        return [1.0 if self.pattern.fullmatch(text.strip()) else 0.0 for text in completions]
+        return [float(self._matches(*row)) for row in zip(prompts, completions, strict=True)]
+
+    def _matches(self, prompt: str, completion: str) -> bool:
+        texts = [completion, _opened_tags(prompt) + completion]
+        return any(self.pattern.fullmatch(text.strip()) for text in texts)
+
+
+_LAST_TAG = re.compile(r"(<[A-Za-z][\w-]*>)\s*\Z")
+MAX_TAGS_LENGTH = 200
+"""Characters at the end of a prompt in which opened tags are looked for."""
+
+
+def _opened_tags(prompt: str) -> str:
+    """The tags that end a prompt, as written: of "2+2?<think>\\n", "<think>\\n"; marks such as <|assistant|> are none."""
+    start = len(prompt)
+    while tag := _LAST_TAG.search(prompt, max(0, len(prompt) - MAX_TAGS_LENGTH), start):
+        start = tag.start()
+    return prompt[start:]

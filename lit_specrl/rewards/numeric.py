@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 from typing import Any
 
 from lit_specrl.rewards.answers import check_answer_format, extract_answer
 from lit_specrl.rewards.base import Reward, column
-
-MAX_NUMBER_LENGTH = 100
-"""Characters; longer strings of digits are no answer, and exact arithmetic on them would cost."""
+from lit_specrl.rewards.exact_number import parse_exact, readings
 
 
 class NumericReward(Reward):
     r"""1 where the answer is the reference number, 0 elsewhere.
 
-    Understood are `1,234.5`, `$18`, `3/4`, `1e-3`, a trailing full stop and `%`. A percentage is compared as written when
+    Understood are `1,234.5`, `$18`, `3/4`, `1e-3`, `\frac{3}{4}`, `10^{-5}`, a trailing full stop and `%`, see `parse_exact`. A percentage is compared as written when
     both sides have the sign or neither has; when one has, both readings count: 50% is 50, and is 0.5. Rows without a
     reference are not scored, nor are those whose reference is no number (counted as `undecided`).
 
@@ -51,25 +48,15 @@ class NumericReward(Reward):
         ]
 
     def _score(self, text: str, reference: str) -> float | None:
-        expected = parse_number(extract_answer(reference, "auto") or "")
+        expected = parse_exact(extract_answer(reference, "auto") or "")
         if expected is None:
             self.counters["undecided"] += 1
             return None
-        given = parse_number(extract_answer(text, self.answer_format) or "")
-        return 0.0 if given is None else float(self._equal(given, expected))
-
-    def _equal(self, given: tuple[Fraction, bool], expected: tuple[Fraction, bool]) -> bool:
-        (number, is_percentage), (reference, reference_is_percentage) = given, expected
-        readings = [number]
-        if is_percentage and not reference_is_percentage:
-            readings.append(number / 100)
-        if reference_is_percentage and not is_percentage:
-            readings.append(number * 100)
-        margin = Fraction(self.tolerance) * abs(reference)
-        return any(abs(reading - reference) <= margin for reading in readings)
-
-
-_NUMBER = re.compile(r"([-+]?)(\d*\.?\d*(?:e[-+]?\d{1,3})?)(?:/(\d+))?(%?)", re.IGNORECASE)
+        given = parse_exact(extract_answer(text, self.answer_format) or "")
+        if given is None:
+            return 0.0
+        margin = Fraction(self.tolerance) * abs(expected.value)
+        return float(any(abs(reading.value - expected.value) <= margin for reading in readings(given, expected)))
 
 
 def parse_number(text: str) -> tuple[Fraction, bool] | None:
@@ -81,11 +68,5 @@ def parse_number(text: str) -> tuple[Fraction, bool] | None:
         parse_number("-3/4")       # (Fraction(-3, 4), False)
         parse_number("50%.")       # (Fraction(50, 1), True)
     """
-    if len(text) > MAX_NUMBER_LENGTH:
-        return None
-    bare = re.sub(r"[\\$,\s!]", "", text).rstrip(".")
-    match = _NUMBER.fullmatch(bare)
-    if match is None or not re.match(r"\.?\d", match[2]) or (match[3] and not match[3].strip("0")):
-        return None
-    number = Fraction(match[2].rstrip(".")) / int(match[3] or 1)
-    return (-number if match[1] == "-" else number), bool(match[4])
+    number = parse_exact(text)
+    return None if number is None else (number.value, number.is_percentage)

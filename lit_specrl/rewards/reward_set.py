@@ -178,25 +178,31 @@ class _Checked:
     num_nonfinite: int
 
 
-def _checked(reward: Reward, scores: Scores, num_rows: int) -> _Checked:
-    """Check what a reward returned."""
-    if isinstance(scores, str) or not hasattr(scores, "__len__"):
+def _checked(reward: Reward, scores: Any, num_rows: int) -> _Checked:
+    """Check what a reward returned: a list, an array or a tensor of [N] numbers."""
+    expected = f"reward {reward.name!r} must return a list of {num_rows} numbers"
+    shape = getattr(scores, "shape", None)
+    if isinstance(scores, str | bytes | dict | set) or not hasattr(scores, "__len__") or shape == ():
+        raise ValueError(f"{expected}, got {type(scores).__name__}; return one number (or None) per completion")
+    if shape is not None and len(shape) != 1:
         raise ValueError(
-            f"reward {reward.name!r} must return a list of {num_rows} numbers, got {type(scores).__name__}; "
-            f"return one number (or None) per completion"
+            f"{expected}, got {type(scores).__name__} of shape {tuple(shape)}; return one number per completion, shape ({num_rows},)"
         )
     if len(scores) != num_rows:
         raise ValueError(
             f"reward {reward.name!r} must return one number (or None) per completion: expected {num_rows}, "
             f"got {len(scores)}; return None for rows it does not apply to"
         )
+    if shape is not None:
+        scores = scores.tolist()
+    scores = [_plain(score) for score in scores]
     for row, score in enumerate(scores):
         if score is not None and not isinstance(score, Real):
             raise ValueError(
                 f"reward {reward.name!r} must return numbers or None, got {score!r} of type {type(score).__name__} "
                 f"for row {row}; convert it with float()"
             )
-    numbers = [None if score is None else float(score) for score in scores]
+    numbers = [None if score is None else _float(score) for score in scores]
     values = [score if score is not None and math.isfinite(score) else None for score in numbers]
     num_nonfinite = values.count(None) - numbers.count(None)
     if num_nonfinite:
@@ -206,6 +212,18 @@ def _checked(reward: Reward, scores: Scores, num_rows: int) -> _Checked:
             stacklevel=4,
         )
     return _Checked(values, num_nonfinite)
+
+
+def _plain(score: Any) -> Any:
+    """A scalar of numpy or torch, which has no dimensions, as Python's own; anything else as it is."""
+    return score.item() if getattr(score, "shape", None) == () and hasattr(score, "item") else score
+
+
+def _float(score: Real) -> float:
+    try:
+        return float(score)
+    except OverflowError:  # a whole number beyond the floats
+        return math.inf
 
 
 @contextmanager
