@@ -47,6 +47,7 @@ from lit_specrl.policy import Policy, TokenStatistics, check_model_exists
 from lit_specrl.precision import warn_if_slow
 from lit_specrl.ranks import average_gradients, gather_objects, gather_rows, max_over_ranks, num_ranks, sum_over_ranks
 from lit_specrl.rewards import Reward
+from lit_specrl.rewards.constant_rewards import ConstantRewards
 from lit_specrl.scoring_module import ScoringModule
 from lit_specrl.strategy import sharding
 from lit_specrl.sums import total
@@ -260,6 +261,7 @@ class RLVRModule(ScoringModule):
         self._critic_step = GradientStep("critic", critic.max_grad_norm if critic else 1.0, max_skipped_updates)
         self._signals = DeferredSignals()
         self._generated: list[RolloutStatistics] = []  # all rounds of the current step
+        self._constant_rewards = ConstantRewards()
         self._critic_updates: list[CriticStatistics] = []
         self.step_metrics: dict[str, float] = {}  # of the latest training step, as logged
         self.student: Student | None = None  # learns from the forward passes of the updates
@@ -661,6 +663,7 @@ class RLVRModule(ScoringModule):
         ranks = gather_objects({**seconds, "step": step_s})
         timings = {name: sum(rank.get(name, 0.0) for rank in ranks) / len(ranks) for rank in ranks for name in rank}
         generated = total([total(rounds) for rounds in gather_objects(self._generated)])
+        self._constant_rewards.update(generated.rewards)
         self.step_metrics |= generated.metrics()
         self.step_metrics |= total(gather_objects(updates.to("cpu"))).metrics(num_ranks())
         if self._critic_updates:

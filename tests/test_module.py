@@ -17,6 +17,7 @@ from lit_specrl.algorithms import GRPO
 from lit_specrl.callbacks import RolloutCallback, SpeculativeRollout
 from lit_specrl.data import ArithmeticSource, PromptDataModule
 from lit_specrl.policy import Policy
+from lit_specrl.rewards.constant_rewards import ConstantRewards
 from lit_specrl.rollout import TransformersEngine, VLLMEngine
 from lit_specrl.types import SamplingConfig
 
@@ -533,3 +534,19 @@ def test_jsonl_columns_reach_the_reward(fit, tmp_path, tiny_model):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fit(grpo(tiny_model, [level]), arithmetic(train=str(tmp_path / "train.jsonl"), shuffle=False))
     assert seen == [("1", 0)] * GROUP + [("2", 1)] * GROUP
+
+
+# ------------------------------------------------------------------------------------------------------------ warnings
+
+
+def test_a_reward_that_stays_constant_is_warned_of_by_name(fit, tiny_model):
+    def flat(completions, **columns):
+        return [0.0] * len(completions)
+
+    module = grpo(tiny_model, [variety, flat])
+    module._constant_rewards = ConstantRewards(num_steps=2)
+    with pytest.warns(UserWarning, match="the same value") as caught:
+        fit(module, max_steps=3)
+    about = [str(warning.message) for warning in caught if "the same value" in str(warning.message)]
+    assert len(about) == 1
+    assert "reward 'flat' gave all rows the same value (now 0.0) in 2 steps in a row" in about[0]

@@ -14,6 +14,10 @@ ANSWER_FORMATS = ("auto", "boxed", "hash", "number", "text")
 def extract_answer(text: str, answer_format: str = "auto") -> str | None:
     r"""Return the answer that `text` gives, or `None` where it gives none.
 
+    A base model may go on with a question of its own. Where a line below the first answer opens one ("Question:", "Problem:", "Q:",
+    "Human:", "User:"), the text counts up to there. One answer counts in any case, so that guessing several times gains nothing.
+    The formats "number" and "text" take the whole text.
+
     Args:
         text: a completion or a reference answer.
         answer_format: where the answer stands.
@@ -35,6 +39,8 @@ def extract_answer(text: str, answer_format: str = "auto") -> str | None:
         extract_answer("Answer: 5 apples", "Answer: (.+)")      # "5 apples"
     """
     check_answer_format(answer_format)
+    if answer_format not in ("number", "text"):
+        text = _before_next_question(text, answer_format)
     answer: str | None = text
     if answer_format == "auto":
         answer = _boxed(text) or _hash(text) or _stated(text) or _last_formula(text) or text
@@ -67,6 +73,33 @@ def _compile(pattern: str) -> re.Pattern[str]:
     return compiled
 
 
+_QUESTION = re.compile(r"^[ \t#*>]*+(?:Question|Problem|Exercise|Q|Human|User)(?: ?\d++)?\**+:", re.MULTILINE)
+
+
+def _before_next_question(text: str, answer_format: str) -> str:
+    """The text up to a question that opens below the first answer."""
+    if not _QUESTION.search(text):
+        return text
+    if answer_format == "boxed":
+        starts = [_first_box_end(text)]
+    elif answer_format == "hash":
+        starts = [text.find("####")]
+    elif answer_format == "auto":
+        starts = [_first_box_end(text), text.find("####")]
+        if max(starts) < 0:
+            starts = [_match_end(_STATEMENT, text)]
+    else:
+        starts = [_match_end(_compile(answer_format), text)]
+    found = [start for start in starts if start >= 0]
+    question = _QUESTION.search(text, min(found)) if found else None
+    return text[: question.start()] if question else text
+
+
+def _match_end(pattern: re.Pattern[str], text: str) -> int:
+    match = pattern.search(text)
+    return match.end() if match else -1
+
+
 def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
     """The group that took part in the last match."""
     answer = None
@@ -90,6 +123,18 @@ def _boxed(text: str) -> str | None:
         elif token[0].endswith("{") and token[0] != r"\{":
             open_braces.append(token.end() if len(token[0]) > 1 else None)
     return text[start:end] if end >= 0 else None
+
+
+def _first_box_end(text: str) -> int:
+    """Where the box that closes first ends, -1 without one."""
+    open_braces: list[bool] = []  # whether it is a box's
+    for token in _BOX_TOKENS.finditer(text):
+        if token[0] == "}":
+            if open_braces and open_braces.pop():
+                return token.end()
+        elif token[0].endswith("{") and token[0] != r"\{":
+            open_braces.append(len(token[0]) > 1)
+    return -1
 
 
 def _hash(text: str) -> str | None:

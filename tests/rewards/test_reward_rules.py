@@ -49,6 +49,19 @@ def test_numbers_are_read_exactly(text, number):
         ("Half: 50%", "50", 1.0),
         ("Half: 50%", "5%", 0.0),
         ("Half: 0.5", "50%", 1.0),
+        ("Half: 50 %", "0.5", 1.0),
+        (r"Half: $50\%$", "0.5", 1.0),
+        ("It is \N{MINUS SIGN}5", "-5", 1.0),
+        ("It is \N{MINUS SIGN}5", "5", 0.0),
+        ("It is -5", "\N{MINUS SIGN}5", 1.0),
+        ("It is 1e-3", "0.001", 1.0),
+        ("It is 1e-3", "3", 0.0),
+        ("It is 10^{-5}", "1e-05", 1.0),
+        (r"It is $2.5 \times 10^{8}$.", "250000000", 1.0),
+        (r"It is $\frac{3}{4}$.", "0.75", 1.0),
+        ("It is 3 / 4.", "0.75", 1.0),
+        ("3,4,5", "5", 1.0),
+        ("3,4,5", "345", 0.0),
         ("I do not know", "3", 0.0),
         ("3", None, None),
     ],
@@ -72,6 +85,28 @@ def test_format_asks_for_the_whole_completion():
     reward = FormatReward("<think>.*</think>")
     texts = ["<think>a\nb</think>\n", "4", "so <think></think>", "<think></think> 4"]
     assert reward(["q"] * 4, texts) == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "score"),
+    [
+        ("<|assistant|><think>", "First, 2 plus 2.\n</think>\nThe answer is 4.", 1.0),
+        ("<|assistant|><think>\n", "First, 2 plus 2.\n</think>\nThe answer is 4.", 1.0),
+        ("<|assistant|><think>", "<think>First</think>4", 1.0),
+        ("<|assistant|><think>", "First, 2 plus 2.", 0.0),
+        ("<|assistant|>", "First, 2 plus 2.\n</think>\nThe answer is 4.", 0.0),
+        ("What is <think>?<|assistant|>", "First</think>4", 0.0),
+        ("", "First</think>4", 0.0),
+        ("<|assistant|></think>", "First</think>4", 0.0),
+    ],
+)
+def test_format_counts_the_tag_that_the_template_has_opened(prompt, completion, score):
+    assert FormatReward("<think>.*</think>.*")([prompt], [completion]) == [score]
+
+
+def test_format_counts_several_opened_tags():
+    reward = FormatReward(r"<answer>\s*<step>.*</step>\s*</answer>")
+    assert reward(["2+2?\n<answer>\n<step>"], ["4</step></answer>"]) == [1.0]
 
 
 def test_overlong_falls_linearly_in_the_buffer():

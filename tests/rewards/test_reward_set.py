@@ -3,7 +3,9 @@ import copy
 import inspect
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from lit_specrl.rewards import FormatReward, Reward, RewardFunction, RewardSet
 
@@ -44,6 +46,65 @@ def test_nan_and_infinity_count_as_none_with_a_warning():
 def test_scores_of_the_wrong_form_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         RewardSet([returning(values)])(["q"] * 2, ["t"] * 2)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [np.float32(0.5), np.int64(1), np.bool_(True), None],
+        [torch.tensor(0.5), torch.tensor(1), torch.tensor(True), None],
+        [torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), np.array(1.0), np.array(True), None],
+        np.array([0.5, 1, 1, None], dtype=object),
+        (0.5, 1, True, None),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_scalars_of_numpy_and_torch_are_numbers(values, is_async):
+    async def later(completions):
+        return values
+
+    scores = RewardSet([later if is_async else returning(values)])(["q"] * 4, ["t"] * 4)
+    assert scores.values == [[0.5, 1.0, 1.0, None]]
+    assert all(type(value) is float for value in scores.values[0][:3])
+
+
+@pytest.mark.parametrize(
+    "values", [np.array([0.5, 1.0]), np.array([0.5, 1.0], np.float16), torch.tensor([0.5, 1.0], requires_grad=True)]
+)
+def test_arrays_and_tensors_are_lists_of_numbers(values):
+    assert RewardSet([returning(values)])(["q"] * 2, ["t"] * 2).values == [[0.5, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((2, 1)), r"reward 'given' must return a list of 2 numbers, got ndarray of shape \(2, 1\)"),
+        (torch.zeros(2, 2), r"got Tensor of shape \(2, 2\); return one number per completion, shape \(2,\)"),
+        (torch.tensor(1.0), "must return a list of 2 numbers, got Tensor"),
+        (np.float64(1.0), "must return a list of 2 numbers, got float64"),
+        (torch.zeros(3), "expected 2, got 3"),
+        (np.array([1j, 0]), r"must return numbers or None, got 1j of type complex for row 0"),
+        ([1.0, 1j], "got 1j of type complex for row 1"),
+        ([np.complex64(1), 1.0], r"got \(1\+0j\) of type complex for row 0"),
+        (np.array(["1", "2"]), "got '1' of type str for row 0"),
+        ([torch.zeros(1), 1.0], "of type Tensor for row 0"),
+        ({0: 1.0, 1: 2.0}, "got dict"),
+        ({0.0, 1.0}, "got set"),
+        (b"ab", "got bytes"),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_arrays_of_the_wrong_form_are_refused(values, message, is_async):
+    async def given(completions):
+        return values
+
+    with pytest.raises(ValueError, match=message):
+        RewardSet([given if is_async else returning(values)])(["q"] * 2, ["t"] * 2)
+
+
+def test_a_whole_number_beyond_the_floats_counts_as_infinity():
+    with pytest.warns(UserWarning, match="NaN or infinity for 1 of 2 rows"):
+        assert RewardSet([returning([10**400, 1])])(["q"] * 2, ["t"] * 2).values == [[None, 1.0]]
 
 
 def broken(completions):
