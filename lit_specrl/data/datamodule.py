@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal, TypeAlias
 
 import lightning as L
@@ -10,13 +11,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_specrl.data.evaluation_loader import EvaluationLoader
 from lit_specrl.data.loader import PromptLoader
-from lit_specrl.data.presets import resolve_source
+from lit_specrl.data.presets import DataName, resolve_source
 from lit_specrl.data.prompts import build_prompts
 from lit_specrl.data.sources import PromptSource
 from lit_specrl.data.template import PromptTemplate
 from lit_specrl.types import PromptBatch, SamplingConfig
 
-Sources: TypeAlias = PromptSource | str | list[PromptSource | str] | dict[str, PromptSource | str]
+Source: TypeAlias = DataName | PromptSource | str
+Sources: TypeAlias = Source | list[Source] | dict[str, Source]
 
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 """The splits each stage reads; the first one is indispensable."""
@@ -49,8 +51,10 @@ class PromptDataModule(L.LightningDataModule):
         num_train_prompts: training prompts of all ranks; filled by `setup`.
 
     Raises:
-        ValueError: for unknown presets, and from `setup` for data that cannot be read, rendered or cut into batches.
-        MisconfigurationException: from `setup`, when the stage has no data or the LightningModule no tokenizer.
+        ValueError: for unknown presets, and from `setup` for data that cannot be read, rendered or cut into batches, or whose
+            columns rewards could not be given.
+        MisconfigurationException: from `setup`, when the stage has no data, the LightningModule no tokenizer, or a reward no
+            answers to compare with.
 
     Example::
 
@@ -155,8 +159,10 @@ class PromptDataModule(L.LightningDataModule):
     def _prompts(self, split: str) -> PromptBatch:
         rows = {name: source.load() for name, source in self.sources[split].items()}
         prompts, num_dropped = build_prompts(
-            rows, self.template, self._tokenizer(), self.max_prompt_length, self.overlong
+            rows, self.template, self._tokenizer(), self.max_prompt_length, self.overlong, rewarded=split != "predict"
         )
+        if split != "predict":
+            self._check_answers(split, prompts)
         self.num_dropped[split] = num_dropped
         if num_dropped:
             rank_zero_warn(
@@ -164,6 +170,24 @@ class PromptDataModule(L.LightningDataModule):
                 f" max_prompt_length={self.max_prompt_length} tokens and were left out."
             )
         return prompts
+
+    def _check_answers(self, split: str, prompts: PromptBatch) -> None:
+        """Refuse prompts without any reference answer where a reward compares with it, and count the single ones."""
+        rewards = getattr(getattr(self._trainer().lightning_module, "rewards", None), "rewards", [])
+        needing = ", ".join(repr(reward.name) for reward in rewards if getattr(reward, "needs_answer", False))
+        without = [source for source, answer in zip(prompts.sources, prompts.answers, strict=True) if answer is None]
+        if not needing or not without:
+            return
+        counts = ", ".join(f"{number} from {source!r}" for source, number in Counter(without).items())
+        if len(without) == len(prompts):
+            raise MisconfigurationException(
+                f"{split} data: none of the {len(prompts)} prompts ({counts}) has a reference answer, which reward {needing}"
+                " compares with; name the column that holds it by `answer` of the source, or use other rewards"
+            )
+        rank_zero_warn(
+            f"{split} data: {len(without)} of {len(prompts)} prompts ({counts}) have no reference answer; reward {needing}"
+            " does not apply to them."
+        )
 
     def _make_train_loader(self, prompts: PromptBatch) -> PromptLoader:
         if self._trainer().overfit_batches:  # type: ignore[attr-defined]  # set in a helper of Trainer.__init__
@@ -222,5 +246,7 @@ def named_sources(sources: Sources | None) -> dict[str, PromptSource]:
     names = [source.name for source in resolved]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"several sources are called {repeated}; give each a `name` of its own")
+        raise ValueError(
+            f"several sources are called {repeated}; give each a `name` of its own, or give a dict of them by name"
+        )
     return dict(zip(names, resolved, strict=True))

@@ -18,7 +18,8 @@ class HubSource(PromptSource):
         answer: column with the reference answer; `None` when there is none.
         answer_format: how the reference is cut out of the answer column, a format of `extract_answer` such as `boxed`,
             `hash`, `number` or a regular expression with one group; `None` takes the column whole.
-        columns: further columns to keep for reward functions; `None` keeps all. Long worked solutions cost memory.
+        columns: further columns to keep for reward functions, as a list, or as a dict from their name to the one that rewards
+            see, such as `{"source": "origin"}`; `None` keeps all. Long worked solutions cost memory.
         revision: branch, tag or commit of the dataset; the newest by default.
         name: what results are reported under; the last part of `path` by default.
         limit: use the first `limit` rows only.
@@ -39,7 +40,7 @@ class HubSource(PromptSource):
         question: str = "question",
         answer: str | None = "answer",
         answer_format: str | None = None,
-        columns: list[str] | None = None,
+        columns: list[str] | dict[str, str] | None = None,
         revision: str | None = None,
         name: str | None = None,
         limit: int | None = None,
@@ -62,15 +63,13 @@ class HubSource(PromptSource):
         dataset = self._dataset()
         if self.columns is not None:
             wanted = [self.question.split(".")[0], (self.answer or "").split(".")[0], *self.columns]
-            missing = sorted(set(self.columns) - set(dataset.column_names))
-            if missing:
-                raise ValueError(
-                    f"dataset {self.path!r}: no columns {missing} to keep; columns present: {dataset.column_names}"
-                )
-            dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
+            if set(self.columns) <= set(dataset.column_names):  # otherwise `read_rows` says what is missing
+                dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
         if self.limit is not None:
             dataset = dataset.select(range(min(self.limit, len(dataset))))
-        return read_rows(dataset, self.question, self.answer, self.answer_format, origin=f"dataset {self.path!r}")
+        return read_rows(
+            dataset, self.question, self.answer, self.answer_format, f"dataset {self.path!r}", self.columns
+        )
 
     def _dataset(self) -> Any:
         import datasets
@@ -81,9 +80,9 @@ class HubSource(PromptSource):
             raise ValueError(
                 f"dataset {self.path!r} is not in the local cache and the hub cannot be reached ({error}). Download it where"
                 " there is a connection and copy the cache (HF_HOME), set HF_ENDPOINT to a reachable mirror, or point a"
-                " FileSource at a local .jsonl, .json or .parquet file"
+                " FileSource at a local file"
             ) from error
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
                 f"dataset {self.path!r} (config_name={self.config_name!r}, split={self.split!r}) cannot be loaded: {error}"
             ) from error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from lit_specrl.data.files import READERS, FileSource
+from jsonargparse.typing import register_type
+
+from lit_specrl.data.files import READERS, FileSource, file_suffix
 from lit_specrl.data.hub import HubSource
 from lit_specrl.data.sources import PromptSource
 
@@ -23,6 +26,29 @@ PRESETS: dict[str, PromptSource] = {
 }
 
 
+class DataName(str):
+    """The name of a preset or the path of a file, as the command line takes it.
+
+    jsonargparse reads a string in place of an object as the name of a class (for `train.jsonl` it would import `train`) and
+    the file of that name as configuration. It tries the types of a setting in their order, so this one stands first; a type
+    that is a path (`__fspath__`) keeps it from opening the file.
+
+    Raises:
+        ValueError: for anything else, which may be the name of a class.
+    """
+
+    def __new__(cls, text: Any) -> DataName:
+        if not isinstance(text, str) or not (text in PRESETS or file_suffix(text) in READERS or Path(text).is_file()):
+            raise ValueError(f"expected the name of a preset or the path of a file, got {text!r}")
+        return super().__new__(cls, text)
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+
+register_type(DataName, serializer=lambda value: str(DataName(value)), deserializer=DataName)  # of nothing else
+
+
 def resolve_source(source: PromptSource | str) -> PromptSource:
     """Turn a preset's name or a file's path into a source; a source comes back as it is.
 
@@ -37,9 +63,9 @@ def resolve_source(source: PromptSource | str) -> PromptSource:
         return source
     if source in PRESETS:
         return PRESETS[source]
-    if Path(source).suffix in READERS:
+    if file_suffix(source) in READERS or Path(source).is_dir():
         return FileSource(source)
     raise ValueError(
-        f"unknown data {source!r}; expected one of the presets {', '.join(PRESETS)}, a path ending in"
+        f"unknown data {str(source)!r}; expected one of the presets {', '.join(PRESETS)}, a path ending in"
         f" {', '.join(READERS)}, or a source such as FileSource(...) or HubSource(...)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lit_specrl.data.references import reference_text
 from lit_specrl.data.sources import PromptSource
 
 
@@ -47,6 +48,12 @@ class ReasoningGymSource(PromptSource):
                 f"reasoning-gym refuses task {self.task!r} with size={self.size}, options={self.options}: {error}"
             ) from error
         return [
-            {"question": entry["question"], "answer": str(entry["answer"]), "task": self.task, "entry": entry}
+            {"question": entry["question"], "answer": _answer_text(entry), "task": self.task, "entry": entry}
             for entry in entries
         ]
+
+
+def _answer_text(entry: dict[str, Any]) -> str | None:
+    """The answer of an entry; some tasks have none, and score by the entry alone."""
+    answer = entry["answer"]
+    return reference_text(answer) if answer is None or isinstance(answer, str | int | float) else str(answer)

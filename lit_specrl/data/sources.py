@@ -6,7 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_specrl.data.references import reference_text
 from lit_specrl.rewards.answers import extract_answer
+
+OWN_COLUMNS = ("question", "messages", "answer", "columns")
+"""Keys of a row that mean something to the library."""
 
 
 class PromptSource(ABC):
@@ -33,7 +39,8 @@ class PromptSource(ABC):
         """Return the rows.
 
         Each has `question` (text) or `messages` (chat turns with `role` and `content`), `answer` (text or `None`), and any
-        further columns, which reach reward functions through `PromptBatch.columns`.
+        further columns, which reach reward functions through `PromptBatch.columns`. Further columns that are called like one
+        of these stand in a dict `columns`; beside a `question`, `messages` is a further column.
         """
 
 
@@ -43,8 +50,9 @@ def read_rows(
     answer: str | None,
     answer_format: str | None,
     origin: str,
+    columns: list[str] | dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rename the columns of raw records to those of `PromptSource.load`.
+    """Bring raw records into the form of `PromptSource.load`.
 
     Args:
         records: raw rows.
@@ -52,25 +60,56 @@ def read_rows(
         answer: column with the reference answer; `None` when there is none.
         answer_format: how the reference is cut out of the answer column, as in `extract_answer`; `None` takes it whole.
         origin: what error messages call the data.
+        columns: further columns to keep, by name, or by name with the name that rewards see; `None` keeps all.
 
     Raises:
-        ValueError: without rows, and for a row that lacks a column or whose answer cannot be read.
+        ValueError: without rows, for a column that is not there, and for a row whose question or answer cannot be read.
 
     Example:
         >>> read_rows([{"problem": "2 + 3?", "solution": "#### 5", "level": 1}], "problem", "solution", "hash", "demo")
         [{'level': 1, 'question': '2 + 3?', 'answer': '5'}]
     """
     rows = []
+    present: dict[str, None] = {}  # in their order
     for number, record in enumerate(records, start=1):
         where = f"{origin}, row {number}"
+        present |= dict.fromkeys(record)
+        further = _further_columns(record, {question, answer}, columns)
+        row = {name: value for name, value in further.items() if name not in OWN_COLUMNS}
+        taken = {name: value for name, value in further.items() if name in OWN_COLUMNS and name != "answer"}
+        if taken:
+            row["columns"] = taken
         prompt = _column(record, question, where)
-        row = {name: value for name, value in record.items() if name not in (question, answer)}
+        if not isinstance(prompt, str | list):
+            raise ValueError(
+                f"{where}: expected a question as text or chat messages in column {question!r}, got"
+                f" {type(prompt).__name__}: {str(prompt)[:200]}"
+            )
         row["question" if isinstance(prompt, str) else "messages"] = prompt
         row["answer"] = None if answer is None else _reference(_column(record, answer, where), answer_format, where)
         rows.append(row)
     if not rows:
         raise ValueError(f"{origin} is empty; expected at least one row")
+    missing = sorted(set(columns or []) - set(present))
+    if missing:
+        raise ValueError(f"{origin}: no columns {missing} to keep; columns present: {str(list(present))[:500]}")
+    if answer != "answer" and "answer" in _further_columns(present, {question, answer}, columns):
+        rank_zero_warn(
+            f"{origin}: rewards do not see the column 'answer', because their `answer` is"
+            + (f" the reference in {answer!r}" if answer else " empty (`answer: null`)")
+            + "; to keep it under another name, name the further columns, such as `columns: {answer: given_answer}`."
+        )
     return rows
+
+
+def _further_columns(
+    record: dict[str, Any], used: set[str | None], columns: list[str] | dict[str, str] | None
+) -> dict[str, Any]:
+    """The columns of a record that only rewards look at, under the names that they see."""
+    if columns is None:
+        return {name: value for name, value in record.items() if name not in used}
+    names = columns if isinstance(columns, dict) else {name: name for name in columns}
+    return {seen_as: record[name] for name, seen_as in names.items() if name in record}
 
 
 def _column(record: dict[str, Any], name: str, where: str) -> Any:
@@ -78,7 +117,7 @@ def _column(record: dict[str, Any], name: str, where: str) -> Any:
     for part in [name] if name in record else name.split("."):
         if not isinstance(value, dict) or part not in value:
             raise ValueError(
-                f"{where}: no column {name!r}; columns present: {', '.join(map(repr, record))}."
+                f"{where}: no column {name!r}; columns present: {', '.join(map(repr, record))[:500]}."
                 " Name the right ones with `question` and `answer` (`answer: null` when there is no reference)"
             )
         value = value[part]
@@ -86,16 +125,16 @@ def _column(record: dict[str, Any], name: str, where: str) -> Any:
 
 
 def _reference(value: Any, answer_format: str | None, where: str) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: the answer must be text or a number, got {type(value).__name__}: {value!r}")
-    if answer_format is None:
-        return str(value)
-    reference = extract_answer(str(value), answer_format)
+    try:
+        text = reference_text(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if text is None or answer_format is None:
+        return text
+    reference = extract_answer(text, answer_format)
     if reference is None:
         raise ValueError(
-            f"{where}: no answer in format {answer_format!r} found in {str(value)[-80:]!r};"
+            f"{where}: no answer in format {answer_format!r} found in {text[-80:]!r};"
             " correct the row, or choose another `answer_format` (null takes the column whole)"
         )
     return reference

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
+
+from jinja2 import TemplateError
 
 QUESTION = "{question}"
 
@@ -22,6 +25,9 @@ class PromptTemplate:
             `Please reason step by step, and put your final answer within \boxed{}.`
         text: the plain text; `{question}` stands for the question, other braces are left alone.
         chat_template_kwargs: passed to `apply_chat_template`, such as `{"enable_thinking": False}`.
+        date: the day that chat templates see where they write today's date (`strftime_now`), as in Llama 3. It is fixed,
+            because the real one would make other prompts of the same questions on the next day: a resumed run would lose
+            its place in the data and its prefix cache.
 
     Raises:
         ValueError: for settings that do not belong together.
@@ -37,6 +43,7 @@ class PromptTemplate:
     suffix: str | None = None
     text: str = "Question: {question}\nAnswer:"
     chat_template_kwargs: dict[str, Any] | None = None
+    date: str = "2024-07-26"
 
     def __post_init__(self) -> None:
         if self.kind not in ("chat", "plain"):
@@ -45,21 +52,36 @@ class PromptTemplate:
             raise ValueError("system_prompt and chat_template_kwargs need kind='chat'; with 'plain' put it into text")
         if QUESTION not in self.text:
             raise ValueError(f"text must contain {QUESTION}, got {self.text!r}")
+        try:
+            datetime.fromisoformat(self.date)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"date must be a day such as '2024-07-26', got {self.date!r}") from error
         for example in self.examples or []:
             if set(example) != {"question", "answer"}:
                 raise ValueError(f"each of examples must have 'question' and 'answer', got {sorted(example)}")
 
     def render(self, row: dict[str, Any], tokenizer: Any) -> str:
-        """Return the prompt text of a row with `question` or `messages`.
+        """Return the prompt text of a row with `question` or `messages`; `question` counts where a row has both.
+
+        A conversation that ends with a turn of the assistant is left open there, for the policy to continue that turn.
 
         Raises:
-            ValueError: for a tokenizer without a chat template (kind `chat`), or messages that the kind cannot show.
+            ValueError: for a tokenizer without a chat template (kind `chat`), or messages that the kind or the chat template
+                cannot show.
         """
         return self._render_chat(row, tokenizer) if self.kind == "chat" else self._render_plain(row)
 
     def tokenize(self, texts: list[str], tokenizer: Any) -> list[list[int]]:
-        """Token ids of rendered prompts, ragged; a chat template writes its own special tokens."""
-        return tokenizer(texts, add_special_tokens=self.kind == "plain")["input_ids"]
+        """Token ids of rendered prompts, ragged; a chat template writes its own special tokens.
+
+        A plain text gets those that the tokenizer puts before it, unless it begins with them already, but none behind it:
+        after an end-of-text token there is nothing to continue.
+        """
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if self.kind == "chat":
+            return ids
+        opening = opening_tokens(texts[0], tokenizer)
+        return [own if own[: len(opening)] == opening else opening + own for own in ids]
 
     def _render_chat(self, row: dict[str, Any], tokenizer: Any) -> str:
         if getattr(tokenizer, "chat_template", None) is None:
@@ -74,9 +96,16 @@ class PromptTemplate:
         if turns[0]["role"] == "system":
             opening, turns = turns[:1], turns[1:]
         messages = [*opening, *self._example_turns(), *turns]
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **(self.chat_template_kwargs or {})
-        )
+        continued = turns[-1]["role"] == "assistant"
+        arguments: dict[str, Any] = {"add_generation_prompt": not continued, "continue_final_message": continued}
+        if "strftime_now" in str(tokenizer.chat_template):
+            arguments["strftime_now"] = datetime.fromisoformat(self.date).strftime
+        arguments |= self.chat_template_kwargs or {}
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+        except (TemplateError, ValueError) as error:
+            roles = ", ".join(turn["role"] for turn in messages)
+            raise ValueError(f"the chat template cannot show messages of {roles}: {str(error)[:200]}") from error
 
     def _render_plain(self, row: dict[str, Any]) -> str:
         turns = self._turns(row)
@@ -86,9 +115,15 @@ class PromptTemplate:
         return "".join(shown) + self.text.replace(QUESTION, turns[0]["content"])
 
     def _turns(self, row: dict[str, Any]) -> list[dict[str, str]]:
-        """The row's own turns; the last one asks, and carries the suffix."""
-        turns = row.get("messages") or [{"role": "user", "content": row["question"]}]
-        return [*turns[:-1], {**turns[-1], "content": self._with_suffix(turns[-1]["content"])}]
+        """The row's own turns; the last one of the user carries the suffix."""
+        turns = list(row_turns(row))
+        if self.suffix:
+            asking = [n for n, turn in enumerate(turns) if turn["role"] == "user"] or [len(turns) - 1]
+            turn = turns[asking[-1]]
+            if turn["role"] == "assistant":
+                raise ValueError("suffix needs a turn of the user to follow, but the row's messages have none")
+            turns[asking[-1]] = {**turn, "content": self._with_suffix(turn["content"])}
+        return turns
 
     def _example_turns(self) -> Iterable[dict[str, str]]:
         for example in self.examples or []:
@@ -100,3 +135,24 @@ class PromptTemplate:
 
     def _with_suffix(self, question: str) -> str:
         return f"{question}\n{self.suffix}" if self.suffix else question
+
+
+def row_turns(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The turns of a row as of `PromptSource.load`, without those of a template."""
+    return row["messages"] if row.get("question") is None else [{"role": "user", "content": row["question"]}]
+
+
+def opening_tokens(text: str, tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before a text, such as the one for its beginning.
+
+    Raises:
+        ValueError: for a tokenizer that changes the text where it adds special tokens.
+    """
+    own, dressed = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+    for start in range(len(dressed) - len(own) + 1):
+        if dressed[start : start + len(own)] == own:
+            return dressed[:start]
+    raise ValueError(
+        f"the tokenizer reads {text[:80]!r} as {dressed[:20]} with its special tokens and as {own[:20]} without; expected the"
+        " same tokens between them"
+    )

@@ -1,3 +1,8 @@
+import json
+import sys
+import warnings
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -240,6 +245,68 @@ def test_every_rank_knows_all_sources(setup, monkeypatch):
     assert len(next(iter(loader))) == 1
 
 
+class Rows(PromptSource):
+    """Rows with the given answers."""
+
+    def __init__(self, *answers, name="rows", **columns):
+        self.rows = [{"question": "A", "answer": answer, **columns} for answer in answers]
+        self.name = name
+
+    def load(self):
+        return self.rows
+
+
+def rewarding(tokenizer, **needs):
+    """A module whose rewards, by name, need an answer or not."""
+    model = Model(tokenizer)
+    model.rewards = SimpleNamespace(
+        rewards=[SimpleNamespace(name=name, needs_answer=need) for name, need in needs.items()]
+    )
+    return model
+
+
+SPLITS = [("fit", "train"), ("fit", "validation"), ("validate", "validation"), ("test", "test")]
+
+
+@pytest.mark.parametrize(("stage", "split"), SPLITS)
+def test_data_without_answers_is_refused_where_a_reward_needs_them(setup, tokenizer, stage, split):
+    """A run with NumericReward trained to its end at reward 0."""
+    answered = {"train": Rows("1")} if split == "validation" else {}
+    data = PromptDataModule(**answered, **{split: [Rows(None, name="x"), Rows(None, name="y")]}, batch_size=1)
+    with pytest.raises(
+        MisconfigurationException,
+        match=rf"^{split} data: none of the 2 prompts \(1 from 'x', 1 from 'y'\) has a reference answer, which reward"
+        " 'numeric' compares with; name the column that holds it by `answer`",
+    ):
+        setup(data, stage, model=rewarding(tokenizer, brevity=False, numeric=True))
+
+
+@pytest.mark.parametrize(("stage", "split"), SPLITS)
+def test_single_gaps_among_the_answers_are_counted(setup, tokenizer, stage, split):
+    answered = {"train": Rows("1")} if split == "validation" else {}
+    data = PromptDataModule(**answered, **{split: Rows("1", None)}, batch_size=1)
+    with pytest.warns(
+        UserWarning,
+        match=rf"{split} data: 1 of 2 prompts \(1 from 'rows'\) have no reference answer; reward 'math', 'nu",
+    ):
+        setup(data, stage, model=rewarding(tokenizer, math=True, numeric=True))
+
+
+def test_nobody_asks_for_answers_that_no_reward_needs(setup, tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        setup(PromptDataModule(Rows(None, "1"), batch_size=1), model=rewarding(tokenizer, brevity=False))
+        setup(PromptDataModule(predict=Rows(None)), "predict", model=rewarding(tokenizer, numeric=True))
+
+
+def test_columns_that_rewards_could_not_be_given_are_refused_but_for_predict(setup):
+    with pytest.raises(
+        ValueError, match="the data has a column 'source', a name under which rewards are given the names"
+    ):
+        setup(PromptDataModule(Rows("1", source="web"), batch_size=1))
+    setup(PromptDataModule(predict=Rows("1", source="web")), "predict")
+
+
 def test_presets_by_name():
     assert named_sources(["deepmath", "gsm8k"]) == {"deepmath": PRESETS["deepmath"], "gsm8k": PRESETS["gsm8k"]}
     assert list(PromptDataModule("deepmath").sources["train"]) == ["deepmath"]
@@ -311,3 +378,99 @@ def test_sources_on_the_command_line(arguments, expected):
     (source,) = cli.datamodule.sources["train"].values()
     assert source is expected or (isinstance(source, ArithmeticSource) and source.num_prompts == 7)
     assert cli.datamodule.template.kind == "plain"
+
+
+FILES = {
+    "list.json": json.dumps([{"question": "Hi", "answer": "5"}, {"question": "Ho", "answer": "6"}]),
+    "object.json": json.dumps({"class_path": "ArithmeticSource"}),
+    "one.jsonl": json.dumps({"question": "Hi", "answer": "5"}),
+    "ONE.JSONL": json.dumps({"class_path": "ArithmeticSource"}),
+    "two.jsonl": '{"question": "Hi", "answer": "5"}\n' * 2,
+    "words.jsonl": "deepmath",
+    "pair.csv": "question,answer\nHi,5\n",
+    "empty.csv": "",
+    "odd name #1.jsonl": "x: 1",
+    "test.jsonl": "null",  # as a module of the standard library
+}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A working folder with files that can be read as configuration, and a module beside each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).with_suffix(".py").write_text("raise SystemExit('imported')")
+    monkeypatch.delitem(sys.modules, "test", raising=False)
+
+
+def read_arguments(subclass_mode, *arguments):
+    return LightningCLI(
+        Model, PromptDataModule, subclass_mode_data=subclass_mode, run=False, save_config_callback=None,
+        args=[*(["--data=PromptDataModule"] if subclass_mode else []), *arguments],
+    ).datamodule  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["command line", "appended", "file"])
+@pytest.mark.parametrize("subclass_mode", [False, True])
+@pytest.mark.usefixtures("files")
+def test_a_path_is_a_path_wherever_it_stands(way, subclass_mode):
+    """The content of a file that is valid JSON or YAML was taken for the setting."""
+    names = list(FILES)
+    for train, predict in zip(names[::2], names[1::2], strict=True):
+        several = {f"source {name}": name for name in names}
+        settings = {"train": train, "validation": names, "test": several, "predict": predict}
+        if way == "file":
+            nested = {"class_path": "PromptDataModule", "init_args": settings} if subclass_mode else settings
+            with open("config.yaml", "w") as file:
+                json.dump({"data": nested}, file)
+            data = read_arguments(subclass_mode, "--config=config.yaml")
+        elif way == "appended":
+            settings = {"train": names, "predict": [predict]}
+            appended = [f"--data.{split}+={name}" for split, split_names in settings.items() for name in split_names]
+            data = read_arguments(subclass_mode, *appended)
+        else:
+            texts = {split: value if isinstance(value, str) else json.dumps(value) for split, value in settings.items()}
+            data = read_arguments(subclass_mode, *(f"--data.{split}={text}" for split, text in texts.items()))
+        for split, value in settings.items():
+            sources = list(data.sources[split].values())
+            expected = [value] if isinstance(value, str) else list(value.values() if isinstance(value, dict) else value)
+            assert [str(source.path) for source in sources] == expected
+        assert list(data.sources["test"]) == list(settings.get("test", {}))
+    assert sys.modules.keys().isdisjoint(name.split(".")[0] for name in names)
+
+
+@pytest.mark.usefixtures("files")
+def test_a_saved_configuration_names_the_same_data(tmp_path):
+    """A run saves its configuration beside its checkpoints, for the commands that follow."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    cli = LightningCLI(
+        Model, PromptDataModule, run=False, save_config_callback=None,
+        args=["--config=config.yaml", "--data.train=one.jsonl", "--data.predict=gsm8k"],
+    )  # fmt: skip
+    (tmp_path / "saved.yaml").write_text(cli.parser.dump(cli.config, skip_none=False))
+    saved = read_arguments(False, "--config=saved.yaml").sources
+    for split, sources in cli.datamodule.sources.items():
+        assert {name: vars(source) for name, source in saved[split].items()} == {
+            name: vars(source) for name, source in sources.items()
+        }
+
+
+@pytest.mark.usefixtures("files")
+def test_classes_are_classes_also_beside_files_of_their_names():
+    open("ArithmeticSource.jsonl", "w").close()
+    data = read_arguments(
+        True, "--data.train=ArithmeticSource", "--data.train.num_prompts=7", "--data.validation=lit_specrl.data.FileSource",
+        "--data.validation.path=one.jsonl", '--data.test={"class_path": "HubSource", "init_args": {"path": "x/y"}}',
+        '--data.predict=[{"class_path": "FileSource", "init_args": {"path": "list.json", "columns": {"a": "b"}}}]',
+    )  # fmt: skip
+    sources = [next(iter(data.sources[split].values())) for split in ("train", "validation", "test", "predict")]
+    assert [type(source) for source in sources] == [ArithmeticSource, FileSource, HubSource, FileSource]
+    assert (sources[0].num_prompts, str(sources[1].path), sources[3].columns) == (7, "one.jsonl", {"a": "b"})
+
+
+def test_the_date_of_chat_templates_is_read_with_and_without_quotes(tmp_path):
+    for date in ("2026-11-27", "'2026-11-27'"):
+        (tmp_path / "config.yaml").write_text(f"data: {{template: {{date: {date}}}}}")
+        assert read_arguments(False, f"--config={tmp_path / 'config.yaml'}").template.date == "2026-11-27"

@@ -1,4 +1,5 @@
 import builtins
+import gzip
 import json
 import re
 import sys
@@ -6,6 +7,7 @@ from itertools import product
 from types import SimpleNamespace
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from lit_specrl.data import PRESETS, ArithmeticSource, FileSource, HubSource, ReasoningGymSource
 from lit_specrl.data.arithmetic import split_of
 from lit_specrl.data.presets import resolve_source
+from lit_specrl.data.prompts import further_columns
 
 GSM = [
     {"question": "Two and three?", "answer": "Add them.\n#### 5", "level": 1},
@@ -28,7 +31,8 @@ GSM_ROWS = [
 def write(tmp_path):
     def write_file(name, content):
         path = tmp_path / name
-        path.write_text(content)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content, newline="")
         return str(path)
 
     return write_file
@@ -38,12 +42,34 @@ def jsonl(records):
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def test_jsonl_json_and_parquet_give_the_same_rows(write, tmp_path):
+def test_all_formats_give_the_same_rows(write, tmp_path):
     parquet = str(tmp_path / "gsm.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GSM), parquet)
-    for path in (write("gsm.jsonl", jsonl(GSM)), write("gsm.json", json.dumps(GSM)), parquet):
+    packed = tmp_path / "gsm.jsonl.gz"
+    packed.write_bytes(gzip.compress(jsonl(GSM).encode()))
+    paths = [
+        write("gsm.jsonl", jsonl(GSM)),
+        write("gsm.JSONL", jsonl(GSM).replace("\n", "\r\n")),
+        write("gsm.json", json.dumps(GSM, indent=1)),
+        write("bom/gsm.jsonl", "\ufeff" + jsonl(GSM)),
+        write("bom/gsm.json", "\ufeff" + json.dumps(GSM)),
+        parquet,
+        str(packed),
+    ]
+    for path in paths:
         source = FileSource(path, answer_format="hash")
-        assert (source.name, source.load()) == ("gsm", GSM_ROWS)
+        assert (path, source.name, source.load()) == (path, "gsm", GSM_ROWS)
+
+
+def test_csv_cells_are_text(write):
+    path = write("a.csv", '\ufeffquestion,answer,level\n"One, two\nand three?",007,1\n\nHi,,""\n')
+    assert FileSource(path).load() == [
+        {"question": "One, two\nand three?", "answer": "007", "level": "1"},
+        {"question": "Hi", "answer": None, "level": ""},
+    ]
+    long_cell = "word " * 100_000
+    path = write("b.csv", f"question,answer\n{long_cell},1\n")
+    assert FileSource(path).load() == [{"question": long_cell, "answer": "1"}]
 
 
 def test_columns_are_renamed_and_numbers_become_text(write):
@@ -85,7 +111,20 @@ def test_data_without_reference_answers(write):
         ("a.json", '{"question": "q"}', r"a\.json: expected a list of JSON objects"),
         ("a.json", '{"q": 1}\n{"q": 2}', r"a\.json: not valid JSON .*; one object per line belongs into a \.jsonl file"),
         ("a.parquet", "text", r"a\.parquet: not a Parquet file"),
-        ("a.csv", "", r"a\.csv: expected a file ending in \.jsonl, \.json, \.parquet, got '\.csv'"),
+        ("a.json", "", r"a\.json is empty; expected at least one row"),
+        ("a.csv", "", r"a\.csv is empty; expected at least one row"),
+        ("a.csv", "question,answer\n", r"a\.csv is empty; expected at least one row"),
+        ("a.parquet", "", r"a\.parquet is empty; expected at least one row"),
+        ("a.xlsx", "", r"a\.xlsx: expected a file ending in \.jsonl, \.json, \.csv, \.parquet, got '\.xlsx'; convert it"),
+        ("a.jsonl", "[\n{}\n]\n", r"a\.jsonl, line 1: not valid JSON .*: '\['; a list over several lines belongs into a \.json"),
+        ("a.jsonl", '{"question": ' + "1" * 5000 + "}", r"a\.jsonl, line 1: not valid JSON \(Exceeds the limit"),
+        ("a.json", '{"question": "q"}', r"a\.json: expected a list .*, got '\{\"question\": \"q\"\}'; put the objects between \["),
+        ("a.csv", "question,answer\nOne, two?,3\n", r"a\.csv, line 2: expected 2 cells, .*\(question, answer\), got 3; put cells"),
+        ("a.csv", "question,question\na,b\n", r"a\.csv: the first line names several columns \['question'\]"),
+        ("a.csv", 'question,answer\n"q,1\n', r"a\.csv, line 2: not valid CSV \(unexpected end of data\)"),
+        ("a.jsonl.gz", "text", r"a\.jsonl\.gz cannot be read: Not a gzipped file"),
+        ("a.jsonl", '{"question": null, "answer": "1"}', r"row 1: expected a question as text .* in column 'question', got NoneType"),
+        ("a.jsonl", '{"question": "q", "answer": Infinity}', r"row 1: the answer must be text or a number, got float: inf"),
         ("a.jsonl", '{"problem": "q", "answer": "1"}', r"row 1: no column 'question'; columns present: 'problem', 'answer'"),
         ("a.jsonl", '{"question": "q", "a.b": "1"}', r"row 1: no column 'answer'; .*`answer: null` when there is no reference"),
         ("a.jsonl", '{"question": "q", "answer": [1]}', r"row 1: the answer must be text or a number, got list: \[1\]"),
@@ -94,6 +133,107 @@ def test_data_without_reference_answers(write):
 def test_unreadable_files_are_refused(write, name, content, message):
     with pytest.raises(ValueError, match=message):
         FileSource(write(name, content)).load()
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GSM * 1000), path)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:100] + b"?" * 100 + whole[200:]):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"a\.parquet: not a Parquet file, or a damaged one .*download it once more"
+        ):
+            FileSource(str(path)).load()
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl(GSM).encode())[:-20])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz cannot be read: Compressed file ended .*copy it once more"):
+        FileSource(str(path)).load()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(GSM).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.jsonl: expected text in UTF-8 .*iconv"):
+        FileSource(str(path)).load()
+
+
+def test_a_folder_is_refused(tmp_path):
+    for source in (FileSource(str(tmp_path)), resolve_source(str(tmp_path))):
+        with pytest.raises(ValueError, match=r" is a folder; expected a file ending in .*`HubSource` reads a folder"):
+            source.load()
+
+
+NUMINA = {
+    "problem": "2+3?",
+    "question": "What is asked?",
+    "solution": r"It is \boxed{5}.",
+    "answer": "five",
+    "columns": 2,
+    "messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": r"It is \boxed{5}."}],
+}
+
+
+def test_the_named_columns_win_and_the_others_keep_their_names(write):
+    path = write("numina.jsonl", jsonl([NUMINA]))
+    with pytest.warns(
+        UserWarning, match=r"do not see the column 'answer', because their `answer` is the reference in 'solu"
+    ):
+        [row] = FileSource(path, question="problem", answer="solution", answer_format="boxed").load()
+    assert (row["question"], row["answer"]) == ("2+3?", "5")
+    others = {name: NUMINA[name] for name in ("question", "columns", "messages")}
+    assert further_columns(row) == others
+
+    [row] = FileSource(path, question="messages").load()
+    assert (row["messages"], row["answer"], "question" in row) == (NUMINA["messages"], "five", False)
+    assert further_columns(row) == {name: NUMINA[name] for name in ("problem", "question", "solution", "columns")}
+
+
+def test_an_answer_column_without_use_is_named(write):
+    path = write("a.jsonl", jsonl([{"question": "q", "answer": "1"}]))
+    with pytest.warns(
+        UserWarning, match=r"column 'answer', because their `answer` is empty \(`answer: null`\); to keep it"
+    ):
+        [row] = FileSource(path, answer=None).load()
+    assert (row["answer"], further_columns(row)) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("columns", "seen"),
+    [
+        ([], {}),
+        (["level"], {"level": 1}),
+        ({"source": "origin", "level": "level"}, {"origin": "web", "level": 1}),
+        ({"answer": "solution"}, {"solution": "#### 5"}),  # also a column that has a use already
+    ],
+)
+def test_columns_are_left_out_and_renamed(write, hub, columns, seen):
+    record = {"question": "q", "answer": "#### 5", "source": "web", "level": 1}
+    hub([record])
+    path = write("a.jsonl", jsonl([record]))
+    for source in (
+        FileSource(path, answer_format="hash", columns=columns),
+        HubSource("x/y", answer_format="hash", columns=columns),
+    ):
+        [row] = source.load()
+        assert (row["question"], row["answer"], further_columns(row)) == ("q", "5", seen)
+
+
+def test_columns_that_no_row_has_are_named(write):
+    path = write("a.jsonl", jsonl([{"question": "q", "answer": "1"}, {"question": "r", "answer": "2", "level": 1}]))
+    assert FileSource(path, columns=["level"]).load()[1] == {"level": 1, "question": "r", "answer": "2"}
+    with pytest.raises(
+        ValueError, match=r"no columns \['topic'\] to keep; columns present: \['question', 'answer', 'level'"
+    ):
+        FileSource(path, columns={"topic": "subject"}).load()
+
+
+def test_gaps_among_the_answers_are_gaps(tmp_path):
+    path = tmp_path / "a.parquet"
+    pandas.DataFrame({"question": ["q", "r"], "answer": [5, None]}).to_parquet(path)
+    assert [row["answer"] for row in FileSource(str(path)).load()] == ["5", None]
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"question": "q", "answer": NaN}\n{"question": "q", "answer": ""}\n{"question": "q", "answer": 1e-05}'
+    )
+    assert [row["answer"] for row in FileSource(str(path), answer_format="number").load()] == [None, None, "0.00001"]
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -156,7 +296,14 @@ def test_an_unreachable_hub_says_what_to_do(hub):
         HubSource("x/y").load()
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("no such dataset"), ValueError("Unknown split 'tset'")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("no such dataset"),
+        ValueError("Unknown split 'tset'"),
+        datasets.exceptions.DatasetGenerationError("damaged"),
+    ],
+)
 def test_an_unknown_dataset_or_split_is_refused(hub, error):
     hub(error)
     with pytest.raises(ValueError, match=rf"'x/y' \(config_name=None, split='tset'\) cannot be loaded: {error}"):
@@ -193,6 +340,12 @@ def test_reasoning_gym_entries_become_rows(monkeypatch):
             "entry": {"question": "chain_sum 7 0", "answer": 0, "metadata": {"t": 2}},
         }
     ]
+
+
+def test_reasoning_gym_entries_without_an_answer_have_none(monkeypatch):
+    entries = [{"question": "q", "answer": answer} for answer in (None, 2.0, ["a"])]
+    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=lambda *_, **__: entries))
+    assert [row["answer"] for row in ReasoningGymSource("countdown").load()] == [None, "2", "['a']"]
 
 
 def test_reasoning_gym_refusals_name_the_task(monkeypatch):

@@ -1,4 +1,8 @@
+from datetime import datetime
+
 import pytest
+import transformers.utils.chat_template_utils as chat_template_utils
+from tokenizers.processors import TemplateProcessing
 
 from lit_specrl.data import PromptTemplate
 
@@ -34,6 +38,76 @@ def test_messages_keep_their_turns_and_the_last_carries_the_suffix(tokenizer):
         "<user> A <end>\n<assistant> 1 <end>\n<user> B\n! <end>\n<assistant>"
     )
     assert messages[-1] == {"role": "user", "content": "B"}
+
+
+OPEN = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B 1"}]
+
+
+def test_a_turn_of_the_assistant_at_the_end_is_continued(tokenizer):
+    """It was closed, and a second turn of the assistant opened."""
+    assert PromptTemplate().render({"messages": OPEN}, tokenizer) == "<user> A <end>\n<assistant> B 1"
+    template = PromptTemplate(system_prompt="Q", suffix="!", examples=[{"question": "C", "answer": "2"}])
+    assert template.render({"messages": OPEN}, tokenizer) == (
+        "<system> Q <end>\n<user> C\n! <end>\n<assistant> 2 <end>\n<user> A\n! <end>\n<assistant> B 1"
+    )
+    assert OPEN == [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B 1"}]
+
+
+def test_the_suffix_goes_to_the_user_also_where_a_tool_speaks_last(tokenizer):
+    messages = [{"role": "user", "content": "A"}, {"role": "tool", "content": "B"}]
+    rendered = PromptTemplate(suffix="!").render({"messages": messages}, tokenizer)
+    assert rendered == "<user> A\n! <end>\n<tool> B <end>\n<assistant>"
+
+
+def test_a_suffix_without_a_turn_of_the_user_is_refused(tokenizer):
+    assert PromptTemplate().render({"messages": OPEN[1:]}, tokenizer) == "<assistant> B 1"
+    with pytest.raises(ValueError, match="suffix needs a turn of the user to follow, but the row's messages have none"):
+        PromptTemplate(suffix="!").render({"messages": OPEN[1:]}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "chat_template",
+    [
+        "{{ raise_exception('roles must alternate') }}{{ messages[0]['content'] }}",
+        "{{ messages[0]['content'] }}",  # leaves out the turn to continue
+    ],
+)
+def test_messages_that_the_chat_template_cannot_show_are_refused(tokenizer, chat_template):
+    tokenizer.chat_template = chat_template
+    with pytest.raises(ValueError, match="the chat template cannot show messages of user, assistant: "):
+        PromptTemplate().render({"messages": OPEN}, tokenizer)
+
+
+def test_the_date_that_a_chat_template_writes_is_the_same_on_every_day(tokenizer, monkeypatch):
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
+    assert PromptTemplate().render(ROW, tokenizer) == "26 Jul 2024 <user> A B <end>\n<assistant>"
+    assert PromptTemplate(date="2026-11-27").render(ROW, tokenizer).startswith("27 Nov 2026 ")
+    asked = PromptTemplate(chat_template_kwargs={"strftime_now": lambda _: "today"})
+    assert asked.render(ROW, tokenizer).startswith("today ")
+
+
+def test_a_plain_prompt_begins_as_the_tokenizer_begins_and_does_not_end(tokenizer):
+    """An end-of-text token ended the prompt of tokenizers that add one."""
+    template = PromptTemplate(kind="plain", text="{question}")
+    for single, expected in [
+        ("<s> $A <end>", [[1, 7, 8], [1, 9]]),
+        ("$A <end>", [[7, 8], [9]]),
+        ("$A", [[7, 8], [9]]),
+        ("<s> <s> $A", [[1, 1, 7, 8], [1, 1, 9]]),
+    ]:
+        specials = [("<s>", 1), ("<end>", 5)]
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=specials)
+        assert template.tokenize(["A B", "C"], tokenizer) == expected
+
+
+def test_a_first_token_that_the_text_brings_itself_is_not_doubled(tokenizer):
+    assert PromptTemplate(kind="plain").tokenize(["<s> A", "B"], tokenizer) == [[1, 7], [1, 8]]
 
 
 def test_plain_text_fills_the_question_only(base_tokenizer):
@@ -87,6 +161,7 @@ def test_plain_text_refuses_a_conversation(tokenizer):
             {"kind": "plain", "chat_template_kwargs": {"a": 1}},
             "system_prompt and chat_template_kwargs need kind='chat'",
         ),
+        ({"date": "today"}, "date must be a day such as '2024-07-26', got 'today'"),
         ({"text": "Question: {q}"}, r"text must contain \{question\}, got 'Question: \{q\}'"),
         ({"examples": [{"question": "C"}]}, r"each of examples must have 'question' and 'answer', got \['question'\]"),
     ],
