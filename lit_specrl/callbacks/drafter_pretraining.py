@@ -195,8 +195,16 @@ def _read(path: str, tokenizer: Any, num_rollouts: int, trainer: L.Trainer) -> I
     own = records[trainer.global_rank :: trainer.world_size][:size]
     for start in range(0, len(own), 32):
         part = own[start : start + 32]
-        prompts = [tokenizer(record["prompt"], add_special_tokens=False).input_ids for record in part]
+        prompts = _prompt_ids([record["prompt"] for record in part], tokenizer, trainer)
         yield padded_rows(prompts, list(range(len(part))), [_response(record, tokenizer) for record in part])
+
+
+def _prompt_ids(texts: list[str], tokenizer: Any, trainer: L.Trainer) -> list[list[int]]:
+    """Token ids of rendered prompts, with the special tokens that the data's template gives them."""
+    template = getattr(getattr(trainer, "datamodule", None), "template", None)
+    if template is None:
+        return tokenizer(texts, add_special_tokens=False).input_ids
+    return template.tokenize(texts, tokenizer)
 
 
 def _record(path: str, number: int, line: str) -> dict[str, Any]:

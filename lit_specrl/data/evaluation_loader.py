@@ -45,7 +45,6 @@ class EvaluationLoader:
         self.world_size = world_size
         self.sampling = sampling
         self.sources = sorted(set(prompts.sources))
-        self.sources = sorted(set(prompts.sources))
         self._prompts = take(prompts, rank_share(prompts.uids, rank, world_size))
 
     def __len__(self) -> int:
