@@ -187,7 +187,7 @@ def _in_value(hint: Any, value: Any, before: Any, key: str, is_added: bool = Fal
         for name, item in value.items():
             yield from _in_value(_union(of_values), item, None, f"{key}.{name}")
     elif not _fits(hint, value):
-        if isinstance(value, str) and kinds and _NAME.fullmatch(value) and not {int, float, bool} & set(members):
+        if isinstance(value, str) and kinds and _NAME.fullmatch(value) and not {int, float} & set(members):
             yield from _in_spec(kinds, {"class_path": value}, None, key)
         else:
             yield _Problem(f"{key.rpartition('.')[2]} must be {_in_words(hint)}, got {in_short(value)}", key)
@@ -255,13 +255,18 @@ def _in_spec(kinds: list[tuple[Any, int]], spec: Mapping[str, Any], before: Any,
 def _inner(level: Level, settings: Mapping[str, Any]) -> dict[str, Level]:
     found: dict[str, Level] = {}
     for name in ("model", "data"):
-        spec = settings.get(name)
-        if isinstance(spec, Mapping) and isinstance(spec.get("class_path"), str) and name in level.names:
+        spec = _spec(settings.get(name))
+        if isinstance(spec.get("class_path"), str) and name in level.names:
             kinds = [kind for member in _members(level.names[name]) for kind in _classes(member)]
             resolved = _resolved(spec["class_path"], kinds)
             if not isinstance(resolved, str):
                 found[name] = Level.of_class(*resolved)
     return found
+
+
+def _spec(value: Any) -> Mapping[str, Any]:
+    """The description of an object; a text is its class."""
+    return value if isinstance(value, Mapping) else {"class_path": value}
 
 
 def _missing(level: Level, settings: Mapping[str, Any]) -> Iterator[_Problem]:
@@ -271,9 +276,10 @@ def _missing(level: Level, settings: Mapping[str, Any]) -> Iterator[_Problem]:
             yield _Problem(f"the configuration has no {name}; see recipes/quickstart.yaml for a complete one", name)
             return
     for name, inner in _inner(level, settings).items():
-        absent = [argument for argument in inner.required if argument not in (settings[name].get("init_args") or {})]
+        spec = _spec(settings[name])
+        absent = [argument for argument in inner.required if argument not in (spec.get("init_args") or {})]
         if absent:
-            kind = settings[name]["class_path"].rpartition(".")[2]
+            kind = spec["class_path"].rpartition(".")[2]
             yield _Problem(f"{kind} needs {' and '.join(absent)} under {name}.init_args", f"{name}.init_args")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,13 @@ def _check_writable(folder: str | None) -> None:
 
 
 def _check_checkpoint(checkpoint: str | None) -> None:
-    if checkpoint and checkpoint not in _RESUMED and "://" not in checkpoint and not Path(checkpoint).exists():
+    if not checkpoint or checkpoint in _RESUMED or "://" in checkpoint:
+        return
+    if Path(checkpoint).is_file() and not zipfile.is_zipfile(checkpoint):
+        raise ConfigurationError(
+            f"{checkpoint} is not a checkpoint, or it was cut: what torch saves is a zip archive", "ckpt_path"
+        )
+    if not Path(checkpoint).exists():
         folder = Path(checkpoint).absolute().parent
         there = sorted(path.name for path in folder.glob("*.ckpt"))[:5] if folder.is_dir() else []
         hint = f"there are {', '.join(there)}" if there else f"looked in {folder}"

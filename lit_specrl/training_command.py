@@ -67,6 +67,7 @@ class LitSpecRLCLI(LightningCLI):
         trainer = self.config[self.config.subcommand].trainer
         if not isinstance(trainer, Namespace):
             raise ConfigurationError(f"trainer must be a mapping, got {in_short(trainer)}", "trainer")
+        check_settings(self.config[self.config.subcommand])
         if isinstance(trainer.callbacks, list):
             last = {callback.class_path: callback for callback in trainer.callbacks}
             trainer.callbacks = [
@@ -76,7 +77,6 @@ class LitSpecRLCLI(LightningCLI):
             ]
 
     def before_instantiate_classes(self) -> None:
-        check_settings(self.config[self.config.subcommand])
         self._failures: list[Failure] = []
         self.parser.add_instantiator(self._instantiate, object)  # behind Lightning's own, for model and data
 

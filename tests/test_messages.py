@@ -376,6 +376,16 @@ CONFIGURATION = {
     "too many devices": (FIT, trainer(devices=4096), "devices=4096 are more than there are"),
     "no epochs": (FIT, trainer(max_epochs=-3), "max_epochs"),
     "missing checkpoint": ([*FIT, "--ckpt_path=nowhere.ckpt"], {}, "there is no checkpoint nowhere.ckpt"),
+    "a text as checkpoint": ([*FIT, "--ckpt_path=run.yaml"], {}, "run.yaml is not a checkpoint, or it was cut"),
+    "a class alone": (FIT, {"model": "GRPO"}, "GRPO needs model and rewards under model.init_args"),
+    "misspelt logger": ([*FIT, "--trainer.logger=TensorBoardLogge"], {}, "did you mean TensorBoardLogger?"),
+    "argument of an added callback": (
+        [*FIT, "--trainer.callbacks+=PrefixCache", "--trainer.callbacks.lenienc=2"],
+        {},
+        "PrefixCache has no lenienc; did you mean lenience?",
+    ),
+    "a reward in place of a list": (FIT, model(rewards="MathReward"), "rewards must be a list"),
+    "missing file among several": (FIT, data(train={"a": "nope.json"}), "nope.json: no such file"),
     "a file as output folder": (
         FIT,
         trainer(default_root_dir="run.yaml"),
