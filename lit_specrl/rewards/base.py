@@ -6,7 +6,9 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
-from typing import Any
+from typing import Any, ClassVar
+
+from lit_specrl.rewards.identity import identity_of, settings_of
 
 Scores = Sequence[float | None]
 """One number per row; `None` where the reward does not apply."""
@@ -27,6 +29,9 @@ class Reward(ABC):
 
         BrevityReward(weight=0.1).name  # "brevity"
     """
+
+    needs_answer: ClassVar[bool] = False
+    """Whether rows without a reference answer cannot be scored."""
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not math.isfinite(weight):
@@ -50,6 +55,18 @@ class Reward(ABC):
         Returns:
             [N] numbers, `None` where the reward does not apply; or an awaitable of them.
         """
+
+    def identity(self) -> str:
+        """Return a text that names what makes the numbers: the code and the settings of this reward.
+
+        It stays the same from process to process and differs where the numbers may: another function under the same name,
+        another constant, another `answer_format`. The weight and the name are no part of it. See `identity_of` for what counts.
+        """
+        return identity_of(type(self), self._made_by())
+
+    def _made_by(self) -> dict[str, Any]:
+        """Return what the numbers depend on besides the code: the attributes that are public or hold a constructor argument."""
+        return {name: value for name, value in settings_of(self).items() if name not in ("weight", "name", "counters")}
 
     def close(self) -> None:
         """Release what the reward holds, such as worker processes; the next call may start it again."""

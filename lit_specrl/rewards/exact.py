@@ -22,6 +22,8 @@ class ExactReward(Reward):
         ExactReward("Answer: (.+)", ignore_case=True)(["Capital?"], ["Answer: paris"], answer=["Paris"])  # [1.0]
     """
 
+    needs_answer = True
+
     def __init__(
         self, answer_format: str = "text", ignore_case: bool = False, weight: float = 1.0, name: str | None = None
     ) -> None:

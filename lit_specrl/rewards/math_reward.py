@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+from lit_specrl.rewards import math_checker
 from lit_specrl.rewards.answers import check_answer_format, extract_answer
 from lit_specrl.rewards.base import Reward, column
 from lit_specrl.rewards.checker_pool import CheckerPool, Verdict
@@ -42,6 +44,8 @@ class MathReward(Reward):
         reward.close()
     """
 
+    needs_answer = True
+
     def __init__(
         self,
         answer_format: str = "auto",
@@ -68,6 +72,15 @@ class MathReward(Reward):
         row_verdicts = [None if pair is None else verdicts[pair] for pair in pairs]
         self._count(row_verdicts)
         return [None if verdict in (None, "undecided") else float(verdict == "right") for verdict in row_verdicts]
+
+    def _made_by(self) -> dict[str, Any]:
+        """Return what the verdicts depend on: not the number of processes, but the checker that runs in them."""
+        return {
+            "answer_format": self.answer_format,
+            "timeout_s": self.pool.timeout_s,
+            "math_verify": version("math-verify"),
+            "checker": math_checker.judge,
+        }
 
     def close(self) -> None:
         """End the checker processes."""

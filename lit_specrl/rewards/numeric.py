@@ -31,6 +31,8 @@ class NumericReward(Reward):
         NumericReward()(["6 * 7 = "], ["That makes $42."], answer=["#### 42"])  # [1.0]
     """
 
+    needs_answer = True
+
     def __init__(
         self, answer_format: str = "number", tolerance: float = 0.0, weight: float = 1.0, name: str | None = None
     ) -> None:

@@ -78,6 +78,8 @@ class RewardSet:
                     f"{names.count(name)} rewards are named {name!r}; give them different names by name=..."
                 )
         self.warn_after_s = warn_after_s
+        # Taken now: what a reward counts or keeps while it is called is no setting.
+        self._identity = "\n".join(f"{reward.name}: {reward.identity()}" for reward in self.rewards)
         self._event_loop = _EventLoop()
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> RewardScores:
@@ -105,6 +107,10 @@ class RewardSet:
         if all(value is None for value in values):
             return None
         return _weighted_sum([reward.weight for reward in self.rewards], values)
+
+    def identity(self) -> str:
+        """Return a line per reward that names it and what makes its numbers, see `Reward.identity`; weights are no part of it."""
+        return self._identity
 
     def close(self) -> None:
         """Close every reward and stop the event loop; the next call starts them again."""
