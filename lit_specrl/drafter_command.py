@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.bench.rollout.configuration import Configuration, fit_configuration
+from lit_specrl.holds import ProcessFolder
 
 _DESCRIPTION = """Make a drafter that knows the task, before training the policy.
 
@@ -30,7 +30,7 @@ def drafter_command(arguments: list[str]) -> None:
 
     configuration = pretraining_configuration(fit_configuration(fit_arguments), vars(options))
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with ProcessFolder("configuration") as folder:
             path = Path(folder) / "config.yaml"
             path.write_text(yaml.safe_dump(configuration), "utf-8")
             run(["fit", "--config", str(path)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig, AutoTokenizer
@@ -72,8 +72,7 @@ class RolloutModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_model_exists(self.model_name)
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default
-            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        self._write_whole_checkpoints()
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.engine, VLLMEngine):
             raise MisconfigurationException(
                 "TransformersEngine cannot generate with sharded weights; add SpeculativeRollout(engine=VLLMEngine()), or "
@@ -85,6 +84,14 @@ class RolloutModule(L.LightningModule):
                 f"prompts and responses of up to {self.max_length} tokens do not fit the {positions} positions of "
                 f"{self.model_name}; lower max_prompt_length or max_completion_length"
             )
+
+    def _write_whole_checkpoints(self) -> None:
+        strategy = self.trainer.strategy
+        writer = strategy.checkpoint_io
+        if type(writer) is TorchCheckpointIO:  # the default
+            strategy.checkpoint_io = WholeCheckpointIO()
+        elif isinstance(writer, AsyncCheckpointIO) and type(writer.checkpoint_io) is TorchCheckpointIO:
+            writer._checkpoint_io = WholeCheckpointIO()  # its setter takes the first one alone
 
     @property
     def max_length(self) -> int | None:
