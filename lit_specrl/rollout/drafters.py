@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lit_specrl.holds import ProcessFolder
 from lit_specrl.policy import check_model_exists, load_pretrained
 from lit_specrl.speculation import (
     CausalNetwork,
@@ -18,6 +18,7 @@ from lit_specrl.speculation import (
     Eagle3Network,
     build_head,
     check_architecture,
+    check_drafter_files,
     check_head,
     draft_vocabulary,
     save_head,
@@ -114,7 +115,7 @@ class DraftModel(Drafter):
         model: hub name or folder in the transformers format.
         num_speculative_tokens: longest draft.
         sampled: its proposals are samples, accepted with probability `min(1, target / draft)`. False: they are its most likely tokens; at a temperature of 1 fewer are
-            accepted, but on a CPU in float32 the rollouts are then the very same as without, whatever an `AdaptiveScheduler` does.
+            accepted, but on a CPU the rollouts are then those without drafts, up to rounding (see `SpeculativeRollout`).
     """
 
     def __init__(self, model: str, num_speculative_tokens: int = 3, sampled: bool = True) -> None:
@@ -131,6 +132,7 @@ class DraftModel(Drafter):
         return CausalNetwork.load(self.model)
 
     def check(self, policy: PretrainedConfig) -> None:
+        check_drafter_files(self.model)
         own, theirs = (config.get_text_config().vocab_size for config in (check_model_exists(self.model), policy))
         if own != theirs:
             raise ValueError(
@@ -167,7 +169,7 @@ class Eagle3Drafter(Drafter):
         if model is not None and vocabulary_size is not None:
             raise ValueError(f"vocabulary_size={vocabulary_size} is of a new head; {model!r} has its own")
         self.model, self.vocabulary_size, self.sampled = model, vocabulary_size, sampled
-        self._own_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._own_folder: ProcessFolder | None = None
 
     @classmethod
     def build(
@@ -212,7 +214,7 @@ class Eagle3Drafter(Drafter):
 
     def prepare(self, model: str) -> None:
         if self.model is None:
-            self._own_folder = tempfile.TemporaryDirectory(prefix="lit_specrl-drafter-")
+            self._own_folder = ProcessFolder("drafter")
             folder = Path(self._own_folder.name) / "drafter"
             policy = load_pretrained(AutoModelForCausalLM, model)
             self.model = self.build(
