@@ -1,4 +1,4 @@
-"""Checkpoints that a killed process leaves whole or absent."""
+"""Checkpoints that a killed process leaves whole or absent, and that are read whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_specrl.whole_files import clear_partials, partial_name, put_in_place
+from lit_specrl.checkpoint_check import check_checkpoint, check_content, naming
+from lit_specrl.checkpoint_content import loadable
+from lit_specrl.speculation.rank_files import record
+from lit_specrl.whole_files import whole_file
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it.
+    """Writes a checkpoint beside its place and renames it; refuses to write what could not be read, and to read what was not written.
 
     Lightning 2.6 writes it into memory, then into the folder for temporary files, and moves it; where that is another file system the move is a copy, of which a killed
     process leaves the beginning under the checkpoint's name.
@@ -22,7 +25,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:  # not a local file
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
-        clear_partials(path)
-        torch.save(checkpoint, partial_name(path))
-        put_in_place(partial_name(path), path)
+        content = loadable(checkpoint)
+        with whole_file(path) as partial:
+            torch.save(content, partial)
+            record(content, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, location: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        check_checkpoint(Path(path))
+        with naming(Path(path)):
+            content = super().load_checkpoint(path, map_location, weights_only)
+            check_content(content)
+        return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from lit_specrl.bench.rollout.configuration import Configuration, fit_configuration
+from lit_specrl.holds import ProcessFolder
 
 _DESCRIPTION = """Make a drafter that knows the task, before training the policy.
 
@@ -28,7 +28,7 @@ def drafter_command(arguments: list[str]) -> None:
     from lit_specrl.cli import run  # here, because the command line imports this file
 
     configuration = pretraining_configuration(fit_configuration(fit_arguments), vars(options))
-    with tempfile.TemporaryDirectory() as folder:
+    with ProcessFolder("configuration") as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(configuration), "utf-8")
         run(["fit", "--config", str(path)])

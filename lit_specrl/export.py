@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser
 from torch.distributed import checkpoint as sharded
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import (
     AutoConfig,
@@ -21,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lit_specrl.checkpoint_check import OF_ALL_RANKS, check_checkpoint, naming
 from lit_specrl.diagnosis import parsed
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config
 from lit_specrl.policy import Policy, unreachable_model_message
@@ -29,7 +28,6 @@ from lit_specrl.speculation import DraftNetwork
 from lit_specrl.whole_files import whole_folder
 
 _PREFIX = "policy.model."
-_OF_ALL_RANKS = "meta.pt"  # what a sharded checkpoint holds beside its tensors
 
 
 def export_checkpoint(
@@ -100,14 +98,13 @@ def _some_lines(error: Exception) -> str:
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a checkpoint holds, and the weights of its policy."""
-    if not source.exists():
-        raise ValueError(f"there is no checkpoint at {source}")
-    file = source / _OF_ALL_RANKS if source.is_dir() else source
-    try:
+    check_checkpoint(source)
+    with naming(source):
+        file = source / OF_ALL_RANKS if source.is_dir() else source
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, a checkpoint of Lightning holds a dict")
         weights = _gather_shards(source) if source.is_dir() else content.get("state_dict", {})
-    except (OSError, RuntimeError, pickle.UnpicklingError, CheckpointException) as error:
-        raise ValueError(f"{source} is not a checkpoint of Lightning: {error}") from error
     state = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items() if name.startswith(_PREFIX)}
     if not state:
         raise ValueError(f"{source} holds no policy of this library (no weights called {_PREFIX}*)")

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig, AutoTokenizer
@@ -74,8 +74,7 @@ class RolloutModule(L.LightningModule):
             raise ValueError(unreachable_model_message(self.model_name)) from error
 
     def setup(self, stage: str) -> None:
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default
-            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        self._write_whole_checkpoints()
         self.check_run(stage)
 
     def check_run(self, stage: str) -> None:
@@ -101,6 +100,14 @@ class RolloutModule(L.LightningModule):
                 f"prompts and responses of up to {self.max_length} tokens do not fit the {positions} positions of "
                 f"{self.model_name}; lower max_prompt_length or max_completion_length"
             )
+
+    def _write_whole_checkpoints(self) -> None:
+        strategy = self.trainer.strategy
+        writer = strategy.checkpoint_io
+        if type(writer) is TorchCheckpointIO:  # the default
+            strategy.checkpoint_io = WholeCheckpointIO()
+        elif isinstance(writer, AsyncCheckpointIO) and type(writer.checkpoint_io) is TorchCheckpointIO:
+            writer._checkpoint_io = WholeCheckpointIO()  # its setter takes the first one alone
 
     @property
     def max_length(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from lit_specrl.whole_files import clear_partials, partial_name, put_in_place
+from lit_specrl.checkpoint_check import OF_ALL_RANKS, check_checkpoint, check_content, naming
+from lit_specrl.checkpoint_content import loadable
+from lit_specrl.checksums import write_checksums
+from lit_specrl.ranks import gather_objects
+from lit_specrl.speculation.rank_files import record
+from lit_specrl.whole_files import partial_folder, put_in_place, telling_of_a_full_disk
+
+_SHARDED = ("state_dict", "optimizer_states")  # tensors in a file per rank
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -58,15 +66,39 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        partial = partial_name(path)
+        content = loadable({name: value for name, value in checkpoint.items() if name not in _SHARDED})
+        sharded = {name: checkpoint[name] for name in _SHARDED if name in checkpoint}
+        with partial_folder(path) if self.is_global_zero else nullcontext(path) as folder:
+            partial = Path(self.broadcast(folder)) / path.name
+            with telling_of_a_full_disk(path, partial):
+                super().save_checkpoint(content | sharded, partial, storage_options)
+                self._write_checksums(partial)
+            self.barrier()
+            if self.is_global_zero:
+                record(content, path)
+                put_in_place(partial, path)
+            self.barrier()
+
+    def _write_checksums(self, folder: Path) -> None:
+        own = [*folder.glob(f"__{self.global_rank}_*")]
         if self.is_global_zero:
-            clear_partials(path)
-        self.barrier()
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        self.barrier()
-        if self.is_global_zero:
-            put_in_place(partial, path)
-        self.barrier()
+            own += [folder / ".metadata", folder / OF_ALL_RANKS]
+        write_checksums(folder, own, f"checksums-{self.global_rank}.json")
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        found = ""
+        try:
+            check_checkpoint(path, self.global_rank, self.world_size)
+        except ValueError as error:
+            found = str(error)
+        errors = [error for error in gather_objects(found) if error]
+        if errors:  # on all ranks, or the others would wait
+            raise ValueError(errors[0])
+        with naming(path):
+            content = super().load_checkpoint(path, weights_only)
+            check_content(content)
+        return content
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ranks")

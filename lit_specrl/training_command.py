@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from lit_specrl.environment import check_torchvision
@@ -22,6 +24,7 @@ import lit_specrl.critic  # noqa: E402
 import lit_specrl.rewards  # noqa: E402
 import lit_specrl.rollout  # noqa: E402, F401
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
+from lit_specrl.checkpoint_check import naming  # noqa: E402
 from lit_specrl.configuration_files import in_short  # noqa: E402
 from lit_specrl.data import PromptDataModule  # noqa: E402
 from lit_specrl.diagnosis import Failure, explain, explain_failure  # noqa: E402
@@ -75,6 +78,12 @@ class LitSpecRLCLI(LightningCLI):
                 for callback in trainer.callbacks
                 if not callback.class_path.startswith("lit_specrl.") or last[callback.class_path] is callback
             ]
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads settings of the module from the checkpoint, whatever that is; name it where it cannot be read."""
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        with naming(Path(path)) if path and Path(path).is_file() else nullcontext():
+            super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
         self._failures: list[Failure] = []

@@ -3,48 +3,107 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
+
+from lit_specrl.holds import delete, held_folder, sweep
 
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A new folder to write into, which takes the name when the block ends without an error.
 
-    An older folder of the name is replaced. A process that is killed leaves `<name>.partial-...` behind.
+    An older folder of the name is replaced. What a process that is killed leaves behind is deleted by the next one that writes there.
 
     Args:
         folder: the name; what it lies in is made.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with partial_folder(folder) as partial:
+        written = partial / folder.name
+        with telling_of_a_full_disk(folder, written):
+            written.mkdir()
+            yield written
+            put_in_place(written, folder)
 
 
-def partial_name(path: Path) -> Path:
-    """Where to write what shall be called `path`: in the same folder."""
-    return path.with_name(f"{path.name}.partial")
-
-
-def clear_partials(path: Path) -> None:
-    """Make the folder of `path`, and delete what killed processes have left in it under partial names of the same suffix.
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Where to write what takes the name `path` when the block ends without an error, in place of an older one.
 
     Args:
-        path: one process at a time writes into its folder names with its suffix.
+        path: the name; what it lies in is made.
+    """
+    path = Path(path)
+    with partial_folder(path) as partial, telling_of_a_full_disk(path, partial / path.name):
+        yield partial / path.name
+        put_in_place(partial / path.name, path)
+
+
+@contextmanager
+def telling_of_a_full_disk(path: Path, written: Path) -> Iterator[None]:
+    """Say so when what shall be called `path` finds no room; torch and safetensors say it in words of their own.
+
+    Args:
+        path: the final name.
+        written: what is being written.
+
+    Raises:
+        OSError: with the number of the system's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _system_error(error, written)
+        if number not in _NO_ROOM:
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise OSError(
+            number,
+            f"{path} could not be written: {os.strerror(number)} ({free:.1f} GiB are free). What was saved before is untouched; make room, then "
+            "resume from the latest checkpoint",
+        ) from error
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _system_error(error: Exception, written: Path) -> int:
+    """Its number, or 0: of the error, in its text, or of another attempt to write a little more."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    in_text = re.search(r"os error (\d+)", str(error))
+    if in_text:
+        return int(in_text[1])
+    files = [written] if written.is_file() else [file for file in written.rglob("*") if file.is_file()]
+    try:
+        for largest in sorted(files, key=lambda file: file.stat().st_size)[-1:]:
+            with largest.open("ab") as file:
+                file.write(bytes(2**20))
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as probe:
+        return probe.errno or 0
+    return 0
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """A folder of a living process beside `path`, to write in what shall be called so; it is deleted when the block ends.
+
+    Those that killed processes have left there are deleted first, if what they held was to have the same suffix, or this very name where there is none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_behind in path.parent.glob(f"*{path.suffix}.partial"):
-        delete(left_behind)
+    names = f"*{escape(path.suffix)}.partial" if path.suffix else f"{escape(path.name)}.partial"
+    sweep([*path.parent.glob(names), *path.parent.glob(f"{names}-*")])
+    with held_folder(path.parent, f"{path.name}.partial-") as partial:
+        yield partial
 
 
 def put_in_place(written: Path, path: Path) -> None:
@@ -67,14 +126,6 @@ def put_in_place(written: Path, path: Path) -> None:
         os.rename(written, path)
         delete(old)
     _flush(path.parent)
-
-
-def delete(path: Path) -> None:
-    """A file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

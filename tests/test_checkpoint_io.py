@@ -21,17 +21,20 @@ def dying(content, path):
 
 def test_a_checkpoint_that_is_not_finished_leaves_the_one_before(tmp_path, monkeypatch):
     writer, path = WholeCheckpointIO(), tmp_path / "deep" / "last.ckpt"
+    of_lightning = {"pytorch-lightning_version": "2.6", "rlvr": {}}
     writer.save_checkpoint({"step": 1}, path)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", dying)
         with pytest.raises(KeyboardInterrupt):
             writer.save_checkpoint({"step": 2}, path)
     assert torch.load(path) == {"step": 1}
-    assert names(path.parent) == ["last.ckpt", "last.ckpt.partial"]
+    assert names(path.parent) == ["last.ckpt"]
 
-    writer.save_checkpoint({"step": 3}, path.with_name("step=3.ckpt"))
-    assert names(path.parent) == ["last.ckpt", "step=3.ckpt"]  # what was left behind is gone
-    assert writer.load_checkpoint(path.with_name("step=3.ckpt")) == {"step": 3}
+    (path.parent / "last.ckpt.partial-abcd1234").mkdir()  # of a process that was killed
+    (path.parent / "last.ckpt.partial").write_text("of an earlier version")
+    writer.save_checkpoint({"step": 3} | of_lightning, path.with_name("step=3.ckpt"))
+    assert names(path.parent) == ["last.ckpt", "step=3.ckpt"]
+    assert writer.load_checkpoint(path.with_name("step=3.ckpt")) == {"step": 3} | of_lightning
 
 
 def test_a_file_takes_the_place_of_a_folder(tmp_path):

@@ -263,7 +263,7 @@ def test_commands_of_a_run_one_after_the_other(folder, tiny_model, monkeypatch, 
     capsys.readouterr()
     for arguments, message in {
         (checkpoint, folder / "exported"): "exported exists already; export into a new folder",
-        ("missing.ckpt", folder / "other"): "there is no checkpoint at missing.ckpt",
+        ("missing.ckpt", folder / "other"): "missing.ckpt cannot be used: there is no such file",
     }.items():
         with pytest.raises(SystemExit) as end:
             main(monkeypatch, "export", *arguments)
@@ -289,3 +289,11 @@ def test_a_run_is_resumed_into_its_own_folder(folder):
 def test_a_value_that_the_class_refuses_is_told_in_the_words_of_the_class(folder):
     with pytest.raises(ValueError, match="num_minibatches must be at least 1, got 0"):
         run(["fit", "--config=config.yaml", "--model.init_args.num_minibatches=0"])
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_checkpoint_that_is_none_is_named_by_every_command(folder, command):
+    """Lightning's command line reads it first, and ended in an EOFError without the file's name."""
+    (folder / "empty.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.ckpt cannot be used: "):
+        run([command, "--config=config.yaml", f"--ckpt_path={folder / 'empty.ckpt'}"])

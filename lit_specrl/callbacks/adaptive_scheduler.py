@@ -30,8 +30,9 @@ class AdaptiveScheduler(RolloutCallback):
     second is set in the running engine. Where a drafter does not pay it is switched off, and watched in steps that cost no more than
     `probe_fraction` of the time, so that it is used again when it has become better.
 
-    Rollouts have the policy's distribution whatever it decides. Under a drafter that samples (`DraftModel`), which tokens are sampled depends
-    on step times, so that a resumed run is not the same to the bit; under one that looks tokens up, on a CPU in float32, it is.
+    Rollouts have the policy's distribution whatever it decides. Its decisions depend on step times, and log-probs change in their last bits with the
+    number of tokens that are computed at once, so that a resumed run is not the same to the bit. Under a drafter that samples (`DraftModel`), which
+    tokens are sampled depends on step times, too.
 
     Args:
         hysteresis: predicted gain, as a fraction, for which a length is left for another.

@@ -20,14 +20,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_specrl.callbacks.rollout_callback import (
     RolloutCallback,
     checkpoint_folder,
+    checkpoints_are_recorded,
     require_only_one,
     require_rlvr_module,
+    sweep_rank_files,
 )
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.lesson_collector import LessonCollector
 from lit_specrl.ranks import gather_objects
 from lit_specrl.rollout import Drafter
 from lit_specrl.speculation import (
+    DRAFTER_LESSONS,
     DrafterEvaluation,
     DrafterTraining,
     DraftNetwork,
@@ -44,7 +47,6 @@ from lit_specrl.types import Experience, RolloutRequest, Rollouts
 if TYPE_CHECKING:
     from lit_specrl.module import RLVRModule
 
-_FILES = "drafter_lessons"
 _WORSE = 0.01
 """Tokens of acceptance length by which a training may make the drafter worse on responses that it has not seen."""
 
@@ -146,7 +148,7 @@ class DrafterDistillation(RolloutCallback):
         self._has_news = False
         self._step_s = 0.0
         self._restored: dict[str, Any] | None = None
-        self._files = RankFiles(_FILES)
+        self._files = RankFiles(DRAFTER_LESSONS)
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
@@ -163,6 +165,7 @@ class DrafterDistillation(RolloutCallback):
         self.drafter = drafter
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
+        sweep_rank_files(self._files, trainer)
         self.drafter.prepare(pl_module.model_name)
         self.network = self.drafter.network()
         self.network.module.to(pl_module.device)
@@ -324,6 +327,7 @@ class DrafterDistillation(RolloutCallback):
             step=module.step,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            is_recorded=checkpoints_are_recorded(trainer),
         )
         checkpoint["drafter_distillation"] = {
             "folder": str(folder),
@@ -361,16 +365,15 @@ class DrafterDistillation(RolloutCallback):
             return
         rank, world_size = trainer.global_rank, trainer.world_size
         folders = [Path(str(trainer.ckpt_path)).parent.absolute(), Path(state["folder"])]
-        paths = [rank_file(folder / _FILES, state["step"], rank, world_size) for folder in folders]
+        paths = [rank_file(folder / DRAFTER_LESSONS, state["step"], rank, world_size) for folder in folders]
         path = next((path for path in paths if path.exists()), paths[0])
         try:
             self.lessons = LessonBuffer.load(path, self._identity(), self.lessons.max_bytes, self.lessons.max_age)
-        except (FileNotFoundError, RejectedFileError) as error:
+        except (OSError, RejectedFileError) as error:
             rank_zero_warn(f"the responses that the drafter learns from cannot be used, it waits for new ones: {error}")
-        self._files.adopt(Path(str(trainer.ckpt_path)), step=state["step"], rank=rank, world_size=world_size)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._files.prune(checkpoint_folder(trainer))
+        self._files.close(checkpoint_folder(trainer), trainer.global_rank)
         if self.output is not None and self.network is not None and trainer.is_global_zero:
             self.network.save(self.output)
 

@@ -15,13 +15,15 @@ import lightning as L
 import xxhash
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_specrl.callbacks.rollout_callback import (
     RolloutCallback,
     checkpoint_folder,
+    checkpoints_are_recorded,
     require_only_one,
     require_rlvr_module,
+    sweep_rank_files,
 )
 from lit_specrl.callbacks.streak_warning import StreakWarning
 from lit_specrl.ranks import gather_objects
@@ -302,6 +304,7 @@ class PrefixCache(RolloutCallback):
             step=module.step,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            is_recorded=checkpoints_are_recorded(trainer),
         )
         checkpoint["prefix_cache"] = {
             "folder": str(folder),
@@ -309,12 +312,13 @@ class PrefixCache(RolloutCallback):
             "world_size": trainer.world_size,
             "model": module.model_name,
             "max_completion_length": module.sampling.max_completion_length,
+            "rewards": module.rewards.identity(),
             "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
             "block_length": self._block_length,
         }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._files.prune(checkpoint_folder(trainer))
+        self._files.close(checkpoint_folder(trainer), trainer.global_rank)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -337,19 +341,18 @@ class PrefixCache(RolloutCallback):
             world_size=state["world_size"],
             max_bytes=self.store.max_bytes,
         )
-        if not self._other_ranks_included:
-            self._files.adopt(
-                Path(str(trainer.ckpt_path)),
-                step=state["step"],
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
+        has_other_rewards = state.get("rewards") != module.rewards.identity()
+        if has_other_rewards:
+            rank_zero_info(
+                "the rewards, or their settings, are not those of the checkpoint: kept responses are scored again when they are reused"
             )
-        if state["max_completion_length"] != module.sampling.max_completion_length:  # rewards may depend on it
+        if has_other_rewards or state["max_completion_length"] != module.sampling.max_completion_length:
             self.store.put([replace(row, reward=None, reward_values=None) for row in self.store])
         if state["model"] != module.model_name:  # the policy is the checkpoint's, but the reference may be another one
             self.store.put([replace(row, reference_logprobs=None) for row in self.store])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
+        sweep_rank_files(self._files, trainer)
         engine = pl_module.engine or TransformersEngine()  # what the module takes where it was given none
         if self.verifier == "engine" and not engine.can_verify:
             raise MisconfigurationException(

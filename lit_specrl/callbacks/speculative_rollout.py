@@ -30,8 +30,9 @@ class SpeculativeRollout(RolloutCallback):
     `TransformersEngine`.
 
     With a drafter the engine speculates: several tokens are proposed for each row and verified in one step. What is sampled has the policy's
-    distribution, at any temperature and whatever is proposed; under a drafter that looks tokens up (`NGramDrafter`, `HistoryDrafter`) on a CPU in
-    float32 the rollouts are the very same. How many tokens are drafted is constant, unless there is an `AdaptiveScheduler`.
+    distribution, at any temperature and whatever is proposed. Under a drafter that looks tokens up (`NGramDrafter`, `HistoryDrafter`) on a CPU the
+    rollouts are those without drafts up to rounding: log-probs change in their last bits with the number of tokens that are computed at once, so that
+    now and then another token is drawn. How many tokens are drafted is constant, unless there is an `AdaptiveScheduler`.
 
     Args:
         engine: the engine; by default `VLLMEngine` where vLLM is installed and `TransformersEngine` elsewhere.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lit_specrl.holds import ProcessFolder
 from lit_specrl.model_files import check_weights
 from lit_specrl.policy import check_model_exists, load_pretrained
 from lit_specrl.speculation import (
@@ -19,6 +19,7 @@ from lit_specrl.speculation import (
     Eagle3Network,
     build_head,
     check_architecture,
+    check_drafter_files,
     check_head,
     draft_vocabulary,
     save_head,
@@ -115,7 +116,7 @@ class DraftModel(Drafter):
         model: hub name or folder in the transformers format.
         num_speculative_tokens: longest draft.
         sampled: its proposals are samples, accepted with probability `min(1, target / draft)`. False: they are its most likely tokens; at a temperature of 1 fewer are
-            accepted, but on a CPU in float32 the rollouts are then the very same as without, whatever an `AdaptiveScheduler` does.
+            accepted, but on a CPU the rollouts are then those without drafts, up to rounding (see `SpeculativeRollout`).
     """
 
     def __init__(self, model: str, num_speculative_tokens: int = 3, sampled: bool = True) -> None:
@@ -133,6 +134,7 @@ class DraftModel(Drafter):
 
     def check(self, policy: PretrainedConfig) -> None:
         check_weights(self.model)
+        check_drafter_files(self.model)
         own, theirs = (config.get_text_config().vocab_size for config in (check_model_exists(self.model), policy))
         if own != theirs:
             raise ValueError(
@@ -169,7 +171,7 @@ class Eagle3Drafter(Drafter):
         if model is not None and vocabulary_size is not None:
             raise ValueError(f"vocabulary_size={vocabulary_size} is of a new head; {model!r} has its own")
         self.model, self.vocabulary_size, self.sampled = model, vocabulary_size, sampled
-        self._own_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._own_folder: ProcessFolder | None = None
 
     @classmethod
     def build(
@@ -214,7 +216,7 @@ class Eagle3Drafter(Drafter):
 
     def prepare(self, model: str) -> None:
         if self.model is None:
-            self._own_folder = tempfile.TemporaryDirectory(prefix="lit_specrl-drafter-")
+            self._own_folder = ProcessFolder("drafter")
             folder = Path(self._own_folder.name) / "drafter"
             policy = load_pretrained(AutoModelForCausalLM, model)
             self.model = self.build(

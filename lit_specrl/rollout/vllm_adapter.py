@@ -17,14 +17,14 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from packaging.specifiers import SpecifierSet
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_specrl.holds import ProcessFolder
 from lit_specrl.lora import Adapter
 from lit_specrl.rollout.drafters import Drafter, DraftModel
 from lit_specrl.rollout.vllm_proposers import Following
@@ -145,7 +145,19 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
         "enable_prefix_caching": True,
     }
-    return LLM(model=model, **(own_options | options | _speculative_options(drafter, options)))
+    folder = _meeting_folder()
+    llm: Any = LLM(model=model, **(own_options | options | _speculative_options(drafter, options)))
+    llm.meeting_folder = folder
+    return llm
+
+
+def _meeting_folder() -> ProcessFolder:
+    """Where the workers of the next engine find each other; vLLM 0.32 takes the folder for temporary files and leaves a file there for ever."""
+    from vllm.v1.executor import uniproc_executor
+
+    folder, executor = ProcessFolder("engine"), cast(Any, uniproc_executor)
+    executor.get_file_store_init_method = lambda: f"file://{folder.name}/workers"
+    return folder
 
 
 def _leave_shared_memory_alone() -> None:
@@ -252,7 +264,7 @@ def load_adapters(llm: Any, adapters: Iterable[Adapter]) -> Any:
         name, rank = f"base_model.model.{layer}", max(rank, len(down))
         tensors |= {f"{name}.lora_A.weight": down.contiguous().cpu(), f"{name}.lora_B.weight": up.contiguous().cpu()}
     layers = sorted({name.split(".")[-3] for name in tensors})
-    with TemporaryDirectory(prefix="lit_specrl-adapters-") as folder:
+    with ProcessFolder("adapters") as folder:
         save_file(tensors, Path(folder) / "adapter_model.safetensors")
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none"}
         (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
@@ -458,6 +470,7 @@ def shutdown(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
     destroy_model_parallel()
     destroy_distributed_environment()
+    llm.meeting_folder.cleanup()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

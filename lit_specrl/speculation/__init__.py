@@ -15,6 +15,7 @@ from lit_specrl.speculation.drafter_training import DrafterEvaluation, DrafterTr
 from lit_specrl.speculation.eagle3_head import (
     build_head,
     check_architecture,
+    check_drafter_files,
     check_head,
     draft_vocabulary,
     feature_layers,
@@ -26,7 +27,7 @@ from lit_specrl.speculation.length_schedule import DecodeStep, LengthSchedule, s
 from lit_specrl.speculation.lenience import AdaptiveLenience
 from lit_specrl.speculation.lessons import Lesson, LessonBuffer
 from lit_specrl.speculation.prompt_lookup import PromptLookup
-from lit_specrl.speculation.rank_files import PREFIX_CACHE, RankFiles, load_ranks, rank_file
+from lit_specrl.speculation.rank_files import DRAFTER_LESSONS, PREFIX_CACHE, RankFiles, load_ranks, rank_file
 from lit_specrl.speculation.reuse_round import ReuseRound, control_samples
 from lit_specrl.speculation.reuse_statistics import ReuseStatistics
 from lit_specrl.speculation.reward_weights import WeightScope, reward_weights
@@ -35,6 +36,7 @@ from lit_specrl.speculation.tensor_file import RejectedFileError
 from lit_specrl.speculation.text_history import Follower, TextHistory
 
 __all__ = [
+    "DRAFTER_LESSONS",
     "PREFIX_CACHE",
     "AcceptanceRates",
     "AcceptanceRule",
@@ -70,6 +72,7 @@ __all__ = [
     "acceptance_probability",
     "build_head",
     "check_architecture",
+    "check_drafter_files",
     "check_head",
     "control_samples",
     "distillation_loss",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lit_specrl.checksums import write_checksums
 from lit_specrl.speculation.eagle3_head import (
     load_head,
     save_head,
@@ -163,6 +164,7 @@ class CausalNetwork(DraftNetwork):
     def save(self, folder: str | Path) -> None:
         with whole_folder(folder) as partial:
             self.module.save_pretrained(partial)
+            write_checksums(partial, partial.glob("*.safetensors"))
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from lit_specrl.checksums import changed_files, write_checksums
 from lit_specrl.model_files import is_out_of_reach
 from lit_specrl.whole_files import whole_folder
 
@@ -101,6 +103,7 @@ def load_head(folder: str) -> Any:
         ValueError: there is no such head.
     """
     config = _head_config(folder)
+    check_drafter_files(folder)
     from speculators.models.eagle3 import Eagle3DraftModel
 
     load: Any = PreTrainedModel.from_pretrained
@@ -109,7 +112,7 @@ def load_head(folder: str) -> Any:
         head = load.__func__(Eagle3DraftModel, folder, config=config, dtype=torch.float32)
         if any(weight.isnan().any() for weight in (head.embed_tokens.weight, head.lm_head.weight)):
             head.load_verifier_weights()  # a head that was saved without them
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the weights of the EAGLE-3 head {folder!r} cannot be read: {error}") from error
     _freeze(head)
     return head
@@ -123,6 +126,7 @@ def check_head(folder: str, policy: PreTrainedConfig) -> None:
         ValueError: there is no such head, or it has another width, vocabulary or layers.
     """
     config = _head_config(folder)
+    check_drafter_files(folder)
     own, layers = config.transformer_layer_config, config.eagle_aux_hidden_state_layer_ids
     same = (own.hidden_size, own.vocab_size) == (policy.hidden_size, policy.vocab_size)
     if not same or max(layers) >= policy.num_hidden_layers:
@@ -142,12 +146,26 @@ def _head_config(folder: str) -> Any:
 
     try:
         config = Eagle3SpeculatorConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"{folder!r} is no EAGLE-3 head in the format of speculators: {error}. `lit-specrl drafter` makes one"
         ) from error
     config.transformer_layer_config._attn_implementation = "sdpa"
     return config
+
+
+def check_drafter_files(folder: str) -> None:
+    """Refuse a drafter whose weights are not as it was saved; one of a hub, or of others, has no checksums.
+
+    Raises:
+        ValueError: a file of weights is missing or differs.
+    """
+    changed = changed_files(Path(folder))
+    if changed:
+        raise ValueError(
+            f"the drafter {folder!r} is damaged: {', '.join(changed)} missing or not as written. Make it again by `lit-specrl drafter`, or `lit-specrl "
+            "export --drafter` from a checkpoint; if you changed the weights on purpose, delete checksums.json"
+        )
 
 
 def save_head(head: Any, folder: str | Path) -> None:
@@ -158,6 +176,7 @@ def save_head(head: Any, folder: str | Path) -> None:
     head.should_save_on_this_rank = lambda is_main_process: is_main_process  # transformers writes on rank 0 alone
     with whole_folder(folder) as partial:
         head.save_pretrained(partial)
+        write_checksums(partial, partial.glob("*.safetensors"))
 
 
 def trained_weights(head: Any) -> Iterator[tuple[str, Tensor]]:

@@ -120,7 +120,7 @@ class LengthSchedule:
             group.acceptance.observe([step.num_active] * step.length, step.accepted)
         if group.lengths and not group.solved(step.num_active):
             # as predicted: a step that was disturbed would forbid to look for a long time
-            plain, drafting = self.latency.table([step.num_active], [0, step.length])[0]
+            plain, drafting = self.latency.table([step.num_active], [0, step.length])[0].tolist()
             group.decoding_s += plain
             if step.length:
                 group.lost_s += step.catch_up_s + max(0.0, drafting - plain * step.num_tokens / step.num_active)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_specrl.whole_files import partial_name, put_in_place
+from lit_specrl.holds import delete
+from lit_specrl.whole_files import whole_file
 
 RejectionReason = Literal["damaged", "foreign", "unknown version"]
 _METADATA = "metadata_json"
@@ -48,8 +50,8 @@ def write_tensor_file(
 ) -> None:
     """Write a file that appears whole, in place of an older one, whenever the process is killed.
 
-    The bytes go to `<name>.partial` in the same folder, are flushed to the disk, and take the name in one step. What a
-    killed process leaves there is overwritten by the next write.
+    The bytes go to another name in the same folder, are flushed to the disk, and take the name in one step. What a
+    killed process leaves there is deleted by the next write.
 
     Args:
         path: the file.
@@ -58,13 +60,11 @@ def write_tensor_file(
         identity: what the tensors belong to, such as the name of the model.
         version: of the format.
     """
-    path = Path(path)
-    partial = partial_name(path)
     encoded = np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8).copy()
     tensors = {**tensors, _METADATA: torch.from_numpy(encoded)}
     header = {"version": str(version), "identity": json.dumps(identity), "checksum": _checksum(tensors)}
-    save_file(tensors, partial, header)
-    put_in_place(partial, path)
+    with whole_file(Path(path)) as partial:
+        save_file(tensors, partial, header)
 
 
 def read_tensor_file(
@@ -90,8 +90,10 @@ def read_tensor_file(
             header = file.metadata() or {}
             _check_header(path, header, identity, version)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise set_aside(path, "damaged", str(error)) from error
+    except (FileNotFoundError, PermissionError, RejectedFileError):
+        raise
+    except Exception as error:  # safetensors raises all kinds where a header is wrong, and for a folder
+        raise set_aside(path, "damaged", f"{type(error).__name__}: {error}") from error
     if header["checksum"] != _checksum(tensors):
         raise set_aside(path, "damaged", "its checksum does not match its content")
     return tensors, json.loads(tensors.pop(_METADATA).numpy().tobytes())
@@ -107,7 +109,9 @@ def set_aside(path: str | os.PathLike[str], reason: RejectionReason, detail: str
     """
     path = Path(path)
     rejected_path = path.with_name(path.name + ".rejected")
-    os.replace(path, rejected_path)
+    with suppress(OSError):  # a folder that is read-only; the file is not used in any case
+        delete(rejected_path)
+        os.replace(path, rejected_path)
     return RejectedFileError(path, rejected_path, reason, detail)
 
 

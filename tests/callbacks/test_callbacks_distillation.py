@@ -1,5 +1,7 @@
 """Drafters that learn within real runs with vLLM."""
 
+import itertools
+import json
 import re
 import signal
 import subprocess
@@ -286,3 +288,19 @@ def test_a_process_that_is_killed_goes_on_with_a_whole_drafter(model, tmp_path):
     assert statuses == [0, -signal.SIGKILL, -signal.SIGKILL, 0], found.stderr[-2000:]
     assert_identical(torch.load(disturbed / "final.pt"), torch.load(calm / "final.pt"))
     assert not list(disturbed.rglob("*.partial"))
+
+
+def test_what_kills_leave_behind_does_not_pile_up(model, tmp_path):
+    """Each kill orphaned files of the prefix cache, and folders and files in the folder for temporary files, for ever."""
+    program = [sys.executable, str(Path(__file__).with_name("killed_at_random.py")), model, str(tmp_path / "all")]
+    found = subprocess.run([*program, "3", "0"], capture_output=True, text=True, check=True)
+    kills = [json.loads(line) for line in found.stdout.splitlines()]
+    assert {kill["status"] for kill in kills} == {-signal.SIGKILL}, (tmp_path / "all" / "errors-0.txt").read_text()[
+        -2000:
+    ]
+    for before, kill in itertools.pairwise(kills):
+        if kill["began_at"] is not None and before["checkpoints"]:
+            assert f"step={kill['began_at']}.ckpt" in before["checkpoints"]  # resumed
+        # two checkpoints, and a third while it is written; each with a cache and lessons; one more of each before its checkpoint
+        assert kill["run"]["files"] <= 12
+        assert len(kill["temporary"]) <= 3  # of the engine, the drafter and, at most, the adapters of one process

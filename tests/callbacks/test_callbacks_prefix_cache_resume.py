@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import (
+    FROZEN,
     GROUP,
     MAX_LENGTH,
     QUESTIONS,
@@ -32,6 +33,7 @@ from reuse_runs import (
 from lit_specrl import DAPO, PPO, SeparateCritic
 from lit_specrl.callbacks import PrefixCache, RolloutCallback
 from lit_specrl.policy import Policy
+from lit_specrl.rewards import MathReward, RewardFunction
 from lit_specrl.speculation import AdaptiveLenience, RolloutStore
 
 EVERYTHING = float("inf")  # a lenience
@@ -320,6 +322,56 @@ def test_a_run_goes_on_without_the_cache(run, saved, model_folder, tmp_path):
 # ---------------------------------------------------------------------------------------------------- changed settings
 
 
+def counting(bonus):
+    """A reward function called `count`, which says how often it was asked."""
+
+    def count(completions, **columns):
+        asked.append(len(completions))
+        return [bonus + len(set(text)) for text in completions]
+
+    asked = []
+    return count, asked
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_rewards_of_another_function_are_not_taken(run, model_folder, tmp_path, is_other):
+    """A function of the same name took over the numbers of the one before, and was never called."""
+    first, _ = counting(0)
+    frozen = {"optimizer": FROZEN}
+    run(every_step(tmp_path / "saved"), module=grpo(model_folder, [first], **frozen), max_epochs=1)
+    second, asked = counting(100 if is_other else 0)
+    checkpoint = tmp_path / "saved" / f"step={STEPS}.ckpt"
+    _, trace, _ = run(module=grpo(model_folder, [second], **frozen), ckpt_path=checkpoint, max_epochs=2)
+    assert trace.of_cache("full_reuse_fraction") == [1.0] * STEPS
+    assert sum(asked) == (STEPS * 2 * GROUP if is_other else 0)
+    assert all((metrics["reward"] > 100) == is_other for metrics in trace.metrics)
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_rewards_under_another_answer_format_are_not_taken(run, model_folder, tmp_path, is_other):
+    first, second = MathReward(), MathReward(answer_format="boxed" if is_other else "auto")
+    frozen = {"optimizer": FROZEN}
+    run(every_step(tmp_path / "saved"), module=grpo(model_folder, [first], **frozen), max_epochs=1)
+    cache = PrefixCache()
+    found = []
+    cache.on_train_start = lambda *_: found.extend(row.reward_values is None for row in cache.store)
+    checkpoint = tmp_path / "saved" / f"step={STEPS}.ckpt"
+    run(module=grpo(model_folder, [second], **frozen), cache=cache, ckpt_path=checkpoint, max_epochs=2)
+    assert found == [is_other] * STEPS * 2 * GROUP
+
+
+def test_another_weight_is_applied_to_kept_rewards(run, model_folder, tmp_path):
+    first, _ = counting(0)
+    frozen = {"optimizer": FROZEN}
+    _, before, _ = run(every_step(tmp_path / "saved"), module=grpo(model_folder, [first], **frozen), max_epochs=1)
+    second, asked = counting(0)
+    module = grpo(model_folder, [RewardFunction(second, weight=10.0)], **frozen)
+    _, trace, _ = run(module=module, ckpt_path=tmp_path / "saved" / f"step={STEPS}.ckpt", max_epochs=2)
+    assert not sum(asked)
+    expected = [pytest.approx(10 * metrics["reward"]) for metrics in before.metrics]
+    assert [metrics["reward"] for metrics in trace.metrics] == expected
+
+
 def resumed_rows(trace, before):
     """(prefix, response, finish reason, what the sample said before the resume) of all rows of the first epoch."""
     said = last_responses(before)
@@ -344,10 +396,11 @@ class Asked:
 
 
 @pytest.mark.parametrize("length", [MAX_LENGTH // 2, MAX_LENGTH, MAX_LENGTH + 6])
-def test_another_length_limit_cuts_or_continues_what_is_cached(run, saved, model_folder, length):
+def test_another_length_limit_cuts_or_continues_what_is_cached(run, model_folder, tmp_path, length):
     """Rewards may depend on the limit and are asked for again; `finish_reason` and lengths are those of the new limit."""
-    _, before, checkpoint = saved
-    asked = Asked()
+    options = {"module": grpo(model_folder, [Asked()], optimizer=ADAM), "max_epochs": 1}
+    _, before, _ = run(every_step(tmp_path / "saved"), **options)
+    checkpoint, asked = tmp_path / "saved" / f"step={STEPS}.ckpt", Asked()
     module = grpo(model_folder, [asked], max_completion_length=length, optimizer=ADAM)
     _, trace, _ = run(cache=PrefixCache(EVERYTHING), module=module, ckpt_path=checkpoint)
     reasons = set()

@@ -137,7 +137,7 @@ def test_verified_prefixes_are_continued_from_the_rest_of_their_drafts(history, 
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(history, model, plain, tmp_path):
-    """Also with a scheduler, whose decisions depend on the clock."""
+    """Also with a scheduler, whose decisions depend on the clock: the products of so small a model round alike at all lengths."""
     engine, drafter = history
 
     def callbacks():

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from lit_specrl.embedded_model import convert_embedded_model
 from lit_specrl.masking import pad_left, pad_right
 from lit_specrl.policy import Policy
-from lit_specrl.rollout import TransformersEngine, VLLMEngine
+from lit_specrl.rollout import NGramDrafter, TransformersEngine, VLLMEngine
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 
 QUESTIONS = ["What is 3 + 4?", "Name a colour.", "Write the word hello twice."]
@@ -75,3 +75,48 @@ def test_sampled_tokens_have_the_log_probs_of_the_policy(policy, model, prompts,
     difference = policy_logprobs(policy, generate(engine, policy, model, prompts, sampling), 1.0)
     assert difference.mean() < mean
     assert difference.max() < largest
+
+
+def test_drafted_lengths_change_no_more_than_rounding(policy, model, prompts):
+    """It was said that rollouts are the very same whatever a scheduler does; shapes of products, and with them last bits, depend on it.
+
+    Rows are compared up to the first other token. With the same lengths the same bits come again.
+    """
+
+    class Lengths:
+        """Drafts as many tokens as a list says, over and over."""
+
+        def __init__(self, lengths):
+            self.lengths, self.calls = lengths, 0
+
+        def length(self, num_active, age=0.0):
+            self.calls += 1
+            return self.lengths[self.calls % len(self.lengths)]
+
+        def observe(self, step):
+            pass
+
+    sampling = SamplingConfig(num_generations=4, max_completion_length=24)
+    engine = VLLMEngine(dtype="float32", cpu_kv_cache_gib=1, max_num_seqs=12)
+    engine.drafter = NGramDrafter(3, min_match=1)
+    engine.start(policy, model, 128, policy.eos_token_ids)
+    try:
+        found = []
+        for number, lengths in enumerate(([0], [0, 1, 3, 0, 2], [0, 1, 3, 0, 2])):
+            engine.load_weights(policy.named_weights(), number)  # forgets the prompts
+            engine.speculation_control = Lengths(lengths)
+            found.append(engine.generate(RolloutRequest(prompts, sampling, list(range(12)), policy_version=number)))
+    finally:
+        engine.shutdown()
+    plain, drafted, again = found
+    assert drafted.response_ids == again.response_ids
+    assert drafted.sampling_logprobs == again.sampling_logprobs
+    same_rows, num_compared = 0, 0
+    for row in range(12):
+        ids, others = plain.response_ids[row], drafted.response_ids[row]
+        same_rows += ids == others
+        common = next((at for at, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), len(ids))
+        num_compared += common
+        logprobs = [torch.tensor(rollouts.sampling_logprobs[row][:common]) for rollouts in (plain, drafted)]
+        torch.testing.assert_close(logprobs[1], logprobs[0], rtol=0, atol=1e-4)
+    assert same_rows >= 9 and num_compared > 100

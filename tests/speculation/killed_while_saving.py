@@ -44,7 +44,7 @@ def main(path: Path) -> None:
         time.sleep(0.05 + 0.1 * randomness.random())  # filling the stores takes less than the first 0.05 s
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        num_partial += path.with_name(path.name + ".partial").exists()
+        num_partial += bool(list(path.parent.glob(f"{path.name}.partial-*")))
 
         store = RolloutStore.load(path, IDENTITY)
         generation = next(iter(store)).step

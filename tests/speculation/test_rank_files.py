@@ -1,9 +1,12 @@
+import gc
 import os
 import warnings
 
 import pytest
+import torch
 
 from lit_specrl.speculation import RankFiles, RolloutStore, load_ranks
+from lit_specrl.speculation.rank_files import record
 
 IDENTITY = {"model": "tiny", "temperature": "1.0"}
 
@@ -11,12 +14,12 @@ IDENTITY = {"model": "tiny", "temperature": "1.0"}
 @pytest.fixture
 def save(cached):
     """Writes the cache of a rank: one row, whose uid names rank and step."""
-    files = RankFiles("prefix_cache")
+    ranks = {rank: RankFiles("prefix_cache") for rank in range(3)}
 
     def write(folder, step=3, rank=0, world_size=2, identity=IDENTITY):
         store = RolloutStore()
         store.put([cached(f"rank{rank}-step{step}", step=step)])
-        files.save(folder, store, identity, step=step, rank=rank, world_size=world_size)
+        ranks[rank].save(folder, store, identity, step=step, rank=rank, world_size=world_size)
 
     return write
 
@@ -102,8 +105,14 @@ def test_a_file_of_another_model_is_warned_about_and_set_aside(tmp_path, save):
     ]
 
 
-def checkpoint(folder, name):
-    (folder / name).write_text("weights")
+def checkpoint(folder, name, step=None, beside=None):
+    """One that needs the files of a step, or none, in this folder or in another one."""
+    content = {"weights": torch.ones(3)}
+    if step is not None:
+        content["prefix_cache"] = {"folder": str(beside or folder), "step": step, "world_size": 2}
+    folder.mkdir(exist_ok=True)
+    record(content, folder / name)
+    torch.save(content, folder / name)
 
 
 def steps(folder):
@@ -113,7 +122,7 @@ def steps(folder):
 def test_a_file_goes_with_its_checkpoint(tmp_path, save):
     for step in range(1, 5):
         save(tmp_path, step=step)
-        checkpoint(tmp_path, f"{step}.ckpt")
+        checkpoint(tmp_path, f"{step}.ckpt", step)
         (tmp_path / f"{step - 1}.ckpt").unlink(missing_ok=True)
     assert steps(tmp_path) == [3, 4]  # that the third checkpoint is gone is seen at the next write
 
@@ -121,33 +130,72 @@ def test_a_file_goes_with_its_checkpoint(tmp_path, save):
 def test_files_of_checkpoints_that_stay_stay(tmp_path, save):
     for step in range(1, 6):
         save(tmp_path, step=step)
-        checkpoint(tmp_path, f"{step}.ckpt")
-        if step not in (1, 4):
-            (tmp_path / f"{step - 1}.ckpt").unlink(missing_ok=True) if step - 1 not in (1, 4) else None
-    assert {1, 4, 5} <= set(steps(tmp_path))
+        checkpoint(tmp_path, f"{step}.ckpt", step)
+        if step - 1 not in (1, 4):
+            (tmp_path / f"{step - 1}.ckpt").unlink(missing_ok=True)
+    assert steps(tmp_path) == [1, 4, 5]
 
 
 def test_a_checkpoint_that_is_written_over_lets_its_file_go(tmp_path, save):
     for step in range(1, 5):
         save(tmp_path, step=step)
         (tmp_path / "last.ckpt").unlink(missing_ok=True)
-        checkpoint(tmp_path, "last.ckpt")
+        checkpoint(tmp_path, "last.ckpt", step)
         os.utime(tmp_path / "last.ckpt", ns=(step, step))
     assert steps(tmp_path) == [3, 4]
 
 
-def test_files_whose_checkpoints_lie_elsewhere_stay(tmp_path, save):
-    for step in range(1, 5):
-        save(tmp_path, step=step)
-    assert steps(tmp_path) == [1, 2, 3, 4]
+def test_files_whose_checkpoints_lie_elsewhere_stay_as_long_as_these(tmp_path, save, next_run):
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for step in range(1, 4):
+        save(folder, step=step)
+        checkpoint(elsewhere, f"{step}.ckpt", step, folder)
+    (elsewhere / "2.ckpt").unlink()
+    next_run(folder)
+    assert [name for name in names(folder) if name.endswith(".safetensors")] == [
+        f"step-0000000{step}-rank0-of-2.safetensors" for step in (1, 3)
+    ]
+    checkpoint(elsewhere, "1.ckpt", 3, folder)  # written over
+    next_run(folder)
+    assert set(steps(folder)) == {3}
+
+
+def test_files_of_a_checkpoint_at_an_address_stay(tmp_path, save, next_run):
+    save(tmp_path)
+    record({"prefix_cache": {"folder": str(tmp_path), "step": 3, "world_size": 2}}, "s3://bucket/last.ckpt")
+    next_run(tmp_path)
+    assert set(steps(tmp_path)) == {3}
+
+
+def test_files_of_a_checkpoint_on_a_disk_that_is_not_there_stay(tmp_path, save, next_run):
+    save(tmp_path)
+    record({"prefix_cache": {"folder": str(tmp_path), "step": 3, "world_size": 2}}, tmp_path / "disk" / "last.ckpt")
+    next_run(tmp_path)
+    assert set(steps(tmp_path)) == {3}
+
+
+def test_files_of_checkpoints_that_others_write_stay_until_they_were_here(tmp_path, cached, next_run):
+    """A `CheckpointIO` of the user tells nobody where it writes."""
+    store, files = RolloutStore(), RankFiles("prefix_cache")
+    store.put([cached("a")])
+    for step in (1, 2):
+        files.save(tmp_path, store, IDENTITY, step=step, rank=0, world_size=2, is_recorded=False)
+    del files
+    next_run(tmp_path)
+    assert set(steps(tmp_path)) == {1, 2}
+    checkpoint(tmp_path, "1.ckpt", 1)
+    next_run(tmp_path)
+    (tmp_path / "1.ckpt").unlink()
+    next_run(tmp_path)
+    assert set(steps(tmp_path)) == {2}
 
 
 def test_two_checkpoints_of_a_step_share_a_file(tmp_path, save):
     for step in range(1, 4):
         save(tmp_path, step=step)
-        checkpoint(tmp_path, f"best-{step}.ckpt")
+        checkpoint(tmp_path, f"best-{step}.ckpt", step)
         save(tmp_path, step=step)
-        checkpoint(tmp_path, f"last-{step}.ckpt")
+        checkpoint(tmp_path, f"last-{step}.ckpt", step)
         (tmp_path / f"last-{step - 1}.ckpt").unlink(missing_ok=True)
     assert steps(tmp_path) == [1, 2, 3]
 
@@ -157,3 +205,52 @@ def test_a_run_that_goes_back_keeps_what_it_writes(tmp_path, save):
     for step in (8, 9, 5):
         save(tmp_path, step=step)
     assert 5 in steps(tmp_path)
+
+
+@pytest.fixture
+def next_run():
+    """Sweeps the folder as a new process does; the one before has ended."""
+
+    def sweep(folder, rank=0):
+        gc.collect()
+        RankFiles("prefix_cache").sweep(folder, rank)
+
+    return sweep
+
+
+def test_what_killed_processes_have_left_is_swept(tmp_path, next_run, cached):
+    """Files of checkpoints that were never finished, of other numbers of ranks, set aside or half written, were never deleted."""
+    store, files = RolloutStore(), RankFiles("prefix_cache")
+    store.put([cached("a")])
+    for step in (1, 2):
+        for rank in range(2):
+            files.save(tmp_path, store, IDENTITY, step=step, rank=rank, world_size=2)
+    checkpoint(tmp_path, "1.ckpt", 1)
+    kept = {name for name in names(tmp_path) if "00000001" in name}
+    for name in ("step-00000007-rank2-of-3.safetensors", "step-00000002-rank0-of-2.safetensors.rejected"):
+        (tmp_path / "prefix_cache" / name).write_text("left behind")
+    (tmp_path / "prefix_cache" / "step-00000002-rank0-of-2.safetensors.partial-abcdefgh").mkdir()
+    (tmp_path / "prefix_cache" / "notes.txt").write_text("of the user")
+    next_run(tmp_path, rank=1)
+    assert len(names(tmp_path)) == 8  # the first rank deletes
+    next_run(tmp_path)
+    assert len(names(tmp_path)) == 8 - 1  # of step 2, the process is alive and may be writing the checkpoint
+    del files
+    next_run(tmp_path)
+    assert set(names(tmp_path)) == kept | {"notes.txt"}
+
+
+def test_a_checkpoint_that_cannot_be_read_keeps_what_is_older(tmp_path, save, next_run):
+    save(tmp_path, step=1)
+    (tmp_path / "2.ckpt").write_text("damaged")
+    os.utime(tmp_path / "2.ckpt", ns=(2**61, 2**61))
+    next_run(tmp_path)
+    assert steps(tmp_path) == [1]
+
+
+def test_a_renamed_checkpoint_keeps_its_files(tmp_path, save, next_run):
+    save(tmp_path, step=1)
+    checkpoint(tmp_path, "1.ckpt", 1)
+    (tmp_path / "1.ckpt").rename(tmp_path / "the good one.ckpt")
+    next_run(tmp_path)
+    assert steps(tmp_path) == [1]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lit_specrl.checkpoint_content import loadable
 from lit_specrl.speculation import DecodeStep, LengthSchedule, speed_gains
 
 # ReSpec, Fig. 7: speed-up of a 7B model by (steps, top-k, draft tokens); the first column stands for no speculation
@@ -79,7 +80,7 @@ class Engine:
         hits = (self.random.random((batch, length)) < self.conditional).cumprod(axis=1).sum(axis=0)
         seconds = self.seconds(batch, length) * np.exp(0.05 * self.random.standard_normal())
         seconds *= 10 if self.random.random() < 0.02 else 1
-        return DecodeStep(batch, length, seconds, batch + int(hits.sum()), [batch] * length, hits.tolist())
+        return DecodeStep(batch, length, float(seconds), batch + int(hits.sum()), [batch] * length, hits.tolist())
 
 
 class Outcome:
@@ -288,6 +289,25 @@ def test_state_survives():
     state["ages"][0]["lengths"] = [4, 1]
     shorter.load_state_dict(state)
     assert [shorter.length(1), shorter.length(2)] == [2, 1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_state_of_any_schedule_is_plain(seed):
+    """Steps in which no draft paid left numbers of numpy, which `torch.load(..., weights_only=True)` refuses."""
+    random = np.random.default_rng(seed)
+    max_length = int(random.integers(1, 6))
+    engine = Engine(seed, drafter_s=10 ** random.uniform(-4, 0), conditional=random.uniform(0, 1))
+    schedule = profiled(engine, max_length, probe_fraction=random.choice([0.0, 0.5]))
+    for _ in range(random.integers(0, 120)):
+        batch, age = int(random.integers(1, 33)), random.uniform(0, 300)
+        length = schedule.length(batch, age) if random.random() < 0.7 else int(random.integers(0, max_length + 1))
+        step = engine.step(batch, length)
+        schedule.observe(replace(step, age=age, is_steady=bool(random.random() < 0.8)))
+    state = schedule.state_dict()
+    assert loadable(state) is state  # nothing had to be changed
+    copy = LengthSchedule(max_length)
+    copy.load_state_dict(state)
+    assert copy.state_dict() == state
 
 
 @pytest.mark.parametrize(
