@@ -301,6 +301,6 @@ def test_what_kills_leave_behind_does_not_pile_up(model, tmp_path):
     for before, kill in itertools.pairwise(kills):
         if kill["began_at"] is not None and before["checkpoints"]:
             assert f"step={kill['began_at']}.ckpt" in before["checkpoints"]  # resumed
-        # two checkpoints, and a third while it is written; each with a cache and lessons; one more of each before its checkpoint
-        assert kill["run"]["files"] <= 12
+        # each checkpoint has a cache and lessons; of one more, those two or a half of it may be there
+        assert kill["run"]["files"] <= 3 * len(kill["checkpoints"]) + 3
         assert len(kill["temporary"]) <= 3  # of the engine, the drafter and, at most, the adapters of one process
