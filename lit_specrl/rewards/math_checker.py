@@ -48,7 +48,7 @@ _SET_BUILDER = re.compile(r"\\\{ ?[a-zA-Z] ?(?:\\mid|\\vert|[|:]) ?(.*)\\\}", re
 
 
 def _read(text: str) -> list[Any]:
-    """Return what the parser makes of a text, and the text.
+    r"""Return what the parser makes of a text, and the text.
 
     A formula that it cannot read to the end is nothing: the parser would go on to look for a number, and find 4 in `4\foo{2}`.
     """

@@ -20,7 +20,7 @@ STEPS = "steps.txt"
 
 
 def train(model, folder):
-    """Go on from the newest checkpoint, for ever."""
+    """Go on from the last checkpoint, for ever, as `configs/trainer/resumable.yaml` does."""
     import torch
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
     from reuse_runs import fit, grpo, questions
@@ -43,7 +43,7 @@ def train(model, folder):
     adam = partial(torch.optim.AdamW, lr=3e-3)
     learner = DrafterDistillation(optimizer=adam, update_tokens=24, holdout_fraction=0.3)
     engine = VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128)
-    checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+    last = folder / "last.ckpt"
     fit(
         grpo(model, optimizer=adam),
         questions(folder.parent / "data"),
@@ -51,9 +51,9 @@ def train(model, folder):
         PrefixCache(1.5),
         AdaptiveScheduler(),
         learner,
-        ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=2, monitor="step", mode="max"),
+        ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1, save_on_train_epoch_end=False),
         Watch(),
-        ckpt_path=checkpoints[-1] if checkpoints else None,
+        ckpt_path=last if last.exists() else None,
         max_epochs=-1,
         max_steps=-1,
         default_root_dir=folder,
@@ -103,6 +103,7 @@ def main(model, folder, num_kills, seed):
             {
                 "status": status,
                 "began_at": next((int(line.split()[1]) for line in lines if line.startswith("start")), None),
+                "ended_at": next((int(line.split()[1]) for line in reversed(lines) if line.startswith("step")), None),
                 "checkpoints": sorted(path.name for path in run.glob("*.ckpt")),
                 "run": left_behind(run),
                 "temporary": sorted(own),
