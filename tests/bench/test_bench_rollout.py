@@ -439,7 +439,7 @@ def test_a_failed_run_ends_the_bench_with_its_last_lines_and_keeps_the_others(co
     with pytest.raises(RunFailedError) as end:
         bench_command([*arguments, "--model.init_args.top_p=0.9", "--model.init_args.importance_sampling=null"])
     message = str(end.value)
-    assert message.startswith("the run with seed 0, with, ended with code 1.")
+    assert message.startswith("the run with seed 0, with, ended with code 2.")
     assert "PrefixCache compares log-probs of the whole softmax" in message
     assert Path("out/seed-0-without/run.json").exists()
     assert not Path("out/seed-0-with/run.json").exists()
