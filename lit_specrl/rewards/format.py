@@ -12,7 +12,8 @@ class FormatReward(Reward):
     r"""1 where the whole completion matches a regular expression, 0 elsewhere.
 
     Some chat templates open a tag for the model: their prompts end with `<think>`. The completion then goes on inside the tag, so the
-    pattern is tried on the completion and on the tags at the end of the prompt with the completion.
+    pattern is tried on the completion and on the tags at the end of the prompt with the completion. Where the prompt is empty, the tag
+    that the completion closes without opening it counts as opened.
 
     Args:
         pattern: regular expression for the completion without surrounding white space; `.` matches line breaks too.
@@ -37,7 +38,8 @@ class FormatReward(Reward):
         return [float(self._matches(*row)) for row in zip(prompts, completions, strict=True)]
 
     def _matches(self, prompt: str, completion: str) -> bool:
-        texts = [completion, _opened_tags(prompt) + completion]
+        opened = _opened_tags(prompt) if prompt.strip() else _missing_tag(completion)
+        texts = [completion, opened + completion]
         return any(self.pattern.fullmatch(text.strip()) for text in texts)
 
 
@@ -52,3 +54,14 @@ def _opened_tags(prompt: str) -> str:
     while tag := _LAST_TAG.search(prompt, max(0, len(prompt) - MAX_TAGS_LENGTH), start):
         start = tag.start()
     return prompt[start:]
+
+
+_CLOSING_TAG = re.compile(r"</([A-Za-z][\w-]*)>")
+
+
+def _missing_tag(completion: str) -> str:
+    """The tag that the first closing one belongs to, where it is not there: of "easy</think> 4", "<think>"."""
+    closing = _CLOSING_TAG.search(completion)
+    if closing is None or f"<{closing[1]}>" in completion[: closing.start()]:
+        return ""
+    return f"<{closing[1]}>"

@@ -96,7 +96,9 @@ def test_format_asks_for_the_whole_completion():
         ("<|assistant|><think>", "First, 2 plus 2.", 0.0),
         ("<|assistant|>", "First, 2 plus 2.\n</think>\nThe answer is 4.", 0.0),
         ("What is <think>?<|assistant|>", "First</think>4", 0.0),
-        ("", "First</think>4", 0.0),
+        ("", "First</think>4", 1.0),
+        ("", "<think>First</think>4</think>", 1.0),
+        ("", "First</answer>4", 0.0),
         ("<|assistant|></think>", "First</think>4", 0.0),
     ],
 )
