@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lit_specrl.checkpoint_check import check_checkpoint
 from lit_specrl.messages import ConfigurationError
 
 _RESUMED = ("last", "best", "hpc", "registry")  # names that Lightning finds the checkpoint for
@@ -91,9 +92,10 @@ def _check_checkpoint(checkpoint: str | None) -> None:
     if not checkpoint or checkpoint in _RESUMED or "://" in checkpoint:
         return
     if Path(checkpoint).is_file() and not zipfile.is_zipfile(checkpoint):
-        raise ConfigurationError(
-            f"{checkpoint} is not a checkpoint, or it was cut: what torch saves is a zip archive", "ckpt_path"
-        )
+        try:
+            check_checkpoint(Path(checkpoint))
+        except ValueError as error:
+            raise ConfigurationError(str(error), "ckpt_path") from error
     if not Path(checkpoint).exists():
         folder = Path(checkpoint).absolute().parent
         there = sorted(path.name for path in folder.glob("*.ckpt"))[:5] if folder.is_dir() else []

@@ -22,7 +22,7 @@ from transformers import (
 from lit_specrl.checkpoint_check import OF_ALL_RANKS, check_checkpoint, naming
 from lit_specrl.diagnosis import parsed
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config
-from lit_specrl.policy import Policy, unreachable_model_message
+from lit_specrl.policy import named_weights, unreachable_model_message
 from lit_specrl.rollout import DraftModel, Eagle3Drafter
 from lit_specrl.speculation import DraftNetwork
 from lit_specrl.whole_files import whole_folder
@@ -161,7 +161,7 @@ def _merged(adapted: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The same function without adapters."""
     model = AutoModelForCausalLM.from_config(adapted.config, dtype=dtype)
     weights = dict(model.named_parameters())
-    for name, weight in Policy(adapted).named_weights():
+    for name, weight in named_weights(adapted):
         weights[name].data.copy_(weight)
     return model
 

@@ -196,19 +196,24 @@ class Policy(nn.Module):
 
         Adapters are merged into the weights that they adapt.
         """
-        adapted = adapted_layers(self.model)
-        for name, parameter in self.model.named_parameters():
-            path, _, leaf = name.partition(".base_layer.")
-            if leaf == "weight":
-                yield f"{path}.weight", merged_weight(adapted[path])
-            elif leaf:
-                yield f"{path}.{leaf}", whole_tensor(parameter)
-            elif ".lora_" not in name:
-                yield name, whole_tensor(parameter)
+        return named_weights(self.model)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write the model in the transformers format; where there are adapters, these alone in the format of peft."""
         self.model.save_pretrained(folder, **options)
+
+
+def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """As `Policy.named_weights`, of a model that computes nothing."""
+    adapted = adapted_layers(model)
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.partition(".base_layer.")
+        if leaf == "weight":
+            yield f"{path}.weight", merged_weight(adapted[path])
+        elif leaf:
+            yield f"{path}.{leaf}", whole_tensor(parameter)
+        elif ".lora_" not in name:
+            yield name, whole_tensor(parameter)
 
 
 def shard_by_layer(module: nn.Module, layers: nn.ModuleList, **options: Any) -> None:

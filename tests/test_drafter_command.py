@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
 from lit_specrl.drafter_command import drafter_command, pretraining_configuration
@@ -121,7 +122,7 @@ def test_wrong_arguments_are_told(config, tmp_path, options, message):
 
 def test_files_that_are_no_rollouts_are_told(config, tmp_path):
     (tmp_path / "rollouts.jsonl").write_text('{"prompt": "1", "completion": "2"}\n{"question": "3"}\n')
-    with pytest.raises(ValueError, match="line 2: no completion and no prompt; found question"):
+    with pytest.raises(MisconfigurationException, match="line 2: no completion and no prompt; found question"):
         drafter_command(
             ["--config", config, "--output", str(tmp_path / "head"), f"--rollouts={tmp_path / 'rollouts.jsonl'}"]
         )

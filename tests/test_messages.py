@@ -376,7 +376,11 @@ CONFIGURATION = {
     "too many devices": (FIT, trainer(devices=4096), "devices=4096 are more than there are"),
     "no epochs": (FIT, trainer(max_epochs=-3), "max_epochs"),
     "missing checkpoint": ([*FIT, "--ckpt_path=nowhere.ckpt"], {}, "there is no checkpoint nowhere.ckpt"),
-    "a text as checkpoint": ([*FIT, "--ckpt_path=run.yaml"], {}, "run.yaml is not a checkpoint, or it was cut"),
+    "a text as checkpoint": (
+        [*FIT, "--ckpt_path=run.yaml"],
+        {},
+        "run.yaml cannot be used: the file is cut off or damaged, or is not a checkpoint",
+    ),
     "a class alone": (FIT, {"model": "GRPO"}, "GRPO needs model and rewards under model.init_args"),
     "misspelt logger": ([*FIT, "--trainer.logger=TensorBoardLogge"], {}, "did you mean TensorBoardLogger?"),
     "argument of an added callback": (
@@ -413,8 +417,16 @@ CONFIGURATION = {
     ),
     # other commands
     "export alone": (["export"], {}, "checkpoint"),
-    "export of nothing": (["export", "nowhere.ckpt", "exported"], {}, "there is no checkpoint at nowhere.ckpt"),
-    "export of a text": (["export", "run.yaml", "exported"], {}, "run.yaml is not a checkpoint"),
+    "export of nothing": (
+        ["export", "nowhere.ckpt", "exported"],
+        {},
+        "nowhere.ckpt cannot be used: there is no such file",
+    ),
+    "export of a text": (
+        ["export", "run.yaml", "exported"],
+        {},
+        "run.yaml cannot be used: the file is cut off or damaged",
+    ),
     "export over a folder": (["export", "run.yaml", "models"], {}, "models exists already"),
     "export with another dtype": (
         ["export", "run.yaml", "exported", "--dtype=float23"],
