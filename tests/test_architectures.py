@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import SHAPE, build_tokenizer, save_model
 from test_module import History, arithmetic, grpo, make_trainer
 from test_policy import PROMPT_INDEX, PROMPTS, RESPONSES, gradients, padded, row_logprobs
+from tiny_models import SHAPE, build_tokenizer, save_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,

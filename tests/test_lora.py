@@ -363,7 +363,7 @@ def test_nothing_is_left_of_the_folder_that_adapters_travel_in(two_engines, monk
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     policy, engines = two_engines()
     engines["unmerged"].load_policy(policy, 1)
-    assert list(tmp_path.glob("lit_specrl*")) == []
+    assert list(tmp_path.glob("lit_specrl-adapters*")) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -643,7 +643,7 @@ def test_what_fails_in_a_run_is_told_with_the_place_in_the_users_code(mistake, a
     ("checkpoint", "message"),
     [
         ("other.ckpt", "the checkpoint is of a run with model 'models/other', and does not fit this one with model"),
-        ("foreign.ckpt", "the checkpoint is not of an RLVRModule such as GRPO: it holds epoch, global_step"),
+        ("foreign.ckpt", "it is a checkpoint of Lightning, but not of a module of lit_specrl"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_told_in_one_sentence(checkpoint, message, answer):
