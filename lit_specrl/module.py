@@ -54,7 +54,7 @@ from lit_specrl.sums import total
 from lit_specrl.teaching import Student
 from lit_specrl.types import Experience, PromptBatch, Rollouts, SamplingConfig
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -268,6 +268,15 @@ class RLVRModule(ScoringModule):
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        is_bfloat16 = str(self.trainer.precision).startswith("bf16") or self.model_options["dtype"] == "bfloat16"
+        warn_if_slow(
+            f"precision={self.trainer.precision!r} with dtype={self.model_options['dtype']!r}",
+            "bfloat16" if is_bfloat16 else "float32",
+            self.trainer.strategy.root_device,
+        )
+
     def check_run(self, stage: str) -> None:
         super().check_run(stage)
         if isinstance(self.critic, SeparateCritic) and self.critic.model is not None:
@@ -277,12 +286,6 @@ class RLVRModule(ScoringModule):
             raise MisconfigurationException(
                 "precision='16-mixed' scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' or '32-true'"
             )
-        is_bfloat16 = str(self.trainer.precision).startswith("bf16") or self.model_options["dtype"] == "bfloat16"
-        warn_if_slow(
-            f"precision={self.trainer.precision!r} with dtype={self.model_options['dtype']!r}",
-            "bfloat16" if is_bfloat16 else "float32",
-            self.trainer.strategy.root_device,
-        )
         batch_size = getattr(self._datamodule, "batch_size", None)
         if stage == "fit" and batch_size is not None and batch_size // self.trainer.world_size % self.num_minibatches:
             raise MisconfigurationException(

@@ -22,10 +22,11 @@ _TOLERANCE_OF_HALF = 0.5  # nats; padding changes the rounding of 8 bits by up t
 def check_logprobs(policy: Policy) -> None:
     """Compare the log-probs of a short input with the model's own logits.
 
-    They differ where the model does more with its hidden states than multiply them with the head: a bias, a multiplier, a cap.
+    They differ where the model does more with its hidden states than multiply them with the head: a bias, a multiplier, a cap. What its
+    configuration or its head says is refused however little it shows in a short input: a cap does nothing to small logits.
 
     Raises:
-        ValueError: they differ, or the model cannot compute them.
+        ValueError: they differ or will, or the model cannot compute them.
     """
     name = type(policy.model).__name__
     advice = "use a model of the Llama, Qwen, Mistral or SmolLM kind"
@@ -35,10 +36,10 @@ def check_logprobs(policy: Policy) -> None:
         own, ours = _own_logprobs(policy), _logprobs(policy)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot compute log-probs of responses: {error}; {advice}") from error
-    difference = (own - ours).abs().max()
-    if not difference <= _tolerance(policy):
+    difference, reasons = (own - ours).abs().max(), _reasons(policy)
+    if reasons or not difference <= _tolerance(policy):
         raise ValueError(
-            f"{name} does more with its hidden states than multiply them with the head ({_reason(policy)}): its log-probs "
+            f"{name} does more with its hidden states than multiply them with the head ({reasons or 'its configuration does not say what'}): its log-probs "
             f"of a short input are {difference:.2g} nats from those that would be trained; {advice}"
         )
 
@@ -69,10 +70,11 @@ def _tolerance(policy: Policy) -> float:
     return _TOLERANCE.get(cast(torch.dtype, policy.model.dtype), _TOLERANCE_OF_HALF)
 
 
-def _reason(policy: Policy) -> str:
+def _reasons(policy: Policy) -> str:
     """What its configuration and its head say of it."""
     config, head = policy.model.config.get_text_config(), policy.model.get_output_embeddings()
     names = ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_soft_cap", "lm_head_multiplier")
     found = [name for name in names if getattr(config, name, None) not in (None, 0, 1, 1.0)]
-    found += ["a head with bias"] if getattr(head, "bias", None) is not None else []
-    return ", ".join(found) or "unknown why"
+    bias = getattr(head, "bias", None)
+    found += ["a head with bias"] if bias is not None and bool(bias.any()) else []
+    return ", ".join(found)

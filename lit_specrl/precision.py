@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -31,7 +32,7 @@ class FastDtype(NamedTuple):
 def fast_dtype(device: torch.device) -> FastDtype:
     """bfloat16 where the device has instructions for it, otherwise float32.
 
-    A CPU without them emulates bfloat16: products take 10 to 40 times as long as in float32.
+    A CPU without them emulates bfloat16; `bfloat16_slowdown` measures what that costs.
 
     Args:
         device: a CPU or a CUDA device. On others float32 is taken.
@@ -97,9 +98,13 @@ def warn_if_slow(setting: str, dtype: str, device: torch.device) -> None:
     )
 
 
+@cache
 def bfloat16_slowdown(device: torch.device) -> float:
     """How many times as long a matrix product takes in bfloat16 as in float32, measured once in some milliseconds."""
-    left, right = torch.randn(64, 512, device=device), torch.randn(512, 512, device=device)
+    left, right = (
+        torch.ones(64, 512, device=device),
+        torch.ones(512, 512, device=device),
+    )  # no random numbers of the run
     seconds = {dtype: _seconds(left.to(dtype), right.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
     return seconds[torch.bfloat16] / seconds[torch.float32]
 

@@ -94,6 +94,14 @@ def test_a_model_that_does_more_than_multiply_with_its_head_is_refused(config, r
         Policy(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_is_refused_where_it_does_not_show_yet(dtype):
+    """Small logits, and the rounding of bfloat16, hide a cap of 30."""
+    config = Gemma2Config(**SHAPE | {"initializer_range": 0.02}, final_logit_softcapping=30.0)
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        Policy(random_model(config).to(dtype))
+
+
 @pytest.mark.parametrize("config", [GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=1.0), LlamaConfig(**SHAPE)])
 def test_a_scale_of_one_is_no_scale(config):
     Policy(random_model(config))

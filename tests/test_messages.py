@@ -243,7 +243,7 @@ CONFIGURATION = {
     "dtype of the policy": (
         FIT,
         model(dtype="float23"),
-        "dtype must be one of auto, float32, bfloat16, float16, got 'float23'",
+        "dtype must be one of float32, bfloat16, float16, got 'float23'",
     ),
     "gradient norm 0": (FIT, model(max_grad_norm=0), "max_grad_norm must be positive, got 0"),
     "batch size 0": (FIT, data(batch_size=0), "batch_size must be at least 1 prompt, got 0"),

@@ -1,10 +1,12 @@
 """Precision follows what the device has instructions for."""
 
+from itertools import count
+
 import pytest
 import torch
 from test_module import arithmetic, grpo, make_trainer
 
-from lit_specrl import SpeculativeRollout, VLLMEngine, auto_precision, precision
+from lit_specrl import RunPlan, SpeculativeRollout, VLLMEngine, auto_precision, precision
 from lit_specrl.precision import Trainer, fast_dtype, warn_if_slow
 
 CPU = torch.device("cpu")
@@ -79,5 +81,19 @@ def test_what_is_fast_is_not_warned_of(processor, recwarn, instructions, dtype):
     assert not recwarn.list
 
 
-def test_the_factor_is_measured():
+def test_the_factor_is_measured_without_the_runs_random_numbers():
+    state = torch.get_rng_state()
+    precision.bfloat16_slowdown.cache_clear()
     assert precision.bfloat16_slowdown(CPU) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_run_is_warned_once(processor, monkeypatch, tiny_model, tmp_path, recwarn):
+    """The table before the run checks the module, too."""
+    processor("avx2")
+    factors = count(20)  # another text each time, for equal ones are shown once
+    monkeypatch.setattr(precision, "bfloat16_slowdown", lambda device: next(factors))
+    make_trainer(tmp_path, RunPlan(), precision="bf16-mixed", limit_train_batches=0).fit(
+        grpo(tiny_model, max_completion_length=24), datamodule=arithmetic()
+    )
+    assert len([warning for warning in recwarn.list if "bf16 instructions" in str(warning.message)]) == 1
