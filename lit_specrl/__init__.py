@@ -25,7 +25,7 @@ _EXPORTS = {
     "HistoryDrafter": "rollout",
     "DraftModel": "rollout",
     "Eagle3Drafter": "rollout",
-    "FSDP2Strategy": "strategy",
+    "FSDP2Strategy": "distributed.fsdp2",
     "auto_precision": "precision",
     "AdaptiveScheduler": "callbacks",
     "CompletionWriter": "callbacks",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_specrl.ranks import whole_tensor
+from lit_specrl.distributed.collectives import whole_tensor
 
 _ADAPTER = "default"  # the name that transformers gives to the first adapter
 

@@ -24,7 +24,16 @@ from lit_specrl.advantages import (
 )
 from lit_specrl.allocator import keep_freed_memory
 from lit_specrl.critic import Critic, SeparateCritic, SharedTrunkCritic
-from lit_specrl.deferred_signals import DeferredSignals
+from lit_specrl.distributed.collectives import (
+    average_gradients,
+    gather_objects,
+    gather_rows,
+    max_over_ranks,
+    num_ranks,
+    sum_over_ranks,
+)
+from lit_specrl.distributed.fsdp2 import sharding
+from lit_specrl.distributed.signals import DeferredSignals
 from lit_specrl.dynamic_sampling import GroupSelection, groups_to_draw, groups_with_spread
 from lit_specrl.experience import active_rows, padded_experience
 from lit_specrl.gradient_step import GradientStep
@@ -45,11 +54,9 @@ from lit_specrl.model_files import check_weights
 from lit_specrl.objective import Objective
 from lit_specrl.policy import Policy, TokenStatistics, check_model_exists
 from lit_specrl.precision import warn_if_slow
-from lit_specrl.ranks import average_gradients, gather_objects, gather_rows, max_over_ranks, num_ranks, sum_over_ranks
 from lit_specrl.rewards import Reward
 from lit_specrl.rewards.constant_rewards import ConstantRewards
 from lit_specrl.scoring_module import ScoringModule
-from lit_specrl.strategy import sharding
 from lit_specrl.sums import total
 from lit_specrl.teaching import Student
 from lit_specrl.types import Experience, PromptBatch, Rollouts, SamplingConfig

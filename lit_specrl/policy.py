@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lit_specrl.distributed.collectives import compute_device, whole_tensor
 from lit_specrl.logprobs import token_logprobs
 from lit_specrl.lora import adapted_layers, add_adapters, lora_config, merged_weight
 from lit_specrl.model_files import check_weights, is_out_of_reach
 from lit_specrl.policy_check import check_logprobs
-from lit_specrl.ranks import compute_device, whole_tensor
 from lit_specrl.response_states import keeps_cache_by_row, response_states
 from lit_specrl.teaching import TaughtRow, Teaching, teach
 from lit_specrl.value_head import ValueHead
@@ -162,7 +162,7 @@ class Policy(nn.Module):
         what is outside the layers.
 
         Args:
-            options: arguments of `torch.distributed.fsdp.fully_shard`, see `lit_specrl.strategy.sharding`.
+            options: arguments of `torch.distributed.fsdp.fully_shard`, see `lit_specrl.distributed.fsdp2.sharding`.
         """
         shard_by_layer(self, self.model.base_model.layers, **options)  # type: ignore[union-attr, arg-type]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lit_specrl.block_scoring import Survivors, block_logprobs
 from lit_specrl.critic import SeparateCritic
+from lit_specrl.distributed.collectives import max_over_ranks
 from lit_specrl.experience import padded_rows
 from lit_specrl.micro_batches import MicroBatch, plan_micro_batches
 from lit_specrl.policy import Policy, TokenStatistics, release
-from lit_specrl.ranks import max_over_ranks
 from lit_specrl.rollout_module import RolloutModule
 from lit_specrl.teaching import Student, Teaching
 from lit_specrl.types import Experience, PromptBatch, Rollouts

@@ -26,8 +26,8 @@ from lit_specrl.callbacks.rollout_callback import (
     sweep_rank_files,
 )
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
+from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.lesson_collector import LessonCollector
-from lit_specrl.ranks import gather_objects
 from lit_specrl.rollout import Drafter
 from lit_specrl.speculation import (
     DRAFTER_LESSONS,

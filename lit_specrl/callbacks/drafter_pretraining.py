@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_specrl.callbacks.drafter_distillation import cut, default_optimizer, is_held_out
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
+from lit_specrl.distributed.collectives import gather_objects, sum_over_ranks
 from lit_specrl.experience import padded_rows
 from lit_specrl.lesson_collector import LessonCollector
 from lit_specrl.policy import load_pretrained
-from lit_specrl.ranks import gather_objects, sum_over_ranks
 from lit_specrl.rollout import Drafter, Eagle3Drafter
 from lit_specrl.speculation import (
     DrafterEvaluation,

@@ -26,7 +26,7 @@ from lit_specrl.callbacks.rollout_callback import (
     sweep_rank_files,
 )
 from lit_specrl.callbacks.streak_warning import StreakWarning
-from lit_specrl.ranks import gather_objects
+from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.rollout import HistoryDrafter, TransformersEngine
 from lit_specrl.seeds import row_uniforms
 from lit_specrl.speculation import (

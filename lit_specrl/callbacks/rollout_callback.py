@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.checkpoint_io import WholeCheckpointIO
+from lit_specrl.distributed.fsdp2 import FSDP2Strategy
 from lit_specrl.speculation import RankFiles
-from lit_specrl.strategy import FSDP2Strategy
 from lit_specrl.types import Experience, RolloutProgress, RolloutRequest, Rollouts
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
 from lit_specrl.callbacks.streak_warning import StreakWarning
-from lit_specrl.ranks import gather_objects
+from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.rollout import Drafter, HistoryDrafter, RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.rollout.vllm_adapter import installed_version
 from lit_specrl.speculation import DecodeStep

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_specrl.ranks import average_gradients, num_ranks, sum_over_ranks
+from lit_specrl.distributed.collectives import average_gradients, num_ranks, sum_over_ranks
 from lit_specrl.speculation.distillation_loss import (
     acceptance_probability,
     distillation_loss,

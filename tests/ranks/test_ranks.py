@@ -20,8 +20,7 @@ from transformers import GenerationConfig
 from lit_specrl import DAPO, GRPO, PPO, PromptDataModule, SeparateCritic
 from lit_specrl.callbacks import PrefixCache
 from lit_specrl.data import PromptSource
-from lit_specrl.policy import Policy
-from lit_specrl.ranks import (
+from lit_specrl.distributed.collectives import (
     average_gradients,
     gather_objects,
     gather_rows,
@@ -29,6 +28,7 @@ from lit_specrl.ranks import (
     num_ranks,
     sum_over_ranks,
 )
+from lit_specrl.policy import Policy
 
 QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
 SGD = partial(torch.optim.SGD, lr=0.1)

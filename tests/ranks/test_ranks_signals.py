@@ -101,7 +101,7 @@ def test_who_insists_ends_the_process_at_once(tiny_model, tmp_path, patience_s, 
 import os, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_ranks_signals import Told, fit
-from lit_specrl import deferred_signals
+from lit_specrl.distributed import signals as deferred_signals
 deferred_signals._INSISTING_S = {patience_s}
 class Twice(Told):
     def on_rollout_end(self, trainer, pl_module, rollouts):

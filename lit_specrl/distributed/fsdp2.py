@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from lit_specrl.checkpoint_check import OF_ALL_RANKS, check_checkpoint, check_content, naming
 from lit_specrl.checkpoint_content import loadable
 from lit_specrl.checksums import write_checksums
-from lit_specrl.ranks import gather_objects
+from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.speculation.rank_files import record
 from lit_specrl.whole_files import partial_folder, put_in_place, telling_of_a_full_disk
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_specrl.ranks import max_over_ranks
+from lit_specrl.distributed.collectives import max_over_ranks
 
 _INSISTING_S = 10.0  # torchrun passes a signal on that its workers have got already
 

@@ -1,0 +1,1 @@
+"""Several processes: what ranks tell each other, sharding, and signals."""
