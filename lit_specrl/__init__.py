@@ -45,7 +45,7 @@ _EXPORTS = {
     "MathReward": "rewards",
     "NumericReward": "rewards",
     "OverlongReward": "rewards",
-    "AdaptiveLenience": "speculation",
+    "AdaptiveLenience": "speculation.lenience",
     "Reward": "rewards",
     "RewardFunction": "rewards",
     "Experience": "types",

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lit_specrl.bench.rollout.configuration import Configuration, fit_configuration
-from lit_specrl.holds import ProcessFolder
+from lit_specrl.checkpoints.locks import ProcessFolder
 
 _DESCRIPTION = """Make a drafter that knows the task, before training the policy.
 

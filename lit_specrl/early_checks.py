@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lit_specrl.checkpoint_check import check_checkpoint
+from lit_specrl.checkpoints.integrity import check_checkpoint
 from lit_specrl.messages import ConfigurationError
 
 _RESUMED = ("last", "best", "hpc", "registry")  # names that Lightning finds the checkpoint for

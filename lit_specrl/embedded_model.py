@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lit_specrl.whole_files import partial_folder
+from lit_specrl.checkpoints.atomic_files import partial_folder
 
 
 def default_folder() -> Path:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig, AutoTokenizer
 
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
-from lit_specrl.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
 from lit_specrl.evaluation import AccuracyMeter
 from lit_specrl.model_files import check_tokenizer, check_weights
 from lit_specrl.policy import Policy, check_model_exists, unreachable_model_message

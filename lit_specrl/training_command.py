@@ -24,7 +24,7 @@ import lit_specrl.critic  # noqa: E402
 import lit_specrl.rewards  # noqa: E402
 import lit_specrl.rollout  # noqa: E402, F401
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
-from lit_specrl.checkpoint_check import naming  # noqa: E402
+from lit_specrl.checkpoints.integrity import naming  # noqa: E402
 from lit_specrl.configuration_files import in_short  # noqa: E402
 from lit_specrl.data import PromptDataModule  # noqa: E402
 from lit_specrl.diagnosis import Failure, explain, explain_failure  # noqa: E402

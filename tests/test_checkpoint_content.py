@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lit_specrl import GRPO, PromptDataModule
-from lit_specrl.checkpoint_content import loadable
-from lit_specrl.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.content import loadable
 from lit_specrl.data import ArithmeticSource
 
 

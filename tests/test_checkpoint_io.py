@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lit_specrl import GRPO, PromptDataModule
-from lit_specrl.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
 from lit_specrl.data import ArithmeticSource
 
 

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
 from lit_specrl.drafter_command import drafter_command, pretraining_configuration
-from lit_specrl.speculation import Eagle3Network, check_head
+from lit_specrl.speculation.draft_networks import Eagle3Network
+from lit_specrl.speculation.eagle3_head import check_head
 
 ROOT = Path(__file__).parents[1]
 

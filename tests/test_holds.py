@@ -6,8 +6,8 @@ import tempfile
 
 import pytest
 
-from lit_specrl.holds import ProcessFolder, hold, is_held, sweep
-from lit_specrl.whole_files import whole_file, whole_folder
+from lit_specrl.checkpoints.atomic_files import whole_file, whole_folder
+from lit_specrl.checkpoints.locks import ProcessFolder, hold, is_held, sweep
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lit_specrl import whole_files
-from lit_specrl.whole_files import put_in_place, whole_folder
+from lit_specrl.checkpoints import atomic_files as whole_files
+from lit_specrl.checkpoints.atomic_files import put_in_place, whole_folder
 
 
 def names(folder):

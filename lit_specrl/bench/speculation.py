@@ -19,7 +19,7 @@ from lit_specrl.policy import Policy
 from lit_specrl.precision import fast_dtype
 from lit_specrl.rollout import Drafter, DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter, VLLMEngine
 from lit_specrl.rollout.engine import SpeculationControl
-from lit_specrl.speculation import DecodeStep, LengthSchedule
+from lit_specrl.speculation.length_schedule import DecodeStep, LengthSchedule
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 
 _BATCHES = (1, 4, 16, 32)

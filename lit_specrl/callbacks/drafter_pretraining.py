@@ -23,16 +23,10 @@ from lit_specrl.experience import padded_rows
 from lit_specrl.lesson_collector import LessonCollector
 from lit_specrl.policy import load_pretrained
 from lit_specrl.rollout import Drafter, Eagle3Drafter
-from lit_specrl.speculation import (
-    DrafterEvaluation,
-    DrafterTraining,
-    DraftNetwork,
-    Eagle3Network,
-    Lesson,
-    LessonBuffer,
-    build_head,
-    draft_vocabulary,
-)
+from lit_specrl.speculation.draft_networks import DraftNetwork, Eagle3Network
+from lit_specrl.speculation.drafter_training import DrafterEvaluation, DrafterTraining
+from lit_specrl.speculation.eagle3_head import build_head, draft_vocabulary
+from lit_specrl.speculation.lessons import Lesson, LessonBuffer
 from lit_specrl.types import Experience, PromptBatch
 
 if TYPE_CHECKING:

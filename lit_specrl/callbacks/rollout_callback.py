@@ -10,9 +10,9 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_specrl.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.rank_files import RankFiles
 from lit_specrl.distributed.fsdp2 import FSDP2Strategy
-from lit_specrl.speculation import RankFiles
 from lit_specrl.types import Experience, RolloutProgress, RolloutRequest, Rollouts
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from lit_specrl.checkpoint_check import OF_ALL_RANKS, check_checkpoint, check_content, naming
-from lit_specrl.checkpoint_content import loadable
-from lit_specrl.checksums import write_checksums
+from lit_specrl.checkpoints.atomic_files import partial_folder, put_in_place, telling_of_a_full_disk
+from lit_specrl.checkpoints.checksums import write_checksums
+from lit_specrl.checkpoints.content import loadable
+from lit_specrl.checkpoints.integrity import OF_ALL_RANKS, check_checkpoint, check_content, naming
+from lit_specrl.checkpoints.rank_files import record
 from lit_specrl.distributed.collectives import gather_objects
-from lit_specrl.speculation.rank_files import record
-from lit_specrl.whole_files import partial_folder, put_in_place, telling_of_a_full_disk
 
 _SHARDED = ("state_dict", "optimizer_states")  # tensors in a file per rank
 

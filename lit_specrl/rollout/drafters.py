@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lit_specrl.holds import ProcessFolder
+from lit_specrl.checkpoints.locks import ProcessFolder
 from lit_specrl.model_files import check_weights
 from lit_specrl.policy import check_model_exists, load_pretrained
-from lit_specrl.speculation import (
-    CausalNetwork,
-    DraftNetwork,
-    Eagle3Network,
+from lit_specrl.speculation.draft_networks import CausalNetwork, DraftNetwork, Eagle3Network
+from lit_specrl.speculation.eagle3_head import (
     build_head,
     check_architecture,
     check_drafter_files,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_specrl.policy import Policy
 from lit_specrl.rollout.drafters import Drafter
-from lit_specrl.speculation import DecodeStep
+from lit_specrl.speculation.length_schedule import DecodeStep
 from lit_specrl.types import FinishReason, RolloutProgress, RolloutRequest, Rollouts
 
 ProgressListener = Callable[[RolloutProgress], None]

@@ -17,7 +17,8 @@ from lit_specrl.rollout.drafters import HistoryDrafter
 from lit_specrl.rollout.engine import Continuation, ProgressMeter, RolloutEngine
 from lit_specrl.rollout.vllm_proposers import Following
 from lit_specrl.rollout.vllm_speculation import Speculation
-from lit_specrl.speculation import DecodeStep, TextHistory
+from lit_specrl.speculation.length_schedule import DecodeStep
+from lit_specrl.speculation.text_history import TextHistory
 from lit_specrl.types import RolloutRequest
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_specrl.rollout.drafters import Drafter, NGramDrafter
-from lit_specrl.speculation import Follower, PromptLookup, TextHistory
+from lit_specrl.speculation.prompt_lookup import PromptLookup
+from lit_specrl.speculation.text_history import Follower, TextHistory
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_specrl.checksums import write_checksums
+from lit_specrl.checkpoints.atomic_files import whole_folder
+from lit_specrl.checkpoints.checksums import write_checksums
 from lit_specrl.speculation.eagle3_head import (
     load_head,
     save_head,
@@ -20,7 +21,6 @@ from lit_specrl.speculation.eagle3_head import (
     vocabulary_of,
 )
 from lit_specrl.speculation.lessons import Lesson
-from lit_specrl.whole_files import whole_folder
 
 
 class DraftStep(NamedTuple):

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from lit_specrl.checksums import changed_files, write_checksums
+from lit_specrl.checkpoints.atomic_files import whole_folder
+from lit_specrl.checkpoints.checksums import changed_files, write_checksums
 from lit_specrl.model_files import is_out_of_reach
-from lit_specrl.whole_files import whole_folder
 
 _VOCABULARY = 4096
 """Tokens that a head can draft, where nobody says otherwise."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_specrl.speculation.tensor_file import read_tensor_file, set_aside, write_tensor_file
+from lit_specrl.checkpoints.tensor_file import read_tensor_file, set_aside, write_tensor_file
 
 FORMAT_VERSION = 1
 

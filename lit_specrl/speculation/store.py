@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_specrl.speculation.tensor_file import read_tensor_file, set_aside, write_tensor_file
+from lit_specrl.checkpoints.tensor_file import read_tensor_file, set_aside, write_tensor_file
 from lit_specrl.types import FinishReason
 
 FORMAT_VERSION = 2

@@ -34,7 +34,7 @@ from lit_specrl.data import ArithmeticSource
 from lit_specrl.policy import Policy
 from lit_specrl.rollout import TransformersEngine, VLLMEngine
 from lit_specrl.rollout.engine import Continuation
-from lit_specrl.speculation import AdaptiveLenience
+from lit_specrl.speculation.lenience import AdaptiveLenience
 
 EVERYTHING = math.inf  # a lenience
 NUM_ROWS = 2 * GROUP  # of a step

@@ -15,7 +15,7 @@ from lit_specrl.callbacks import AdaptiveScheduler, PrefixCache, SpeculativeRoll
 from lit_specrl.callbacks.speculative_rollout import speculation_metrics
 from lit_specrl.cli import run as command_line
 from lit_specrl.rollout import DraftModel, HistoryDrafter, NGramDrafter, TransformersEngine, VLLMEngine
-from lit_specrl.speculation import DecodeStep, LengthSchedule
+from lit_specrl.speculation.length_schedule import DecodeStep, LengthSchedule
 
 
 def grpo(model, temperature=0.3):

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
-from lit_specrl.speculation import RankFiles, RolloutStore, load_ranks
-from lit_specrl.speculation.rank_files import record
+from lit_specrl.checkpoints.rank_files import RankFiles, load_ranks, record
+from lit_specrl.speculation.store import RolloutStore
 
 IDENTITY = {"model": "tiny", "temperature": "1.0"}
 

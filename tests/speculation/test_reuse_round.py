@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lit_specrl.seeds import rollout_seeds, row_uniforms
-from lit_specrl.speculation import FullReuse, RandomReuse, RatioAcceptance, ReuseRound, control_samples, reuse_round
+from lit_specrl.speculation import reuse_round
+from lit_specrl.speculation.acceptance import FullReuse, RandomReuse, RatioAcceptance
+from lit_specrl.speculation.reuse_round import ReuseRound, control_samples
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 SEEDS = [11, 12, 13, 14]

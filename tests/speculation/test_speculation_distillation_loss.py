@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from lit_specrl.speculation import (
+from lit_specrl.speculation.distillation_loss import (
     acceptance_probability,
     distillation_loss,
     draft_kl,
     expected_acceptance_length,
-    reward_weights,
 )
+from lit_specrl.speculation.reward_weights import reward_weights
 
 LN2 = math.log(2)
 

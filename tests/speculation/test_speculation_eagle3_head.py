@@ -5,8 +5,17 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from lit_specrl.speculation import build_head, check_head, draft_vocabulary, feature_layers, load_head, save_head
-from lit_specrl.speculation.eagle3_head import trained_weights, unrolled_states, vocabulary_of
+from lit_specrl.speculation.eagle3_head import (
+    build_head,
+    check_head,
+    draft_vocabulary,
+    feature_layers,
+    load_head,
+    save_head,
+    trained_weights,
+    unrolled_states,
+    vocabulary_of,
+)
 
 SHAPE = {
     "vocab_size": 128,

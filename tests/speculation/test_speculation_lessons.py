@@ -5,8 +5,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from lit_specrl.speculation import Lesson, LessonBuffer, RejectedFileError
-from lit_specrl.speculation.tensor_file import write_tensor_file
+from lit_specrl.checkpoints.tensor_file import RejectedFileError, write_tensor_file
+from lit_specrl.speculation.lessons import Lesson, LessonBuffer
 
 IDENTITY = {"policy": "tiny", "draft_vocabulary": "64"}
 ROW_BYTES = 4 * 5 + 2 * 4 * 3 + 8 * 3 * 2 + 4 * 3  # of the fixture's lesson as it is

@@ -4,7 +4,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from lit_specrl.speculation import reward_weights
+from lit_specrl.speculation.reward_weights import reward_weights
 
 NAN, INF = float("nan"), float("inf")
 

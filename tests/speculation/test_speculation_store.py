@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_specrl.speculation import RolloutStore
+from lit_specrl.speculation.store import RolloutStore
 
 
 def keys(store):

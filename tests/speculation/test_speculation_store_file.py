@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from lit_specrl.speculation import RejectedFileError, RolloutStore
-from lit_specrl.speculation.tensor_file import write_tensor_file
+from lit_specrl.checkpoints.tensor_file import RejectedFileError, write_tensor_file
+from lit_specrl.speculation.store import RolloutStore
 
 IDENTITY = {"model": "tiny", "tokenizer": "1f3a"}
 
@@ -96,7 +96,7 @@ def test_a_save_that_fails_leaves_the_old_file(store, path, plain, monkeypatch):
         Path(filename).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lit_specrl.speculation.tensor_file.save_file", disk_full)
+    monkeypatch.setattr("lit_specrl.checkpoints.tensor_file.save_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
         RolloutStore().save(path, IDENTITY)
     assert plain(RolloutStore.load(path, IDENTITY)) == plain(store)

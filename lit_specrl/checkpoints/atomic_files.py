@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from lit_specrl.holds import delete, held_folder, sweep
+from lit_specrl.checkpoints.locks import delete, held_folder, sweep
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lit_specrl.checksums import changed_files
+from lit_specrl.checkpoints.checksums import changed_files
 
 OF_ALL_RANKS = "meta.pt"
 """What a sharded checkpoint holds beside its tensors."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_specrl.checkpoint_check import check_checkpoint, check_content, naming
-from lit_specrl.checkpoint_content import loadable
-from lit_specrl.speculation.rank_files import record
-from lit_specrl.whole_files import whole_file
+from lit_specrl.checkpoints.atomic_files import whole_file
+from lit_specrl.checkpoints.content import loadable
+from lit_specrl.checkpoints.integrity import check_checkpoint, check_content, naming
+from lit_specrl.checkpoints.rank_files import record
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_specrl.holds import delete
-from lit_specrl.whole_files import whole_file
+from lit_specrl.checkpoints.atomic_files import whole_file
+from lit_specrl.checkpoints.locks import delete
 
 RejectionReason = Literal["damaged", "foreign", "unknown version"]
 _METADATA = "metadata_json"

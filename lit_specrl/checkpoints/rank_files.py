@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from lit_specrl.holds import hold, is_held, let_go, sweep
+from lit_specrl.checkpoints.atomic_files import whole_file
+from lit_specrl.checkpoints.locks import hold, is_held, let_go, sweep
+from lit_specrl.checkpoints.tensor_file import RejectedFileError
 from lit_specrl.speculation.store import RolloutStore
-from lit_specrl.speculation.tensor_file import RejectedFileError
-from lit_specrl.whole_files import whole_file
 
 PREFIX_CACHE, DRAFTER_LESSONS = "prefix_cache", "drafter_lessons"
 """Folders of the files."""
