@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
 from lit_specrl.drafter_command import drafter_command, pretraining_configuration
-from lit_specrl.speculation.draft_networks import Eagle3Network
-from lit_specrl.speculation.eagle3_head import check_head
+from lit_specrl.drafting.eagle3 import check_head
+from lit_specrl.drafting.networks import Eagle3Network
 
 ROOT = Path(__file__).parents[1]
 

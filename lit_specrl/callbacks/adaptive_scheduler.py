@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.distributed.collectives import gather_objects
-from lit_specrl.speculation.length_schedule import DecodeStep, LengthSchedule
+from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule
 from lit_specrl.types import Experience, RolloutRequest, Rollouts
 
 if TYPE_CHECKING:

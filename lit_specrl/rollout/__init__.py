@@ -1,6 +1,6 @@
 """Engines that generate rollouts, and drafters that propose tokens to them."""
 
-from lit_specrl.rollout.drafters import Drafter, DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter
+from lit_specrl.drafting.drafters import Drafter, DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter
 from lit_specrl.rollout.engine import RolloutEngine
 from lit_specrl.rollout.transformers_engine import TransformersEngine
 from lit_specrl.rollout.vllm_engine import VLLMEngine

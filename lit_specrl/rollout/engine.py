@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lit_specrl.drafting.drafters import Drafter
+from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.policy import Policy
-from lit_specrl.rollout.drafters import Drafter
-from lit_specrl.speculation.length_schedule import DecodeStep
 from lit_specrl.types import FinishReason, RolloutProgress, RolloutRequest, Rollouts
 
 ProgressListener = Callable[[RolloutProgress], None]

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from lit_specrl.rollout.drafters import Drafter, NGramDrafter
-from lit_specrl.speculation.prompt_lookup import PromptLookup
-from lit_specrl.speculation.text_history import Follower, TextHistory
+from lit_specrl.drafting.drafters import Drafter, NGramDrafter
+from lit_specrl.drafting.history import Follower, TextHistory
+from lit_specrl.drafting.ngram import PromptLookup
 
 
 @dataclass(frozen=True)

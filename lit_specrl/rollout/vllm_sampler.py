@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_specrl.drafting.verification import draw, verify_drafts
 from lit_specrl.seeds import token_uniforms
-from lit_specrl.speculation.draft_verification import draw, verify_drafts
 
 _SCORED_ROWS = 16  # log-probs are computed for so many tokens at a time
 

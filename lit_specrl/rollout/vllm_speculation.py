@@ -10,10 +10,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lit_specrl.rollout.drafters import Drafter
+from lit_specrl.drafting.drafters import Drafter
+from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.rollout.vllm_proposers import Following, LookUpProposer
 from lit_specrl.rollout.vllm_sampler import CPUSampler, VerificationCounter
-from lit_specrl.speculation.length_schedule import DecodeStep
 
 
 class Speculation:

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import fit, grpo, questions, weights_of
 
 from lit_specrl.callbacks import DrafterDistillation, SpeculativeRollout
+from lit_specrl.drafting.distillation.trainer import DrafterTraining
 from lit_specrl.rollout import Eagle3Drafter, VLLMEngine
-from lit_specrl.speculation.drafter_training import DrafterTraining
 
 NUM_STEPS = 8
 

@@ -5,9 +5,9 @@ import torch
 from test_rollout_engines import Colocated
 from transformers import AutoModelForCausalLM
 
+from lit_specrl.drafting.distillation.buffer import Lesson
+from lit_specrl.drafting.distillation.trainer import DrafterTraining
 from lit_specrl.rollout import DraftModel, Eagle3Drafter, NGramDrafter, VLLMEngine
-from lit_specrl.speculation.drafter_training import DrafterTraining
-from lit_specrl.speculation.lessons import Lesson
 
 PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51, 52], [11, 90, 12]]
 LENGTH, DRAFTED = 40, 3

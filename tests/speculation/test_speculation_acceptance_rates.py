@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lit_specrl.speculation.acceptance_rates import AcceptanceRates
+from lit_specrl.drafting.scheduler.acceptance_rates import AcceptanceRates
 
 
 def drafts(chances, count, length, seed=0):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from lit_specrl.speculation.distillation_loss import (
+from lit_specrl.drafting.distillation.loss import (
     acceptance_probability,
     distillation_loss,
     draft_kl,
     expected_acceptance_length,
 )
-from lit_specrl.speculation.reward_weights import reward_weights
+from lit_specrl.drafting.distillation.reward_weights import reward_weights
 
 LN2 = math.log(2)
 
@@ -278,5 +278,5 @@ def test_acceptance_of_steps_that_are_not_aligned(shapes):
 
 
 def test_examples_run():
-    outcome = doctest.testmod(import_module("lit_specrl.speculation.distillation_loss"))
+    outcome = doctest.testmod(import_module("lit_specrl.drafting.distillation.loss"))
     assert (outcome.attempted, outcome.failed) == (6, 0)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lit_specrl.speculation.draft_verification import sample_tokens, verify_drafts
+from lit_specrl.drafting.verification import sample_tokens, verify_drafts
 
 VOCABULARY = 4
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lit_specrl.speculation.distillation_loss import expected_acceptance_length
-from lit_specrl.speculation.draft_networks import CausalNetwork, Eagle3Network
-from lit_specrl.speculation.drafter_training import DrafterTraining, micro_batches
-from lit_specrl.speculation.eagle3_head import build_head, unrolled_states
-from lit_specrl.speculation.lessons import Lesson
+from lit_specrl.drafting.distillation.buffer import Lesson
+from lit_specrl.drafting.distillation.loss import expected_acceptance_length
+from lit_specrl.drafting.distillation.trainer import DrafterTraining, micro_batches
+from lit_specrl.drafting.eagle3 import build_head, unrolled_states
+from lit_specrl.drafting.networks import CausalNetwork, Eagle3Network
 
 SHAPE = {
     "vocab_size": 32,

@@ -5,7 +5,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from lit_specrl.speculation.eagle3_head import (
+from lit_specrl.drafting.eagle3 import (
     build_head,
     check_head,
     draft_vocabulary,

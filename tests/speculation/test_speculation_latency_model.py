@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lit_specrl.speculation.latency_model import LatencyModel
+from lit_specrl.drafting.scheduler.latency_model import LatencyModel
 
 LENGTHS = (0, 1, 2, 3, 5)
 VLLM_PROFILE = {  # published inter-token latencies in ms at K = 0, 1, 3, 5, by batch size

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lit_specrl.checkpoints.content import loadable
-from lit_specrl.speculation.length_schedule import DecodeStep, LengthSchedule, speed_gains
+from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule, speed_gains
 
 # ReSpec, Fig. 7: speed-up of a 7B model by (steps, top-k, draft tokens); the first column stands for no speculation
 RESPEC = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_specrl.checkpoints.tensor_file import RejectedFileError, write_tensor_file
-from lit_specrl.speculation.lessons import Lesson, LessonBuffer
+from lit_specrl.drafting.distillation.buffer import Lesson, LessonBuffer
 
 IDENTITY = {"policy": "tiny", "draft_vocabulary": "64"}
 ROW_BYTES = 4 * 5 + 2 * 4 * 3 + 8 * 3 * 2 + 4 * 3  # of the fixture's lesson as it is
@@ -297,6 +297,6 @@ def test_a_missing_file_is_not_a_damaged_one(tmp_path):
 
 
 def test_examples_run():
-    outcome = doctest.testmod(import_module("lit_specrl.speculation.lessons"))
+    outcome = doctest.testmod(import_module("lit_specrl.drafting.distillation.buffer"))
     assert outcome.attempted > 0
     assert outcome.failed == 0

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lit_specrl.speculation.prompt_lookup import PromptLookup
+from lit_specrl.drafting.ngram import PromptLookup
 
 
 def slowly(tokens, min_match, max_match, length):

@@ -4,7 +4,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from lit_specrl.speculation.reward_weights import reward_weights
+from lit_specrl.drafting.distillation.reward_weights import reward_weights
 
 NAN, INF = float("nan"), float("inf")
 
@@ -102,5 +102,5 @@ def test_settings_that_make_no_sense(settings, message):
 
 
 def test_examples_run():
-    outcome = doctest.testmod(import_module("lit_specrl.speculation.reward_weights"))
+    outcome = doctest.testmod(import_module("lit_specrl.drafting.distillation.reward_weights"))
     assert (outcome.attempted, outcome.failed) == (1, 0)

@@ -1,6 +1,6 @@
 import pytest
 
-from lit_specrl.speculation.text_history import Follower, TextHistory
+from lit_specrl.drafting.history import Follower, TextHistory
 
 TEXTS = [[1, 2, 3, 4, 5, 6], [7, 2, 3, 8, 9], [1, 2, 3, 4, 7, 2, 5]]
 

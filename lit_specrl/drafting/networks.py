@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_specrl.checkpoints.atomic_files import whole_folder
 from lit_specrl.checkpoints.checksums import write_checksums
-from lit_specrl.speculation.eagle3_head import (
+from lit_specrl.drafting.distillation.buffer import Lesson
+from lit_specrl.drafting.eagle3 import (
     load_head,
     save_head,
     trained_weights,
     unrolled_states,
     vocabulary_of,
 )
-from lit_specrl.speculation.lessons import Lesson
 
 
 class DraftStep(NamedTuple):

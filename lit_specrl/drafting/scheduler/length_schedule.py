@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_specrl.speculation.acceptance_rates import AcceptanceRates
-from lit_specrl.speculation.latency_model import LatencyModel
+from lit_specrl.drafting.scheduler.acceptance_rates import AcceptanceRates
+from lit_specrl.drafting.scheduler.latency_model import LatencyModel
 
 _SOLVE_EVERY = 16  # steps of the engine
 _FEW_DRAFTS = 200

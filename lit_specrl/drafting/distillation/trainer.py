@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from lit_specrl.distributed.collectives import average_gradients, num_ranks, sum_over_ranks
-from lit_specrl.speculation.distillation_loss import (
+from lit_specrl.drafting.distillation.buffer import Lesson
+from lit_specrl.drafting.distillation.loss import (
     acceptance_probability,
     distillation_loss,
     draft_kl,
     expected_acceptance_length,
 )
-from lit_specrl.speculation.draft_networks import DraftNetwork, DraftStep
-from lit_specrl.speculation.lessons import Lesson
+from lit_specrl.drafting.networks import DraftNetwork, DraftStep
 
 
 @dataclass(frozen=True)

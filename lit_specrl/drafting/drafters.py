@@ -11,10 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_specrl.checkpoints.locks import ProcessFolder
-from lit_specrl.model_files import check_weights
-from lit_specrl.policy import check_model_exists, load_pretrained
-from lit_specrl.speculation.draft_networks import CausalNetwork, DraftNetwork, Eagle3Network
-from lit_specrl.speculation.eagle3_head import (
+from lit_specrl.drafting.eagle3 import (
     build_head,
     check_architecture,
     check_drafter_files,
@@ -22,6 +19,9 @@ from lit_specrl.speculation.eagle3_head import (
     draft_vocabulary,
     save_head,
 )
+from lit_specrl.drafting.networks import CausalNetwork, DraftNetwork, Eagle3Network
+from lit_specrl.model_files import check_weights
+from lit_specrl.policy import check_model_exists, load_pretrained
 
 
 class Drafter(ABC):

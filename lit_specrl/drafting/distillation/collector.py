@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import xxhash
 
-from lit_specrl.speculation.draft_networks import DraftNetwork
-from lit_specrl.speculation.lessons import Lesson
+from lit_specrl.drafting.distillation.buffer import Lesson
+from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.teaching import TaughtRow, Teaching
 from lit_specrl.types import Experience
 

@@ -1,0 +1,1 @@
+"""ReSpec: drafters, how many tokens they draft, and how they learn."""

@@ -1,0 +1,1 @@
+"""What a drafter learns from the policy, and how."""
