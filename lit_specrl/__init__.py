@@ -45,7 +45,7 @@ _EXPORTS = {
     "MathReward": "rewards",
     "NumericReward": "rewards",
     "OverlongReward": "rewards",
-    "AdaptiveLenience": "speculation.lenience",
+    "AdaptiveLenience": "prefix_cache.lenience",
     "Reward": "rewards",
     "RewardFunction": "rewards",
     "Experience": "types",

@@ -16,7 +16,7 @@ from lit_specrl.checkpoints.checksums import changed_files, write_checksums
 from lit_specrl.checkpoints.tensor_file import RejectedFileError
 from lit_specrl.drafting.distillation.buffer import Lesson, LessonBuffer
 from lit_specrl.export import export_checkpoint
-from lit_specrl.speculation.store import CachedRollout, RolloutStore
+from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 
 IDENTITY = {"model": "tiny", "temperature": "1.0"}
 CONTENT = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, spread
-from lit_specrl.speculation.store import CachedRollout, RolloutStore
+from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 
 _GROUP = 8
 

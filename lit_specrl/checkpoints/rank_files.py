@@ -14,7 +14,7 @@ import torch
 from lit_specrl.checkpoints.atomic_files import whole_file
 from lit_specrl.checkpoints.locks import hold, is_held, let_go, sweep
 from lit_specrl.checkpoints.tensor_file import RejectedFileError
-from lit_specrl.speculation.store import RolloutStore
+from lit_specrl.prefix_cache.store import RolloutStore
 
 PREFIX_CACHE, DRAFTER_LESSONS = "prefix_cache", "drafter_lessons"
 """Folders of the files."""

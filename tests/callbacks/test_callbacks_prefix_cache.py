@@ -32,9 +32,9 @@ from lit_specrl.callbacks import PrefixCache, RolloutCallback, SpeculativeRollou
 from lit_specrl.callbacks.prefix_cache import reward_outruns_accuracy
 from lit_specrl.data import ArithmeticSource
 from lit_specrl.policy import Policy
+from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 from lit_specrl.rollout import TransformersEngine, VLLMEngine
 from lit_specrl.rollout.engine import Continuation
-from lit_specrl.speculation.lenience import AdaptiveLenience
 
 EVERYTHING = math.inf  # a lenience
 NUM_ROWS = 2 * GROUP  # of a step

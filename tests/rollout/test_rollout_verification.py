@@ -19,9 +19,9 @@ from test_rollout_engines import (
     with_engines,
 )
 
-from lit_specrl.speculation.acceptance import RatioAcceptance
-from lit_specrl.speculation.reuse_round import ReuseRound
-from lit_specrl.speculation.store import CachedRollout
+from lit_specrl.prefix_cache.acceptance import RatioAcceptance
+from lit_specrl.prefix_cache.reuse import ReuseRound
+from lit_specrl.prefix_cache.store import CachedRollout
 
 LENGTHS = [1, 2, 31, 32, 33, 90]  # tokens; blocks of the KV cache hold 32
 

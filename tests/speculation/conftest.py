@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lit_specrl.speculation.store import CachedRollout
+from lit_specrl.prefix_cache.store import CachedRollout
 
 
 @pytest.fixture

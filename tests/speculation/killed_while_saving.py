@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_specrl.speculation.store import CachedRollout, RolloutStore
+from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 
 NUM_ROWS, NUM_TOKENS, NUM_KILLS = 200, 1000, 25
 IDENTITY = {"model": "tiny"}

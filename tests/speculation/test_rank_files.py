@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_specrl.checkpoints.rank_files import RankFiles, load_ranks, record
-from lit_specrl.speculation.store import RolloutStore
+from lit_specrl.prefix_cache.store import RolloutStore
 
 IDENTITY = {"model": "tiny", "temperature": "1.0"}
 

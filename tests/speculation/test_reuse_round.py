@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from lit_specrl.prefix_cache import reuse as reuse_round
+from lit_specrl.prefix_cache.acceptance import FullReuse, RandomReuse, RatioAcceptance
+from lit_specrl.prefix_cache.reuse import ReuseRound, control_samples
 from lit_specrl.seeds import rollout_seeds, row_uniforms
-from lit_specrl.speculation import reuse_round
-from lit_specrl.speculation.acceptance import FullReuse, RandomReuse, RatioAcceptance
-from lit_specrl.speculation.reuse_round import ReuseRound, control_samples
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 SEEDS = [11, 12, 13, 14]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nan
 
-from lit_specrl.speculation.reuse_statistics import ReuseStatistics
+from lit_specrl.prefix_cache.statistics import ReuseStatistics
 from lit_specrl.sums import total
 
 

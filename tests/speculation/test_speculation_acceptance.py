@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lit_specrl.speculation.acceptance import FullReuse, NoReuse, RandomReuse, RatioAcceptance
+from lit_specrl.prefix_cache.acceptance import FullReuse, NoReuse, RandomReuse, RatioAcceptance
 
 LEVELS = ["token", "sequence"]
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from lit_specrl.speculation.lenience import AdaptiveLenience
+from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_specrl.speculation.store import RolloutStore
+from lit_specrl.prefix_cache.store import RolloutStore
 
 
 def keys(store):

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import save_file
 
 from lit_specrl.checkpoints.tensor_file import RejectedFileError, write_tensor_file
-from lit_specrl.speculation.store import RolloutStore
+from lit_specrl.prefix_cache.store import RolloutStore
 
 IDENTITY = {"model": "tiny", "tokenizer": "1f3a"}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lit_specrl.speculation.store import CachedRollout
+from lit_specrl.prefix_cache.store import CachedRollout
 
 _BLOCK_OVERHEAD = 32  # tokens: the engine begins a block at a block of its KV prefix cache, and with a step of its own
 

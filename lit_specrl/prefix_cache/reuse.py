@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_specrl.prefix_cache.acceptance import AcceptanceRule
+from lit_specrl.prefix_cache.statistics import ReuseStatistics
+from lit_specrl.prefix_cache.store import CachedRollout
 from lit_specrl.seeds import row_uniforms
-from lit_specrl.speculation.acceptance import AcceptanceRule
-from lit_specrl.speculation.reuse_statistics import ReuseStatistics
-from lit_specrl.speculation.store import CachedRollout
 from lit_specrl.sums import total
 from lit_specrl.types import KnownRow, PromptBatch, RolloutRequest, Rollouts
 
