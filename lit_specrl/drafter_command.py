@@ -50,7 +50,7 @@ def pretraining_configuration(configuration: Configuration, options: dict[str, A
     }
     for kind, model in (("Eagle3Drafter", head), ("DraftModel", draft_model)):
         if model is not None:
-            arguments["drafter"] = {"class_path": f"lit_specrl.rollout.{kind}", "init_args": {"model": model}}
+            arguments["drafter"] = {"class_path": f"lit_specrl.drafting.{kind}", "init_args": {"model": model}}
     trainer = configuration["trainer"]
     engines = [callback for callback in trainer["callbacks"] if callback["class_path"].endswith(".SpeculativeRollout")]
     for callback in engines:

@@ -18,11 +18,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 # Imported for their side effect: the CLI takes short names of classes that are imported.
-import lit_specrl.algorithms  # noqa: E402
-import lit_specrl.callbacks  # noqa: E402
-import lit_specrl.critic  # noqa: E402
-import lit_specrl.rewards  # noqa: E402
-import lit_specrl.rollout  # noqa: E402, F401
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
 from lit_specrl.checkpoints.integrity import naming  # noqa: E402
 from lit_specrl.configuration_files import in_short  # noqa: E402

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_specrl.algorithms import GRPO
 from lit_specrl.callbacks import RolloutCallback, SpeculativeRollout
 from lit_specrl.data import ArithmeticSource, PromptDataModule
+from lit_specrl.engines import TransformersEngine, VLLMEngine
 from lit_specrl.policy import Policy
 from lit_specrl.rewards.constant_rewards import ConstantRewards
-from lit_specrl.rollout import TransformersEngine, VLLMEngine
 from lit_specrl.types import SamplingConfig
 
 PROMPTS_PER_EPOCH, BATCH_SIZE, GROUP = 8, 2, 4  # four steps an epoch
@@ -515,7 +515,7 @@ def test_an_empty_data_file_is_found_before_the_model_is_loaded(fit, tmp_path, t
 
 @pytest.mark.usefixtures("no_policy")
 def test_a_vllm_outside_the_window_is_refused_before_the_model_is_loaded(fit, monkeypatch):
-    monkeypatch.setattr("lit_specrl.rollout.vllm_adapter.installed_version", lambda: ("vllm", "0.31.0"))
+    monkeypatch.setattr("lit_specrl.engines.vllm.adapter.installed_version", lambda: ("vllm", "0.31.0"))
     with pytest.raises(ImportError, match=r"works with vllm==0\.32\.\*, found 0\.31\.0"):
         fit(callbacks=[SpeculativeRollout(VLLMEngine())])
 

@@ -15,11 +15,12 @@ from transformers import AutoTokenizer
 
 from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device
 from lit_specrl.data import ArithmeticSource
+from lit_specrl.drafting import Drafter, DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule
+from lit_specrl.engines import VLLMEngine
+from lit_specrl.engines.base import SpeculationControl
 from lit_specrl.policy import Policy
 from lit_specrl.precision import fast_dtype
-from lit_specrl.rollout import Drafter, DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter, VLLMEngine
-from lit_specrl.rollout.engine import SpeculationControl
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 
 _BATCHES = (1, 4, 16, 32)

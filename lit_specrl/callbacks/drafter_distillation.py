@@ -29,12 +29,12 @@ from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.checkpoints.rank_files import DRAFTER_LESSONS, RankFiles, rank_file
 from lit_specrl.checkpoints.tensor_file import RejectedFileError
 from lit_specrl.distributed.collectives import gather_objects
+from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.distillation.buffer import Lesson, LessonBuffer
 from lit_specrl.drafting.distillation.collector import LessonCollector
 from lit_specrl.drafting.distillation.reward_weights import WeightScope, reward_weights
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTraining
 from lit_specrl.drafting.networks import DraftNetwork
-from lit_specrl.rollout import Drafter
 from lit_specrl.types import Experience, RolloutRequest, Rollouts
 
 if TYPE_CHECKING:

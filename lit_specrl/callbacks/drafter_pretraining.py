@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lit_specrl.callbacks.drafter_distillation import cut, default_optimizer, is_held_out
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
 from lit_specrl.distributed.collectives import gather_objects, sum_over_ranks
+from lit_specrl.drafting import Drafter, Eagle3Drafter
 from lit_specrl.drafting.distillation.buffer import Lesson, LessonBuffer
 from lit_specrl.drafting.distillation.collector import LessonCollector
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTraining
@@ -26,7 +27,6 @@ from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
 from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network
 from lit_specrl.experience import padded_rows
 from lit_specrl.policy import load_pretrained
-from lit_specrl.rollout import Drafter, Eagle3Drafter
 from lit_specrl.types import Experience, PromptBatch
 
 if TYPE_CHECKING:

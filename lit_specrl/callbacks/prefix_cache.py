@@ -28,12 +28,13 @@ from lit_specrl.callbacks.rollout_callback import (
 from lit_specrl.callbacks.streak_warning import StreakWarning
 from lit_specrl.checkpoints.rank_files import PREFIX_CACHE, RankFiles, load_ranks
 from lit_specrl.distributed.collectives import gather_objects
+from lit_specrl.drafting import HistoryDrafter
+from lit_specrl.engines import TransformersEngine
 from lit_specrl.prefix_cache.acceptance import AcceptanceRule, FullReuse, NoReuse, RandomReuse, RatioAcceptance
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 from lit_specrl.prefix_cache.reuse import ReuseRound, control_samples
 from lit_specrl.prefix_cache.statistics import ReuseStatistics
 from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
-from lit_specrl.rollout import HistoryDrafter, TransformersEngine
 from lit_specrl.seeds import row_uniforms
 from lit_specrl.sums import total
 from lit_specrl.types import Experience, RolloutRequest, Rollouts

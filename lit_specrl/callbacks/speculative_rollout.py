@@ -13,9 +13,10 @@ from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
 from lit_specrl.callbacks.streak_warning import StreakWarning
 from lit_specrl.distributed.collectives import gather_objects
+from lit_specrl.drafting import Drafter, HistoryDrafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
-from lit_specrl.rollout import Drafter, HistoryDrafter, RolloutEngine, TransformersEngine, VLLMEngine
-from lit_specrl.rollout.vllm_adapter import installed_version
+from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
+from lit_specrl.engines.vllm.adapter import installed_version
 from lit_specrl.types import Experience, Rollouts
 
 if TYPE_CHECKING:

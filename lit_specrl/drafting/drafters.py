@@ -87,7 +87,7 @@ class NGramDrafter(Drafter):
         self.min_match, self.max_match = min_match, max_match
 
     def vllm_config(self) -> dict[str, Any]:
-        return {"method": "custom_class", "model": "lit_specrl.rollout.vllm_proposers.NGramProposer"}
+        return {"method": "custom_class", "model": "lit_specrl.engines.vllm.proposers.NGramProposer"}
 
 
 class HistoryDrafter(Drafter):
@@ -104,7 +104,7 @@ class HistoryDrafter(Drafter):
         super().__init__(num_speculative_tokens)
 
     def vllm_config(self) -> dict[str, Any]:
-        return {"method": "custom_class", "model": "lit_specrl.rollout.vllm_proposers.HistoryProposer"}
+        return {"method": "custom_class", "model": "lit_specrl.engines.vllm.proposers.HistoryProposer"}
 
 
 class DraftModel(Drafter):

@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 from lit_specrl.bench.weight_sync import bench_weight_sync
-from lit_specrl.rollout import VLLMEngine
+from lit_specrl.engines import VLLMEngine
 
 
 class Greedy(VLLMEngine):

@@ -26,7 +26,8 @@ def train(model, folder):
     from reuse_runs import fit, grpo, questions
 
     from lit_specrl.callbacks import AdaptiveScheduler, DrafterDistillation, PrefixCache, SpeculativeRollout
-    from lit_specrl.rollout import Eagle3Drafter, VLLMEngine
+    from lit_specrl.drafting import Eagle3Drafter
+    from lit_specrl.engines import VLLMEngine
 
     class Watch(Callback):
         def on_train_start(self, trainer, pl_module):

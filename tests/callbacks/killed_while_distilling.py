@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import fit, grpo, questions, weights_of
 
 from lit_specrl.callbacks import DrafterDistillation, SpeculativeRollout
+from lit_specrl.drafting import Eagle3Drafter
 from lit_specrl.drafting.distillation.trainer import DrafterTraining
-from lit_specrl.rollout import Eagle3Drafter, VLLMEngine
+from lit_specrl.engines import VLLMEngine
 
 NUM_STEPS = 8
 

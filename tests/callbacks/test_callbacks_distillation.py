@@ -24,9 +24,10 @@ from lit_specrl.callbacks import (
 )
 from lit_specrl.callbacks.drafter_distillation import cut, is_held_out
 from lit_specrl.callbacks.tensorboard_report import layout_for
+from lit_specrl.drafting import DraftModel, Eagle3Drafter, NGramDrafter
 from lit_specrl.drafting.distillation.buffer import Lesson
 from lit_specrl.drafting.networks import Eagle3Network
-from lit_specrl.rollout import DraftModel, Eagle3Drafter, NGramDrafter, VLLMEngine
+from lit_specrl.engines import VLLMEngine
 
 FAST = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0)
 

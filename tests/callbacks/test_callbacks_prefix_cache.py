@@ -31,10 +31,10 @@ from lit_specrl import DAPO, GRPO, PPO, PromptDataModule, SeparateCritic, Shared
 from lit_specrl.callbacks import PrefixCache, RolloutCallback, SpeculativeRollout
 from lit_specrl.callbacks.prefix_cache import reward_outruns_accuracy
 from lit_specrl.data import ArithmeticSource
+from lit_specrl.engines import TransformersEngine, VLLMEngine
+from lit_specrl.engines.base import Continuation
 from lit_specrl.policy import Policy
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
-from lit_specrl.rollout import TransformersEngine, VLLMEngine
-from lit_specrl.rollout.engine import Continuation
 
 EVERYTHING = math.inf  # a lenience
 NUM_ROWS = 2 * GROUP  # of a step

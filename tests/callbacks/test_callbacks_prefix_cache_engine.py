@@ -21,7 +21,7 @@ from reuse_runs import (
 
 from lit_specrl import DAPO
 from lit_specrl.callbacks import PrefixCache, RolloutCallback, SpeculativeRollout
-from lit_specrl.rollout import VLLMEngine
+from lit_specrl.engines import VLLMEngine
 
 NUM_ROWS = 2 * GROUP  # of a step
 STILL = 2 * STEPS  # steps at the beginning in which the policy does not change

@@ -15,8 +15,9 @@ from lit_specrl.callbacks import (
     SpeculativeRollout,
     run_plan,
 )
+from lit_specrl.drafting import DraftModel
+from lit_specrl.engines import VLLMEngine
 from lit_specrl.policy import Policy
-from lit_specrl.rollout import DraftModel, VLLMEngine
 
 
 class NotLoadedError(Exception):

@@ -21,7 +21,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from reuse_runs import QUESTIONS, fit, grpo, questions
 
 from lit_specrl.callbacks import AdaptiveScheduler, DrafterDistillation, PrefixCache, SpeculativeRollout
-from lit_specrl.rollout import Eagle3Drafter, VLLMEngine
+from lit_specrl.drafting import Eagle3Drafter
+from lit_specrl.engines import VLLMEngine
 
 ADAM = partial(torch.optim.AdamW, lr=3e-3)
 

@@ -19,7 +19,7 @@ from reuse_runs import GROUP, MAX_LENGTH, fit, grpo, questions, rows_of, small_t
 from lit_specrl import DAPO, PPO, SeparateCritic
 from lit_specrl.callbacks import PrefixCache, SpeculativeRollout
 from lit_specrl.distributed.fsdp2 import FSDP2Strategy
-from lit_specrl.rollout import VLLMEngine
+from lit_specrl.engines import VLLMEngine
 
 
 def spread_on_the_first_rank(completions, **columns):

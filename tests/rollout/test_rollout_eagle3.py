@@ -5,9 +5,10 @@ import torch
 from test_rollout_engines import Colocated
 from transformers import AutoModelForCausalLM
 
+from lit_specrl.drafting import DraftModel, Eagle3Drafter, NGramDrafter
 from lit_specrl.drafting.distillation.buffer import Lesson
 from lit_specrl.drafting.distillation.trainer import DrafterTraining
-from lit_specrl.rollout import DraftModel, Eagle3Drafter, NGramDrafter, VLLMEngine
+from lit_specrl.engines import VLLMEngine
 
 PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51, 52], [11, 90, 12]]
 LENGTH, DRAFTED = 40, 3

@@ -17,8 +17,8 @@ from test_rollout_engines import (
 )
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from lit_specrl.rollout import TransformersEngine
-from lit_specrl.rollout.engine import ProgressMeter
+from lit_specrl.engines import TransformersEngine
+from lit_specrl.engines.base import ProgressMeter
 
 EXACT = [
     "transformers-llama",

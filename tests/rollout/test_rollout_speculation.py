@@ -7,8 +7,9 @@ import torch
 from test_rollout_engines import STOP_TOKEN_IDS, Colocated
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lit_specrl.drafting import DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter
 from lit_specrl.drafting.drafters import Drafter
-from lit_specrl.rollout import DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter, VLLMEngine
+from lit_specrl.engines import VLLMEngine
 
 PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51, 52]]
 GROUP, LENGTH = 96, 16

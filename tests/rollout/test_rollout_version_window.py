@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 
-from lit_specrl.rollout.vllm_adapter import build_llm, check_version, installed_version
+from lit_specrl.engines.vllm.adapter import build_llm, check_version, installed_version
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
 from lit_specrl.masking import pad_left
 from lit_specrl.policy import Policy
-from lit_specrl.rollout.engine import Continuation, ProgressMeter, RolloutEngine
 from lit_specrl.seeds import row_uniforms
 from lit_specrl.types import RolloutRequest, SamplingConfig
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from lit_specrl.drafting.drafters import HistoryDrafter
 from lit_specrl.drafting.history import TextHistory
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
+from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
+from lit_specrl.engines.vllm import adapter as vllm_adapter
+from lit_specrl.engines.vllm.proposers import Following
+from lit_specrl.engines.vllm.speculation import Speculation
 from lit_specrl.lora import adapter_ranks, named_adapters
 from lit_specrl.policy import Policy
 from lit_specrl.precision import fast_dtype, warn_if_slow
-from lit_specrl.rollout import vllm_adapter
-from lit_specrl.rollout.engine import Continuation, ProgressMeter, RolloutEngine
-from lit_specrl.rollout.vllm_proposers import Following
-from lit_specrl.rollout.vllm_speculation import Speculation
 from lit_specrl.types import RolloutRequest
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lit_specrl.drafting.drafters import Drafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
-from lit_specrl.rollout.vllm_proposers import Following, LookUpProposer
-from lit_specrl.rollout.vllm_sampler import CPUSampler, VerificationCounter
+from lit_specrl.engines.vllm.proposers import Following, LookUpProposer
+from lit_specrl.engines.vllm.sampler import CPUSampler, VerificationCounter
 
 
 class Speculation:

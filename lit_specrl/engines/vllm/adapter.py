@@ -27,10 +27,10 @@ from torch import Tensor
 from lit_specrl.checkpoints.locks import ProcessFolder
 from lit_specrl.drafting.drafters import Drafter, DraftModel
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
+from lit_specrl.engines.vllm.proposers import Following
+from lit_specrl.engines.vllm.sampler import CPUSampler, VerificationCounter, score_tokens
+from lit_specrl.engines.vllm.speculation import Speculation, repack_tied_head
 from lit_specrl.lora import Adapter
-from lit_specrl.rollout.vllm_proposers import Following
-from lit_specrl.rollout.vllm_sampler import CPUSampler, VerificationCounter, score_tokens
-from lit_specrl.rollout.vllm_speculation import Speculation, repack_tied_head
 
 TESTED = SpecifierSet("==0.32.*")
 

@@ -1,0 +1,1 @@
+"""The vLLM engine in this process; names that vLLM keeps private are in `adapter` alone."""
