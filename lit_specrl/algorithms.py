@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lit_specrl.critic import Critic, SeparateCritic
 from lit_specrl.losses import KLEstimator
+from lit_specrl.models.critic import Critic, SeparateCritic
 from lit_specrl.module import RLVRModule
 from lit_specrl.rewards import OverlongReward, Reward
 

@@ -24,8 +24,8 @@ from lit_specrl.checkpoints.integrity import OF_ALL_RANKS, check_checkpoint, nam
 from lit_specrl.diagnosis import parsed
 from lit_specrl.drafting import DraftModel, Eagle3Drafter
 from lit_specrl.drafting.networks import DraftNetwork
-from lit_specrl.lora import adapted_layers, add_adapters, lora_config
-from lit_specrl.policy import named_weights, unreachable_model_message
+from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config
+from lit_specrl.models.policy import named_weights, unreachable_model_message
 
 _PREFIX = "policy.model."
 

@@ -23,7 +23,6 @@ from lit_specrl.advantages import (
     rewards_at_last_token,
 )
 from lit_specrl.allocator import keep_freed_memory
-from lit_specrl.critic import Critic, SeparateCritic, SharedTrunkCritic
 from lit_specrl.distributed.collectives import (
     average_gradients,
     gather_objects,
@@ -49,16 +48,17 @@ from lit_specrl.losses import (
 )
 from lit_specrl.masking import masked_mean, masked_whiten
 from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics
-from lit_specrl.micro_batches import MicroBatch
-from lit_specrl.model_files import check_weights
+from lit_specrl.models.capture import Student
+from lit_specrl.models.critic import Critic, SeparateCritic, SharedTrunkCritic
+from lit_specrl.models.micro_batches import MicroBatch
+from lit_specrl.models.model_files import check_weights
+from lit_specrl.models.policy import Policy, TokenStatistics, check_model_exists
+from lit_specrl.models.scorer import ScoringModule
 from lit_specrl.objective import Objective
-from lit_specrl.policy import Policy, TokenStatistics, check_model_exists
 from lit_specrl.precision import warn_if_slow
 from lit_specrl.rewards import Reward
 from lit_specrl.rewards.constant_rewards import ConstantRewards
-from lit_specrl.scoring_module import ScoringModule
 from lit_specrl.sums import total
-from lit_specrl.teaching import Student
 from lit_specrl.types import Experience, PromptBatch, Rollouts, SamplingConfig
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_specrl.losses import ImportanceSampling, KLEstimator, PolicyLoss, kl_penalty
 from lit_specrl.masking import masked_sum
 from lit_specrl.metrics import UpdateStatistics
-from lit_specrl.policy import TokenStatistics
+from lit_specrl.models.policy import TokenStatistics
 from lit_specrl.types import Experience
 
 

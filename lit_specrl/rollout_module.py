@@ -18,8 +18,8 @@ from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
 from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.evaluation import AccuracyMeter
-from lit_specrl.model_files import check_tokenizer, check_weights
-from lit_specrl.policy import Policy, check_model_exists, unreachable_model_message
+from lit_specrl.models.model_files import check_tokenizer, check_weights
+from lit_specrl.models.policy import Policy, check_model_exists, unreachable_model_message
 from lit_specrl.rewards import Reward, RewardSet
 from lit_specrl.rewards.answers import extract_answer
 from lit_specrl.seeds import rollout_seeds

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from lit_specrl import PPO
-from lit_specrl.critic import SeparateCritic
-from lit_specrl.policy import Policy
+from lit_specrl.models.critic import SeparateCritic
+from lit_specrl.models.policy import Policy
 
 WITHOUT_HEAD_DIM = {name: value for name, value in SHAPE.items() if name != "head_dim"}
 FOUR_LAYERS = {"num_hidden_layers": 4}

@@ -5,9 +5,9 @@ import torch
 from torch import nan
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from lit_specrl.block_scoring import block_logprobs
 from lit_specrl.masking import pad_left, pad_right
-from lit_specrl.policy import Policy
+from lit_specrl.models.blockwise_logprobs import block_logprobs
+from lit_specrl.models.policy import Policy
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
 PROMPT_INDEX = [2, 0, 2, 1, 0, 2]

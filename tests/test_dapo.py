@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from lit_specrl import DAPO, GRPO, OverlongReward, PromptBatch, PromptDataModule
 from lit_specrl.callbacks import RolloutCallback
 from lit_specrl.losses import LOSS_TYPES
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 
 NUM_GENERATIONS, MAX_LENGTH = 4, 8
 SGD = partial(torch.optim.SGD, lr=0.1)

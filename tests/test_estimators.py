@@ -14,8 +14,8 @@ from lit_specrl import GRPO, PromptDataModule, RLVRModule, SeparateCritic, Share
 from lit_specrl.callbacks import RolloutCallback
 from lit_specrl.data.order import even_chunks
 from lit_specrl.losses import LOSS_TYPES, KLCoefficient, PolicyLoss
-from lit_specrl.micro_batches import MicroBatch
-from lit_specrl.policy import Policy
+from lit_specrl.models.micro_batches import MicroBatch
+from lit_specrl.models.policy import Policy
 
 NUM_GENERATIONS, MAX_LENGTH = 3, 8
 QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
@@ -365,7 +365,7 @@ def test_the_gradient_is_the_same_for_any_number_of_micro_batches(model_folder, 
             plans.append([MicroBatch(rows, False, num_tokens=1, num_real_tokens=1) for rows in chunks])
             return plans[-1]
 
-        monkeypatch.setattr("lit_specrl.scoring_module.plan_micro_batches", plan)
+        monkeypatch.setattr("lit_specrl.models.scorer.plan_micro_batches", plan)
         module = grpo(model_folder, loss_type=loss_type, epsilon_high=0.2, beta=0.1, optimizer=partial(SGD, lr=1.0))
         spy = fit(module, data_file)
         assert {len(plan) for plan in plans} == {count}

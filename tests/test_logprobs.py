@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_specrl.logprobs import token_logprobs
+from lit_specrl.models.logprobs import token_logprobs
 
 NUM_TOKENS, HIDDEN, VOCABULARY = 7, 16, 33
 
@@ -40,7 +40,7 @@ def test_default_chunks_hold_128_megabytes_of_logits(monkeypatch):
     """With 33 words and 100 logits at once, three tokens make a chunk: the same numbers as in one piece."""
     hidden, weight, targets, _ = random_inputs()
     whole = token_logprobs(hidden, weight, targets)
-    monkeypatch.setattr("lit_specrl.logprobs._CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("lit_specrl.models.logprobs._CHUNK_ELEMENTS", 100)
     largest_product = []
     monkeypatch.setattr(torch, "mm", lambda *a, mm=torch.mm, **k: largest_product.append(len(a[0])) or mm(*a, **k))
     torch.testing.assert_close(token_logprobs(hidden, weight, targets), whole)

@@ -12,8 +12,8 @@ from lit_specrl.data import ArithmeticSource
 from lit_specrl.drafting import DraftModel, NGramDrafter
 from lit_specrl.engines import TransformersEngine, VLLMEngine
 from lit_specrl.engines.vllm.adapter import adapter_options
-from lit_specrl.lora import adapted_layers, add_adapters, lora_config
-from lit_specrl.policy import Policy
+from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config
+from lit_specrl.models.policy import Policy
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}

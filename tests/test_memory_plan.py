@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_specrl.memory_plan import ModelSize, device_memory, model_size, moments, training_memory
-from lit_specrl.policy import Policy
+from lit_specrl.models.memory import ModelSize, device_memory, model_size, moments, training_memory
+from lit_specrl.models.policy import Policy
 
 PARAMETERS = [torch.nn.Parameter(torch.zeros(1))]
 

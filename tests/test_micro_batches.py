@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from lit_specrl.micro_batches import MicroBatch, plan_micro_batches
+from lit_specrl.models.micro_batches import MicroBatch, plan_micro_batches
 
 
 def test_rows_of_similar_length_go_together():

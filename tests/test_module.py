@@ -17,7 +17,7 @@ from lit_specrl.algorithms import GRPO
 from lit_specrl.callbacks import RolloutCallback, SpeculativeRollout
 from lit_specrl.data import ArithmeticSource, PromptDataModule
 from lit_specrl.engines import TransformersEngine, VLLMEngine
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 from lit_specrl.rewards.constant_rewards import ConstantRewards
 from lit_specrl.types import SamplingConfig
 

@@ -7,8 +7,8 @@ from transformers import (
 )
 
 from lit_specrl.masking import pad_left, pad_right
-from lit_specrl.policy import Policy, check_model_exists
-from lit_specrl.teaching import Teaching
+from lit_specrl.models.capture import Teaching
+from lit_specrl.models.policy import Policy, check_model_exists
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
 PROMPT_INDEX = [0, 0, 1, 2, 2, 2]

@@ -22,7 +22,7 @@ from torch import Tensor
 from lit_specrl import allocator
 from lit_specrl.bench.memory import PeakMemory
 from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device, spread
-from lit_specrl.logprobs import token_logprobs
+from lit_specrl.models.logprobs import token_logprobs
 
 _GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # bfloat16 keeps 8 bits, an error of 0.004 per factor
 

@@ -19,7 +19,7 @@ from lit_specrl.drafting import Drafter, DraftModel, Eagle3Drafter, HistoryDraft
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule
 from lit_specrl.engines import VLLMEngine
 from lit_specrl.engines.base import SpeculationControl
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 from lit_specrl.precision import fast_dtype
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 

@@ -11,7 +11,7 @@ from lit_specrl.allocator import give_back_freed_memory, keep_freed_memory
 from lit_specrl.bench.memory import PeakMemory
 from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device, spread
 from lit_specrl.engines import VLLMEngine
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 from lit_specrl.precision import fast_dtype
 
 _MIB = 2**20

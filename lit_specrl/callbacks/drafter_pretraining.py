@@ -26,7 +26,7 @@ from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterT
 from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
 from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network
 from lit_specrl.experience import padded_rows
-from lit_specrl.policy import load_pretrained
+from lit_specrl.models.policy import load_pretrained
 from lit_specrl.types import Experience, PromptBatch
 
 if TYPE_CHECKING:

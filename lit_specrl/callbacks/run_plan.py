@@ -18,9 +18,9 @@ from lit_specrl.callbacks.drafter_distillation import DrafterDistillation
 from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
-from lit_specrl.critic import SeparateCritic
 from lit_specrl.engines import TransformersEngine, VLLMEngine
-from lit_specrl.memory_plan import ModelSize, device_memory, model_size, training_memory
+from lit_specrl.models.critic import SeparateCritic
+from lit_specrl.models.memory import ModelSize, device_memory, model_size, training_memory
 from lit_specrl.precision import fast_dtype
 
 if TYPE_CHECKING:

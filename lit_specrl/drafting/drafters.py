@@ -20,8 +20,8 @@ from lit_specrl.drafting.eagle3 import (
     save_head,
 )
 from lit_specrl.drafting.networks import CausalNetwork, DraftNetwork, Eagle3Network
-from lit_specrl.model_files import check_weights
-from lit_specrl.policy import check_model_exists, load_pretrained
+from lit_specrl.models.model_files import check_weights
+from lit_specrl.models.policy import check_model_exists, load_pretrained
 
 
 class Drafter(ABC):

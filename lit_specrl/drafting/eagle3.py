@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from lit_specrl.checkpoints.atomic_files import whole_folder
 from lit_specrl.checkpoints.checksums import changed_files, write_checksums
-from lit_specrl.model_files import is_out_of_reach
+from lit_specrl.models.model_files import is_out_of_reach
 
 _VOCABULARY = 4096
 """Tokens that a head can draft, where nobody says otherwise."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_specrl.drafting.drafters import Drafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 from lit_specrl.types import FinishReason, RolloutProgress, RolloutRequest, Rollouts
 
 ProgressListener = Callable[[RolloutProgress], None]

@@ -11,7 +11,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
 from lit_specrl.masking import pad_left
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 from lit_specrl.seeds import row_uniforms
 from lit_specrl.types import RolloutRequest, SamplingConfig
 

@@ -7,7 +7,7 @@ import torch
 
 from lit_specrl.bench import logprobs
 from lit_specrl.bench.logprobs import IMPLEMENTATIONS, Problem, bench_logprobs, plain_logprobs
-from lit_specrl.logprobs import token_logprobs
+from lit_specrl.models.logprobs import token_logprobs
 
 TINY = {"vocab_size": 400, "num_tokens": 50, "hidden_size": 16, "device": "cpu", "repeats": 2}
 

@@ -7,8 +7,8 @@ from lightning.pytorch.plugins.precision import Precision
 
 from lit_specrl.bench import shared_prompts
 from lit_specrl.bench.shared_prompts import bench_shared_prompts, random_step, training_pass
-from lit_specrl.micro_batches import plan_micro_batches
-from lit_specrl.policy import Policy
+from lit_specrl.models.micro_batches import plan_micro_batches
+from lit_specrl.models.policy import Policy
 
 SMALL = {"prompts": 2, "num_generations": 3, "precision": "32-true", "device": "cpu", "repeats": 2}
 

@@ -33,7 +33,7 @@ from lit_specrl.callbacks.prefix_cache import reward_outruns_accuracy
 from lit_specrl.data import ArithmeticSource
 from lit_specrl.engines import TransformersEngine, VLLMEngine
 from lit_specrl.engines.base import Continuation
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 
 EVERYTHING = math.inf  # a lenience

@@ -32,7 +32,7 @@ from reuse_runs import (
 
 from lit_specrl import DAPO, PPO, SeparateCritic
 from lit_specrl.callbacks import PrefixCache, RolloutCallback
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 from lit_specrl.prefix_cache.store import RolloutStore
 from lit_specrl.rewards import MathReward, RewardFunction

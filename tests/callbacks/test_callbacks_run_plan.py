@@ -17,7 +17,7 @@ from lit_specrl.callbacks import (
 )
 from lit_specrl.drafting import DraftModel
 from lit_specrl.engines import VLLMEngine
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 
 
 class NotLoadedError(Exception):

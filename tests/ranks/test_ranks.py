@@ -28,7 +28,7 @@ from lit_specrl.distributed.collectives import (
     num_ranks,
     sum_over_ranks,
 )
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 
 QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
 SGD = partial(torch.optim.SGD, lr=0.1)

@@ -9,7 +9,7 @@ import torch
 
 from lit_specrl.engines import TransformersEngine, VLLMEngine
 from lit_specrl.engines.base import ProgressMeter
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 
 MAX_LENGTH = 256

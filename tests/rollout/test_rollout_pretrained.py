@@ -10,7 +10,7 @@ from lit_specrl.drafting import NGramDrafter
 from lit_specrl.embedded_model import convert_embedded_model
 from lit_specrl.engines import TransformersEngine, VLLMEngine
 from lit_specrl.masking import pad_left, pad_right
-from lit_specrl.policy import Policy
+from lit_specrl.models.policy import Policy
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 
 QUESTIONS = ["What is 3 + 4?", "Name a colour.", "Write the word hello twice."]

@@ -7,7 +7,7 @@ import xxhash
 
 from lit_specrl.drafting.distillation.buffer import Lesson
 from lit_specrl.drafting.networks import DraftNetwork
-from lit_specrl.teaching import TaughtRow, Teaching
+from lit_specrl.models.capture import TaughtRow, Teaching
 from lit_specrl.types import Experience
 
 

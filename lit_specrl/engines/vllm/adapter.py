@@ -30,7 +30,7 @@ from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines.vllm.proposers import Following
 from lit_specrl.engines.vllm.sampler import CPUSampler, VerificationCounter, score_tokens
 from lit_specrl.engines.vllm.speculation import Speculation, repack_tied_head
-from lit_specrl.lora import Adapter
+from lit_specrl.models.lora import Adapter
 
 TESTED = SpecifierSet("==0.32.*")
 

@@ -16,8 +16,8 @@ from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
 from lit_specrl.engines.vllm import adapter as vllm_adapter
 from lit_specrl.engines.vllm.proposers import Following
 from lit_specrl.engines.vllm.speculation import Speculation
-from lit_specrl.lora import adapter_ranks, named_adapters
-from lit_specrl.policy import Policy
+from lit_specrl.models.lora import adapter_ranks, named_adapters
+from lit_specrl.models.policy import Policy
 from lit_specrl.precision import fast_dtype, warn_if_slow
 from lit_specrl.types import RolloutRequest
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_specrl.masking import pad_left, pad_right
 
 if TYPE_CHECKING:
-    from lit_specrl.policy import Policy
+    from lit_specrl.models.policy import Policy
 
 # Rows of unequal length, so that padding stands on both sides, and one prompt with two responses.
 _PROMPTS, _PROMPT_INDEX, _RESPONSES = [[5, 6], [7]], [0, 1, 0], [[4, 7], [6], [5]]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_specrl.logprobs import token_logprobs
-from lit_specrl.policy import Policy
+from lit_specrl.models.logprobs import token_logprobs
+from lit_specrl.models.policy import Policy
 
 Survivors = Callable[[Tensor, int, Tensor], Tensor]
 """(rows [m], first column, log-probs [m, b]) -> [m] bool, True where the rest of the row is wanted too."""

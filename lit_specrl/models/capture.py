@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lit_specrl.response_states import ResponseStates
+from lit_specrl.models.hidden_states import ResponseStates
 from lit_specrl.types import Experience
 
 

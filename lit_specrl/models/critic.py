@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from lit_specrl.losses import value_loss
 from lit_specrl.metrics import CriticStatistics
-from lit_specrl.policy import Policy, disable_dropout, load_pretrained, shard_by_layer
-from lit_specrl.response_states import keeps_cache_by_row, response_states
+from lit_specrl.models.hidden_states import keeps_cache_by_row, response_states
+from lit_specrl.models.policy import Policy, disable_dropout, load_pretrained, shard_by_layer
+from lit_specrl.models.value_head import ValueHead
 from lit_specrl.types import Experience
-from lit_specrl.value_head import ValueHead
 
 
 def default_critic_optimizer(parameters: Any) -> torch.optim.Optimizer:

@@ -14,13 +14,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_specrl.distributed.collectives import compute_device, whole_tensor
-from lit_specrl.logprobs import token_logprobs
-from lit_specrl.lora import adapted_layers, add_adapters, lora_config, merged_weight
-from lit_specrl.model_files import check_weights, is_out_of_reach
-from lit_specrl.policy_check import check_logprobs
-from lit_specrl.response_states import keeps_cache_by_row, response_states
-from lit_specrl.teaching import TaughtRow, Teaching, teach
-from lit_specrl.value_head import ValueHead
+from lit_specrl.models.capture import TaughtRow, Teaching, teach
+from lit_specrl.models.hidden_states import keeps_cache_by_row, response_states
+from lit_specrl.models.logprobs import token_logprobs
+from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config, merged_weight
+from lit_specrl.models.model_files import check_weights, is_out_of_reach
+from lit_specrl.models.policy_check import check_logprobs
+from lit_specrl.models.value_head import ValueHead
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_specrl.lora import add_adapters, lora_config
+from lit_specrl.models.lora import add_adapters, lora_config
 
 _FLOAT32 = 4  # bytes; of adapters, whatever the weights are
 

@@ -1,0 +1,1 @@
+"""Everything with weights, and forward passes over given tokens."""
