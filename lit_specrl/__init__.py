@@ -14,7 +14,7 @@ _EXPORTS = {
     "PPO": "algorithms",
     "SeparateCritic": "models.critic",
     "SharedTrunkCritic": "models.critic",
-    "RLVRModule": "module",
+    "RLVRModule": "algorithms.rlvr",
     "PromptDataModule": "data",
     "Policy": "models.policy",
     "TransformersEngine": "engines",

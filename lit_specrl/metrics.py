@@ -6,8 +6,10 @@ Sums and counts travel, over micro-batches, rounds of generation and ranks, and 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from functools import reduce
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,18 @@ from torch import Tensor
 from lit_specrl.advantages import frac_reward_zero_std
 from lit_specrl.losses import ClipStatistics, MismatchStatistics, ValueClipStatistics
 from lit_specrl.types import Rollouts
+
+S = TypeVar("S", bound=Any)
+
+
+def merge(parts: Iterable[S]) -> S:
+    """The sum of at least one statistics object; unlike `sum`, it needs no zero to begin with.
+
+    Example:
+        >>> merge([[1], [2, 3]])
+        [1, 2, 3]
+    """
+    return reduce(lambda first, second: first + second, parts)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from jsonargparse import ArgumentError, Namespace  # noqa: E402
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
+from lit_specrl.algorithms.rlvr import RLVRModule  # noqa: E402
+
 # Imported for their side effect: the CLI takes short names of classes that are imported.
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
 from lit_specrl.checkpoints.integrity import naming  # noqa: E402
@@ -25,7 +27,6 @@ from lit_specrl.data import PromptDataModule  # noqa: E402
 from lit_specrl.diagnosis import Failure, explain, explain_failure  # noqa: E402
 from lit_specrl.early_checks import check_settings  # noqa: E402
 from lit_specrl.messages import ConfigurationError  # noqa: E402
-from lit_specrl.module import RLVRModule  # noqa: E402
 from lit_specrl.precision import Trainer  # noqa: E402
 
 _MISLEADING_WARNINGS = [

@@ -4,8 +4,8 @@ from math import nan
 import pytest
 import torch
 
-from lit_specrl import dynamic_sampling
-from lit_specrl.dynamic_sampling import GroupSelection, groups_to_draw, groups_with_spread
+from lit_specrl.algorithms import dynamic_sampling
+from lit_specrl.algorithms.dynamic_sampling import GroupSelection, groups_to_draw, groups_with_spread
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 

@@ -2,7 +2,7 @@ from itertools import combinations
 
 import pytest
 
-from lit_specrl.evaluation import AccuracyMeter, maj_at_k, mean_at_k, normalise_answer, pass_at_k
+from lit_specrl.algorithms.evaluation import AccuracyMeter, maj_at_k, mean_at_k, normalise_answer, pass_at_k
 
 
 def test_mean_at_k():

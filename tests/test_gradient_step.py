@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lit_specrl.gradient_step import GradientStep
+from lit_specrl.algorithms.gradient_step import GradientStep
 
 
 class Training:

@@ -14,11 +14,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.algorithms import GRPO
+from lit_specrl.algorithms.constant_rewards import ConstantRewards
 from lit_specrl.callbacks import RolloutCallback, SpeculativeRollout
 from lit_specrl.data import ArithmeticSource, PromptDataModule
 from lit_specrl.engines import TransformersEngine, VLLMEngine
 from lit_specrl.models.policy import Policy
-from lit_specrl.rewards.constant_rewards import ConstantRewards
 from lit_specrl.types import SamplingConfig
 
 PROMPTS_PER_EPOCH, BATCH_SIZE, GROUP = 8, 2, 4  # four steps an epoch
@@ -320,7 +320,7 @@ def test_rows_without_gradient_are_skipped_and_counted(fit, tiny_model, monkeypa
     assert history.steps[1]["perf/rows_without_gradient"] == GROUP
     assert history.steps[1]["frac_reward_zero_std"] == 0.5
     monkeypatch.setattr(
-        "lit_specrl.module.active_rows", lambda experience, every_row_matters: list(range(experience.num_rows))
+        "lit_specrl.algorithms.rlvr.active_rows", lambda experience, every_row_matters: list(range(experience.num_rows))
     )
     computing_all, history = fit(module(), limit_train_batches=1)
     assert history.steps[1]["perf/rows_without_gradient"] == 0

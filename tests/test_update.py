@@ -145,7 +145,7 @@ def test_a_step_changes_the_weights_by_the_gradient_of_the_formula(
 ):
     plans = []
     monkeypatch.setattr(
-        "lit_specrl.module.RLVRModule._plan",
+        "lit_specrl.algorithms.rlvr.RLVRModule._plan",
         lambda *arguments, plan=GRPO._plan: plans.append(plan(*arguments)) or plans[-1],
     )
     settings = dict(CASES[case])

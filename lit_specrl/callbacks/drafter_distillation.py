@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,14 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_specrl.callbacks.rollout_callback import (
-    RolloutCallback,
-    checkpoint_folder,
-    checkpoints_are_recorded,
-    require_only_one,
-    require_rlvr_module,
-    sweep_rank_files,
-)
+from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.callbacks.rank_store import checkpoint_folder, checkpoints_are_recorded, sweep_rank_files
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.checkpoints.rank_files import DRAFTER_LESSONS, RankFiles, rank_file
 from lit_specrl.checkpoints.tensor_file import RejectedFileError
@@ -36,9 +31,6 @@ from lit_specrl.drafting.distillation.reward_weights import WeightScope, reward_
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTraining
 from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.types import Experience, RolloutRequest, Rollouts
-
-if TYPE_CHECKING:
-    from lit_specrl.module import RLVRModule
 
 _WORSE = 0.01
 """Tokens of acceptance length by which a training may make the drafter worse on responses that it has not seen."""

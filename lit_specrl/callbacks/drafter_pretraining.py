@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
 from lit_specrl.callbacks.drafter_distillation import cut, default_optimizer, is_held_out
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
+from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.distributed.collectives import gather_objects, sum_over_ranks
 from lit_specrl.drafting import Drafter, Eagle3Drafter
 from lit_specrl.drafting.distillation.buffer import Lesson, LessonBuffer
@@ -28,9 +29,6 @@ from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network
 from lit_specrl.experience import padded_rows
 from lit_specrl.models.policy import load_pretrained
 from lit_specrl.types import Experience, PromptBatch
-
-if TYPE_CHECKING:
-    from lit_specrl.module import RLVRModule
 
 
 class DrafterPretraining(RolloutCallback):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import xxhash
@@ -17,30 +17,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_specrl.callbacks.rollout_callback import (
-    RolloutCallback,
-    checkpoint_folder,
-    checkpoints_are_recorded,
-    require_only_one,
-    require_rlvr_module,
-    sweep_rank_files,
-)
-from lit_specrl.callbacks.streak_warning import StreakWarning
+from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.algorithms.streak_warning import StreakWarning
+from lit_specrl.callbacks.rank_store import checkpoint_folder, checkpoints_are_recorded, sweep_rank_files
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
 from lit_specrl.checkpoints.rank_files import PREFIX_CACHE, RankFiles, load_ranks
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import HistoryDrafter
 from lit_specrl.engines import TransformersEngine
+from lit_specrl.metrics import merge
 from lit_specrl.prefix_cache.acceptance import AcceptanceRule, FullReuse, NoReuse, RandomReuse, RatioAcceptance
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 from lit_specrl.prefix_cache.reuse import ReuseRound, control_samples
 from lit_specrl.prefix_cache.statistics import ReuseStatistics
 from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 from lit_specrl.seeds import row_uniforms
-from lit_specrl.sums import total
 from lit_specrl.types import Experience, RolloutRequest, Rollouts
-
-if TYPE_CHECKING:
-    from lit_specrl.module import RLVRModule
 
 Acceptance = Literal["ratio", "sequence", "random", "full", "off"]
 _NOT_OF_THE_ARCHITECTURE = {
@@ -189,7 +181,7 @@ class PrefixCache(RolloutCallback):
                 self._record_missing_logprobs(pl_module, rollouts, experience)
         self._trained = rollouts, experience
         found = [current.statistics(pl_module.step) for current in self._rounds]
-        statistics = total([total(rank) for rank in gather_objects(found)])
+        statistics = merge([merge(rank) for rank in gather_objects(found)])
         pl_module.step_metrics |= statistics.metrics() | self._lenience_metrics(statistics)
         pl_module.step_metrics["prefix_cache/bytes"] = float(sum(gather_objects(self.store.num_bytes)))
         if self.rule.needs_logprobs:

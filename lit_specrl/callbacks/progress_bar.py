@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.types import RolloutProgress
-
-if TYPE_CHECKING:
-    from lit_specrl.module import RLVRModule
 
 
 class RolloutProgressBar(TQDMProgressBar, RolloutCallback):

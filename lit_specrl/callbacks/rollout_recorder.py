@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 
+from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.types import Experience, Rollouts
-
-if TYPE_CHECKING:
-    from lit_specrl.module import RLVRModule
 
 
 class RolloutRecorder(RolloutCallback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,18 +13,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
+from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
 from lit_specrl.callbacks.adaptive_scheduler import AdaptiveScheduler
 from lit_specrl.callbacks.drafter_distillation import DrafterDistillation
 from lit_specrl.callbacks.prefix_cache import PrefixCache
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
+from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.engines import TransformersEngine, VLLMEngine
 from lit_specrl.models.critic import SeparateCritic
 from lit_specrl.models.memory import ModelSize, device_memory, model_size, training_memory
 from lit_specrl.precision import fast_dtype
-
-if TYPE_CHECKING:
-    from lit_specrl.module import RLVRModule
 
 _FEATURES = (PrefixCache, SpeculativeRollout, AdaptiveScheduler, DrafterDistillation)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -12,10 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lit_specrl.callbacks.rollout_callback import require_rlvr_module
-
-if TYPE_CHECKING:
-    from lit_specrl.module import RLVRModule
+from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
 
 
 class RunSummary(L.Callback):

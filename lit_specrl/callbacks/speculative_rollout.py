@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig
 
+from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.algorithms.streak_warning import StreakWarning
 from lit_specrl.callbacks.prefix_cache import PrefixCache
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
-from lit_specrl.callbacks.streak_warning import StreakWarning
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import Drafter, HistoryDrafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.engines.vllm.adapter import installed_version
 from lit_specrl.types import Experience, Rollouts
-
-if TYPE_CHECKING:
-    from lit_specrl.module import RLVRModule
 
 
 class SpeculativeRollout(RolloutCallback):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.drafter_distillation import DrafterDistillation
 from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.types import Experience, Rollouts
-
-if TYPE_CHECKING:
-    from lit_specrl.module import RLVRModule
 
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "reward": {

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from lit_specrl.algorithms.rollout_module import RolloutModule
 from lit_specrl.distributed.collectives import max_over_ranks
 from lit_specrl.experience import padded_rows
 from lit_specrl.models.blockwise_logprobs import Survivors, block_logprobs
@@ -17,7 +18,6 @@ from lit_specrl.models.capture import Student, Teaching
 from lit_specrl.models.critic import SeparateCritic
 from lit_specrl.models.micro_batches import MicroBatch, plan_micro_batches
 from lit_specrl.models.policy import Policy, TokenStatistics, release
-from lit_specrl.rollout_module import RolloutModule
 from lit_specrl.types import Experience, PromptBatch, Rollouts
 
 

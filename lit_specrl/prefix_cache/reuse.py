@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_specrl.metrics import merge
 from lit_specrl.prefix_cache.acceptance import AcceptanceRule
 from lit_specrl.prefix_cache.statistics import ReuseStatistics
 from lit_specrl.prefix_cache.store import CachedRollout
 from lit_specrl.seeds import row_uniforms
-from lit_specrl.sums import total
 from lit_specrl.types import KnownRow, PromptBatch, RolloutRequest, Rollouts
 
 ScoreResponses = Callable[
@@ -198,7 +198,7 @@ class ReuseRound:
     def statistics(self, step: int) -> ReuseStatistics:
         """What was reused; `step` is the current one."""
         verified_lengths = self.verified_lengths
-        return total(
+        return merge(
             [
                 ReuseStatistics.of_group(
                     step,

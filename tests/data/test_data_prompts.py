@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from lit_specrl.algorithms.rollout_module import RolloutModule
 from lit_specrl.data import PromptTemplate
 from lit_specrl.data.prompts import REWARD_ARGUMENTS, build_prompts, prompt_uids
-from lit_specrl.rollout_module import RolloutModule
 from lit_specrl.timing import StageTimer
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 

@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 
-from lit_specrl.rewards.constant_rewards import ConstantRewards
+from lit_specrl.algorithms.constant_rewards import ConstantRewards
 
 
 def warned(steps, num_steps=3):

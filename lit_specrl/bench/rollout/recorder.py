@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
 
+from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
 from lit_specrl.bench.report import describe_hardware
 from lit_specrl.bench.rollout.records import EvaluationRecord, RunRecord, StepRecord
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
+from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.types import Rollouts
-
-if TYPE_CHECKING:
-    from lit_specrl.module import RLVRModule
 
 
 class RunRecorder(RolloutCallback):

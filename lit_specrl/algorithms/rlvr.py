@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,6 +23,10 @@ from lit_specrl.advantages import (
     leave_one_out_advantages,
     rewards_at_last_token,
 )
+from lit_specrl.algorithms.constant_rewards import ConstantRewards
+from lit_specrl.algorithms.dynamic_sampling import GroupSelection, groups_to_draw, groups_with_spread
+from lit_specrl.algorithms.gradient_step import GradientStep
+from lit_specrl.algorithms.objective import Objective
 from lit_specrl.allocator import keep_freed_memory
 from lit_specrl.distributed.collectives import (
     average_gradients,
@@ -33,9 +38,7 @@ from lit_specrl.distributed.collectives import (
 )
 from lit_specrl.distributed.fsdp2 import sharding
 from lit_specrl.distributed.signals import DeferredSignals
-from lit_specrl.dynamic_sampling import GroupSelection, groups_to_draw, groups_with_spread
 from lit_specrl.experience import active_rows, padded_experience
-from lit_specrl.gradient_step import GradientStep
 from lit_specrl.losses import (
     Aggregation,
     ImportanceSampling,
@@ -47,18 +50,15 @@ from lit_specrl.losses import (
     token_weights,
 )
 from lit_specrl.masking import masked_mean, masked_whiten
-from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics
+from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics, merge
 from lit_specrl.models.capture import Student
 from lit_specrl.models.critic import Critic, SeparateCritic, SharedTrunkCritic
 from lit_specrl.models.micro_batches import MicroBatch
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.policy import Policy, TokenStatistics, check_model_exists
 from lit_specrl.models.scorer import ScoringModule
-from lit_specrl.objective import Objective
 from lit_specrl.precision import warn_if_slow
 from lit_specrl.rewards import Reward
-from lit_specrl.rewards.constant_rewards import ConstantRewards
-from lit_specrl.sums import total
 from lit_specrl.types import Experience, PromptBatch, Rollouts, SamplingConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -449,7 +449,7 @@ class RLVRModule(ScoringModule):
                 advantages = masked_whiten(advantages, experience.loss_mask, add_up=sum_over_ranks)
             experience.advantages = advantages
             values = ValueStatistics.of(experience.values, experience.returns, experience.loss_mask)
-            self.step_metrics |= total(gather_objects(values)).metrics()
+            self.step_metrics |= merge(gather_objects(values)).metrics()
             return
         if penalty is not None:
             rewards = rewards - penalty.sum(-1)
@@ -672,12 +672,12 @@ class RLVRModule(ScoringModule):
         seconds["other"] = step_s - sum(seconds.values())
         ranks = gather_objects({**seconds, "step": step_s})
         timings = {name: sum(rank.get(name, 0.0) for rank in ranks) / len(ranks) for rank in ranks for name in rank}
-        generated = total([total(rounds) for rounds in gather_objects(self._generated)])
+        generated = merge([merge(rounds) for rounds in gather_objects(self._generated)])
         self._constant_rewards.update(generated.rewards)
         self.step_metrics |= generated.metrics()
-        self.step_metrics |= total(gather_objects(updates.to("cpu"))).metrics(num_ranks())
+        self.step_metrics |= merge(gather_objects(updates.to("cpu"))).metrics(num_ranks())
         if self._critic_updates:
-            self.step_metrics |= total(gather_objects(total(self._critic_updates).to("cpu"))).metrics()
+            self.step_metrics |= merge(gather_objects(merge(self._critic_updates).to("cpu"))).metrics()
         self.step_metrics |= {f"timing_s/{stage}": value for stage, value in timings.items()}
         self.step_metrics["perf/rollout_tokens_per_s"] = (
             generated.num_generated_tokens / max(generated.elapsed_s, 1e-9) * num_ranks()
@@ -690,3 +690,16 @@ class RLVRModule(ScoringModule):
         for name, value in self.step_metrics.items():
             self.log(name, value, prog_bar=name == "reward")
         self.log("tokens/s", self.step_metrics["perf/rollout_tokens_per_s"], prog_bar=True, logger=False)
+
+
+def require_rlvr_module(callback: L.Callback, pl_module: L.LightningModule) -> RLVRModule:
+    """The module, if it is one that this library's callbacks work with.
+
+    Raises:
+        MisconfigurationException: it is another LightningModule.
+    """
+    if not isinstance(pl_module, RLVRModule):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} works with an RLVRModule such as GRPO, got {type(pl_module).__name__}"
+        )
+    return pl_module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lit_specrl.callbacks.streak_warning import StreakWarning
+from lit_specrl.algorithms.streak_warning import StreakWarning
 
 NUM_STEPS = 10
 

@@ -14,10 +14,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig, AutoTokenizer
 
-from lit_specrl.callbacks.rollout_callback import RolloutCallback
+from lit_specrl.algorithms.evaluation import AccuracyMeter
 from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
 from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
-from lit_specrl.evaluation import AccuracyMeter
 from lit_specrl.models.model_files import check_tokenizer, check_weights
 from lit_specrl.models.policy import Policy, check_model_exists, unreachable_model_message
 from lit_specrl.rewards import Reward, RewardSet
@@ -287,8 +286,9 @@ class RolloutModule(L.LightningModule):
 
     def _hook(self, name: str, *arguments: Any) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RolloutCallback):
-                getattr(callback, name)(self.trainer, self, *arguments)
+            hook = getattr(callback, name, None)  # as Lightning calls its own
+            if hook is not None:
+                hook(self.trainer, self, *arguments)
 
     def _report_progress(self, progress: RolloutProgress) -> None:
         self._hook("on_rollout_progress", progress)
