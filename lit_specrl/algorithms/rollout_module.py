@@ -15,12 +15,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig, AutoTokenizer
 
 from lit_specrl.algorithms.evaluation import AccuracyMeter
+from lit_specrl.answers import extract_answer
 from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
 from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.models.model_files import check_tokenizer, check_weights
 from lit_specrl.models.policy import Policy, check_model_exists, unreachable_model_message
 from lit_specrl.rewards import Reward, RewardSet
-from lit_specrl.rewards.answers import extract_answer
 from lit_specrl.seeds import rollout_seeds
 from lit_specrl.timing import StageTimer
 from lit_specrl.types import PromptBatch, RolloutProgress, RolloutRequest, Rollouts, SamplingConfig

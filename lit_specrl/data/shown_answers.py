@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lit_specrl.rewards.answers import extract_answer
+from lit_specrl.answers import extract_answer
 
 _BOX = re.compile(r"(?=\\(?:boxed|fbox)\s*\{)")
 _SOLUTION = re.compile(

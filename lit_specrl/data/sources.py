@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lit_specrl.answers import extract_answer
 from lit_specrl.data.references import reference_text
-from lit_specrl.rewards.answers import extract_answer
 
 OWN_COLUMNS = ("question", "messages", "answer", "columns")
 """Keys of a row that mean something to the library."""

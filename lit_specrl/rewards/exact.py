@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_specrl.rewards.answers import check_answer_format, extract_answer
+from lit_specrl.answers import check_answer_format, extract_answer
 from lit_specrl.rewards.base import Reward, column
 
 

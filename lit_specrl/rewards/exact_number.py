@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from lit_specrl.rewards.answers import plain_minus
+from lit_specrl.answers import plain_minus
 
 MAX_NUMBER_LENGTH = 200
 """Characters; longer texts are no number, and exact arithmetic on them would cost."""

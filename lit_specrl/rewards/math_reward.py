@@ -8,8 +8,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+from lit_specrl.answers import check_answer_format, extract_answer, plain_minus
 from lit_specrl.rewards import math_checker
-from lit_specrl.rewards.answers import check_answer_format, extract_answer, plain_minus
 from lit_specrl.rewards.base import Reward, column
 from lit_specrl.rewards.checker_pool import CheckerPool, Verdict
 from lit_specrl.rewards.exact_number import parse_exact, same_number

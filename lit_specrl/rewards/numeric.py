@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from lit_specrl.rewards.answers import check_answer_format, extract_answer
+from lit_specrl.answers import check_answer_format, extract_answer
 from lit_specrl.rewards.base import Reward, column
 from lit_specrl.rewards.exact_number import parse_exact, readings
 

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from lit_specrl.rewards.answers import extract_answer
+from lit_specrl.answers import extract_answer
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from lit_specrl.answers import ANSWER_FORMATS, extract_answer
 from lit_specrl.rewards import (
     EquationReward,
     ExactReward,
@@ -13,7 +14,6 @@ from lit_specrl.rewards import (
     OverlongReward,
     RewardSet,
 )
-from lit_specrl.rewards.answers import ANSWER_FORMATS, extract_answer
 from lit_specrl.rewards.exact_number import parse_exact
 
 TEXTS = [
