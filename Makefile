@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml Makefile
 	touch $(INSTALLED)
 
 $(MODEL)/config.json: | $(INSTALLED)
-	$(BIN)/python -m lit_specrl.embedded_model $(MODEL)
+	$(BIN)/python -m lit_specrl.cli.quickstart_model $(MODEL)
 
 quickstart: $(INSTALLED) $(MODEL)/config.json
 	$(BIN)/lit-specrl fit --config recipes/quickstart.yaml --model.init_args.model $(MODEL) \

@@ -12,9 +12,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_specrl import cli
-from lit_specrl.cli import run
-from lit_specrl.messages import ConfigurationError
+from lit_specrl.cli import main as cli
+from lit_specrl.cli.main import run
+from lit_specrl.cli.messages import ConfigurationError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

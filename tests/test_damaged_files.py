@@ -14,8 +14,8 @@ import torch
 from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
 from lit_specrl.checkpoints.checksums import changed_files, write_checksums
 from lit_specrl.checkpoints.tensor_file import RejectedFileError
+from lit_specrl.cli.export import export_checkpoint
 from lit_specrl.drafting.distillation.buffer import Lesson, LessonBuffer
-from lit_specrl.export import export_checkpoint
 from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 
 IDENTITY = {"model": "tiny", "temperature": "1.0"}

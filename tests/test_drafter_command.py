@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
-from lit_specrl.drafter_command import drafter_command, pretraining_configuration
+from lit_specrl.cli.drafter import drafter_command, pretraining_configuration
 from lit_specrl.drafting.eagle3 import check_head
 from lit_specrl.drafting.networks import Eagle3Network
 

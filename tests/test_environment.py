@@ -2,7 +2,7 @@ from importlib import metadata
 
 import pytest
 
-from lit_specrl import environment
+from lit_specrl.cli import environment
 
 
 @pytest.fixture

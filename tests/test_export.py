@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_specrl import GRPO, PromptDataModule
+from lit_specrl.cli.export import export_checkpoint, export_command
 from lit_specrl.data import ArithmeticSource
-from lit_specrl.export import export_checkpoint, export_command
 
 
 def training(model, folder, **settings):

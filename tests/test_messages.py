@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from lit_specrl import cli
+from lit_specrl.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 SCREEN = 12  # lines

@@ -9,10 +9,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 
-from lit_specrl import cli
 from lit_specrl.bench.command import bench_command
 from lit_specrl.bench.rollout.runs import Run, RunFailedError
 from lit_specrl.callbacks.tensorboard_report import CALLBACK_LAYOUTS, LAYOUT
+from lit_specrl.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

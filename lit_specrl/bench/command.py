@@ -16,7 +16,7 @@ from lit_specrl.bench.rollout.command import bench_rollout, rollout_command
 from lit_specrl.bench.shared_prompts import bench_shared_prompts
 from lit_specrl.bench.speculation import bench_speculation
 from lit_specrl.bench.weight_sync import bench_weight_sync
-from lit_specrl.diagnosis import parsed
+from lit_specrl.cli.diagnosis import parsed
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "logprobs": bench_logprobs,

@@ -3,10 +3,10 @@ import sys
 
 import pytest
 
-from lit_specrl import cli
 from lit_specrl.bench import command
 from lit_specrl.bench.report import Report
-from lit_specrl.messages import ConfigurationError, exit_code
+from lit_specrl.cli import main as cli
+from lit_specrl.cli.messages import ConfigurationError, exit_code
 
 REPORT = {
     "hardware": "a CPU, 2 cores, 1 threads",

@@ -22,11 +22,11 @@ from lit_specrl.bench.rollout.comparison import (
     time_table,
     validation_table,
 )
-from lit_specrl.bench.rollout.configuration import fit_configuration, with_seed
 from lit_specrl.bench.rollout.records import EvaluationRecord, RunRecord, StepRecord
 from lit_specrl.bench.rollout.runs import RunFailedError, planned_runs
+from lit_specrl.cli.fit_config import fit_configuration, with_seed
+from lit_specrl.cli.messages import ConfigurationError
 from lit_specrl.data import ArithmeticSource
-from lit_specrl.messages import ConfigurationError
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
 

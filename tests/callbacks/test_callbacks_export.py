@@ -9,10 +9,10 @@ from reuse_runs import assert_identical, fit, grpo, questions
 from transformers import AutoModelForCausalLM
 
 from lit_specrl.callbacks import DrafterDistillation, SpeculativeRollout
+from lit_specrl.cli.export import export_checkpoint
 from lit_specrl.drafting import DraftModel, Eagle3Drafter
 from lit_specrl.engines import VLLMEngine
 from lit_specrl.engines.vllm.adapter import build_llm, shutdown
-from lit_specrl.export import export_checkpoint
 
 PROMPTS = [[5, 20, 30, 31], [7, 50, 51, 52, 9]]
 ADAM = partial(torch.optim.AdamW, lr=3e-3)

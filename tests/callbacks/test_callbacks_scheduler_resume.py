@@ -7,10 +7,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import fit, grpo, questions, with_many_stops
 
 from lit_specrl.callbacks import AdaptiveScheduler, SpeculativeRollout
+from lit_specrl.cli.export import export_checkpoint
 from lit_specrl.drafting import NGramDrafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule
 from lit_specrl.engines import VLLMEngine
-from lit_specrl.export import export_checkpoint
 
 
 def test_a_run_in_which_no_draft_paid_is_resumed_and_exported(tiny_model, tmp_path):

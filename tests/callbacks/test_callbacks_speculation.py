@@ -13,7 +13,7 @@ from reuse_runs import STEPS, assert_identical, fit, questions, weights_of, with
 
 from lit_specrl.callbacks import AdaptiveScheduler, PrefixCache, SpeculativeRollout
 from lit_specrl.callbacks.speculative_rollout import speculation_metrics
-from lit_specrl.cli import run as command_line
+from lit_specrl.cli.main import run as command_line
 from lit_specrl.drafting import DraftModel, HistoryDrafter, NGramDrafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule
 from lit_specrl.engines import TransformersEngine, VLLMEngine

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from lit_specrl.export import export_checkpoint
+from lit_specrl.cli.export import export_checkpoint
 
 EXACT = ["grpo", "ppo", "lora", "offload", "one engine"]
 STEPS = 3

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lit_specrl.cli.quickstart_model import convert_embedded_model
 from lit_specrl.drafting import NGramDrafter
-from lit_specrl.embedded_model import convert_embedded_model
 from lit_specrl.engines import TransformersEngine, VLLMEngine
 from lit_specrl.masking import pad_left, pad_right
 from lit_specrl.models.policy import Policy

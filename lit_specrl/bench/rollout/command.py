@@ -20,10 +20,10 @@ from lit_specrl.bench.rollout.comparison import (
     time_table,
     validation_table,
 )
-from lit_specrl.bench.rollout.configuration import Configuration, fit_configuration
 from lit_specrl.bench.rollout.figure import draw
 from lit_specrl.bench.rollout.records import RunRecord
 from lit_specrl.bench.rollout.runs import planned_runs
+from lit_specrl.cli.fit_config import Configuration, fit_configuration
 
 
 @dataclass(frozen=True)

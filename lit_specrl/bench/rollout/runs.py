@@ -17,8 +17,8 @@ import yaml
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_specrl import __version__
-from lit_specrl.bench.rollout.configuration import Configuration, with_seed, without_callbacks
 from lit_specrl.bench.rollout.records import RunRecord
+from lit_specrl.cli.fit_config import Configuration, with_seed, without_callbacks
 
 Arm = Literal["without", "with"]
 _TAIL_LINES = 5  # of what a failed run has written

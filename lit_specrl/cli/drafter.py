@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from lit_specrl.bench.rollout.configuration import Configuration, fit_configuration
 from lit_specrl.checkpoints.locks import ProcessFolder
+from lit_specrl.cli.fit_config import Configuration, fit_configuration
 
 _DESCRIPTION = """Make a drafter that knows the task, before training the policy.
 
@@ -25,7 +25,7 @@ Everything that is not an option of this command is one of `lit-specrl fit`."""
 def drafter_command(arguments: list[str]) -> None:
     """`lit-specrl drafter --config FILE --output FOLDER [options of the command and of fit]`."""
     options, fit_arguments = _parser().parse_known_args(arguments)
-    from lit_specrl.cli import run  # here, because the command line imports this file
+    from lit_specrl.cli.main import run  # here, because the command line imports this file
 
     configuration = pretraining_configuration(fit_configuration(fit_arguments), vars(options))
     with ProcessFolder("configuration") as folder:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from lit_specrl.configuration_files import COMMAND_LINE, in_short, sources
-from lit_specrl.messages import ConfigurationError, sentence
+from lit_specrl.cli.configuration_files import COMMAND_LINE, in_short, sources
+from lit_specrl.cli.messages import ConfigurationError, sentence
 
 _OTHERS = 12  # names that are listed where none is similar
 _SPEC = ("class_path", "init_args", "dict_kwargs")

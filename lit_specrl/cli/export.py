@@ -21,7 +21,7 @@ from transformers import (
 
 from lit_specrl.checkpoints.atomic_files import whole_folder
 from lit_specrl.checkpoints.integrity import OF_ALL_RANKS, check_checkpoint, naming
-from lit_specrl.diagnosis import parsed
+from lit_specrl.cli.diagnosis import parsed
 from lit_specrl.drafting import DraftModel, Eagle3Drafter
 from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config

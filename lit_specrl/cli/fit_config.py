@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lit_specrl.messages import ConfigurationError
+from lit_specrl.cli.messages import ConfigurationError
 
 _ENGINE_OWNER = "SpeculativeRollout"
 Configuration = dict[str, Any]
@@ -19,7 +19,7 @@ Configuration = dict[str, Any]
 
 def fit_configuration(arguments: Sequence[str]) -> Configuration:
     """What `lit-specrl fit` makes of its arguments. Wrong ones end the program, with the message of `fit`."""
-    from lit_specrl.cli import run  # here, because the command line imports the benchmarks
+    from lit_specrl.cli.main import run  # here, because the command line imports the benchmarks
 
     if not arguments:
         raise ConfigurationError("a configuration is missing; give one by --config, such as recipes/quickstart.yaml")

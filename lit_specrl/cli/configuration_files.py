@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lit_specrl.messages import ConfigurationError
+from lit_specrl.cli.messages import ConfigurationError
 
 COMMAND_LINE = "the command line"
 

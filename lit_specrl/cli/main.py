@@ -7,10 +7,10 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from lit_specrl.messages import ConfigurationError, told, wants_debug
+from lit_specrl.cli.messages import ConfigurationError, told, wants_debug
 
 if TYPE_CHECKING:
-    from lit_specrl.training_command import LitSpecRLCLI
+    from lit_specrl.cli.fit import LitSpecRLCLI
 
 _TRAINING = {
     "fit": "train a policy",
@@ -53,7 +53,7 @@ def run(arguments: list[str] | None = None) -> LitSpecRLCLI:
     Args:
         arguments: command line without the program's name; by default that of the process.
     """
-    from lit_specrl.training_command import train
+    from lit_specrl.cli.fit import train
 
     return train(arguments)
 
@@ -65,7 +65,7 @@ def _call(arguments: list[str]) -> None:
         commands = [f"  {command:{width}}  {text}" for command, text in (_TRAINING | _OTHERS).items()]
         print(_HELP.format(first=_FIRST, commands="\n".join(commands)))
     elif name == "export":
-        from lit_specrl.export import export_command
+        from lit_specrl.cli.export import export_command
 
         export_command(arguments[1:])
     elif name == "bench":
@@ -73,7 +73,7 @@ def _call(arguments: list[str]) -> None:
 
         bench_command(arguments[1:])
     elif name == "drafter":
-        from lit_specrl.drafter_command import drafter_command
+        from lit_specrl.cli.drafter import drafter_command
 
         drafter_command(arguments[1:])
     elif name in _TRAINING or name.startswith("-"):
@@ -88,13 +88,9 @@ def _call(arguments: list[str]) -> None:
 
 def _check_files(arguments: list[str]) -> None:
     """What can be said before anything is imported: that there is a configuration, and that its files can be read."""
-    from lit_specrl.configuration_files import sources
+    from lit_specrl.cli.configuration_files import sources
 
     if len(arguments) == 1 and arguments[0] in _TRAINING:
         raise ConfigurationError(f"{arguments[0]} needs a configuration; begin with: {_FIRST}")
     if arguments[0] in _TRAINING:
         sources(arguments[1:])
-
-
-if __name__ == "__main__":
-    main()

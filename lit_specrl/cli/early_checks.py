@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_specrl.checkpoints.integrity import check_checkpoint
-from lit_specrl.messages import ConfigurationError
+from lit_specrl.cli.messages import ConfigurationError
 
 _RESUMED = ("last", "best", "hpc", "registry")  # names that Lightning finds the checkpoint for
 _RANKS_OF_A_CORE = 4

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from lit_specrl.environment import check_torchvision
+from lit_specrl.cli.environment import check_torchvision
 
 check_torchvision()  # before transformers, whose own message would be about another class
 
@@ -22,11 +22,11 @@ from lit_specrl.algorithms.rlvr import RLVRModule  # noqa: E402
 # Imported for their side effect: the CLI takes short names of classes that are imported.
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
 from lit_specrl.checkpoints.integrity import naming  # noqa: E402
-from lit_specrl.configuration_files import in_short  # noqa: E402
+from lit_specrl.cli.configuration_files import in_short  # noqa: E402
+from lit_specrl.cli.diagnosis import Failure, explain, explain_failure  # noqa: E402
+from lit_specrl.cli.early_checks import check_settings  # noqa: E402
+from lit_specrl.cli.messages import ConfigurationError  # noqa: E402
 from lit_specrl.data import PromptDataModule  # noqa: E402
-from lit_specrl.diagnosis import Failure, explain, explain_failure  # noqa: E402
-from lit_specrl.early_checks import check_settings  # noqa: E402
-from lit_specrl.messages import ConfigurationError  # noqa: E402
 from lit_specrl.precision import Trainer  # noqa: E402
 
 _MISLEADING_WARNINGS = [
