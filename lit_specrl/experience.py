@@ -58,7 +58,7 @@ def padded_experience(rollouts: Rollouts, mask_truncated_completions: bool = Fal
     return experience
 
 
-def active_rows(experience: Experience, every_row_matters: bool) -> list[int]:
+def rows_with_gradient(experience: Experience, every_row_matters: bool) -> list[int]:
     """Rows whose gradient is not exactly zero.
 
     A row without advantage contributes nothing to the surrogate. One row is always kept, so that a step without any signal still

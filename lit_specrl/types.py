@@ -124,11 +124,11 @@ class RolloutRequest:
     """Number of optimizer steps behind the weights that shall generate."""
     prefixes: list[list[int]] = field(default_factory=list)
     """[N] or empty: response tokens that a row begins with; the engine goes on from there."""
-    drafts: dict[int, list[int]] = field(default_factory=dict)
+    cached_responses: dict[int, list[int]] = field(default_factory=dict)
     """Row -> response tokens for the engine to verify first; it enters what `accept` keeps of them into `prefixes`."""
     accept: Callable[[int, list[float]], int] | None = None
     """(row, log-probs of its draft, or of the beginning that is scored so far, under the engine's weights) -> tokens to keep of that."""
-    draft_block_length: int | None = None
+    verify_block_length: int | None = None
     """Tokens of a draft that the engine scores at a time, as long as all are kept; `None` for whole drafts."""
     past_responses: dict[int, list[int]] = field(default_factory=dict)
     """Row -> its response of the last visit, in which `HistoryDrafter` looks for what may come; not part of the new one."""

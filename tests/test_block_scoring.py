@@ -37,13 +37,13 @@ def everybody(rows, start, logprobs):
 
 
 def until(last_columns):
-    """Survivors in which each row is wanted no further than the block that holds its column."""
+    """KeepScoring in which each row is wanted no further than the block that holds its column."""
     last_columns = torch.tensor(last_columns)
 
-    def survivors(rows, start, logprobs):
+    def keep_scoring(rows, start, logprobs):
         return start + logprobs.shape[1] <= last_columns[rows]
 
-    return survivors
+    return keep_scoring
 
 
 def left_at(logprobs, response_mask, stops):
@@ -100,10 +100,10 @@ def test_gradient_checkpointing_does_not_cost_the_cache(tiny_model, padded):
 )
 def test_rows_are_left_at_the_end_of_their_block_and_the_others_never_notice(policy, padded, block_length, stops):
     """Columns wanted: 0 of the first row, 3 of the third, 2 of the fourth, 5 of the fifth, all of the others."""
-    survivors = until([0, 99, 3, 2, 5, 99])
+    keep_scoring = until([0, 99, 3, 2, 5, 99])
     with torch.no_grad():
         expected = left_at(policy(*padded).logprobs, padded[-1], stops)
-    assert_close(block_logprobs(policy, *padded, survivors, block_length), expected)
+    assert_close(block_logprobs(policy, *padded, keep_scoring, block_length), expected)
 
 
 def test_survivors_are_asked_about_the_rows_that_are_left(tiny_model, padded):
@@ -112,12 +112,12 @@ def test_survivors_are_asked_about_the_rows_that_are_left(tiny_model, padded):
         logprobs = policy(*padded).logprobs
     asked = []
 
-    def survivors(rows, start, block):
+    def keep_scoring(rows, start, block):
         asked.append((rows.tolist(), start))
         assert_close(block, logprobs[rows, start : start + 3])
         return rows != 4
 
-    block_logprobs(policy, *padded, survivors, 3)
+    block_logprobs(policy, *padded, keep_scoring, 3)
     assert asked == [([0, 1, 2, 3, 4, 5], 0), ([0, 2, 5], 3), ([2], 6)]
 
 
@@ -128,9 +128,9 @@ def test_nothing_is_computed_that_nobody_wants(tiny_model, padded):
         lambda module, arguments, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True
     )
 
-    def passes(survivors):
+    def passes(keep_scoring):
         shapes.clear()
-        block_logprobs(policy, *padded, survivors, 3)
+        block_logprobs(policy, *padded, keep_scoring, 3)
         return list(shapes)
 
     assert passes(everybody) == [(3, 5), (6, 3), (4, 3), (2, 2)]

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lit_specrl import GRPO, PromptDataModule
-from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lit_specrl.checkpoints.content import loadable
 from lit_specrl.data import ArithmeticSource
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_could_not_be_loaded_is_not_written(tiny_model, tmp_pa
 
 
 def test_nothing_takes_the_place_of_a_checkpoint_before_it_is_known_to_be_loadable(tmp_path):
-    WholeCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
     with pytest.raises(TypeError, match=r"^best holds a"):
-        WholeCheckpointIO().save_checkpoint({"step": 2, "best": np.ones(1)}, tmp_path / "last.ckpt")
+        AtomicCheckpointIO().save_checkpoint({"step": 2, "best": np.ones(1)}, tmp_path / "last.ckpt")
     assert torch.load(tmp_path / "last.ckpt") == {"step": 1}

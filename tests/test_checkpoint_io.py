@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lit_specrl import GRPO, PromptDataModule
-from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lit_specrl.data import ArithmeticSource
 
 
@@ -20,7 +20,7 @@ def dying(content, path):
 
 
 def test_a_checkpoint_that_is_not_finished_leaves_the_one_before(tmp_path, monkeypatch):
-    writer, path = WholeCheckpointIO(), tmp_path / "deep" / "last.ckpt"
+    writer, path = AtomicCheckpointIO(), tmp_path / "deep" / "last.ckpt"
     of_lightning = {"pytorch-lightning_version": "2.6", "rlvr": {}}
     writer.save_checkpoint({"step": 1}, path)
     with monkeypatch.context() as patch:
@@ -41,7 +41,7 @@ def test_a_file_takes_the_place_of_a_folder(tmp_path):
     """A run that was sharded goes on unsharded in the same folder."""
     (tmp_path / "last.ckpt").mkdir()
     (tmp_path / "last.ckpt" / "meta.pt").write_text("")
-    WholeCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
     assert torch.load(tmp_path / "last.ckpt") == {"step": 1}
     assert names(tmp_path) == ["last.ckpt"]
 
@@ -51,7 +51,7 @@ class Own(TorchCheckpointIO):
 
 
 @pytest.mark.parametrize(
-    ("plugins", "expected"), [([], WholeCheckpointIO), ([Own()], Own), ([AsyncCheckpointIO()], AsyncCheckpointIO)]
+    ("plugins", "expected"), [([], AtomicCheckpointIO), ([Own()], Own), ([AsyncCheckpointIO()], AsyncCheckpointIO)]
 )
 def test_the_module_replaces_the_default_and_nothing_else(tiny_model, tmp_path, plugins, expected):
     trainer = L.Trainer(

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lit_specrl.checkpoints.checksums import changed_files, write_checksums
 from lit_specrl.checkpoints.tensor_file import RejectedFileError
 from lit_specrl.cli.export import export_checkpoint
-from lit_specrl.drafting.distillation.buffer import Lesson, LessonBuffer
+from lit_specrl.drafting.distillation.buffer import DistillationBuffer, DistillationSample
 from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 
 IDENTITY = {"model": "tiny", "temperature": "1.0"}
@@ -50,8 +50,8 @@ def kind(request, tmp_path):
     """A file of the kind, how to read it, and the error that tells that it cannot be used."""
     path = tmp_path / "the file.ckpt"
     if request.param == "checkpoint":
-        WholeCheckpointIO().save_checkpoint(CONTENT, path)
-        return path, lambda: WholeCheckpointIO().load_checkpoint(path, weights_only=True), ValueError
+        AtomicCheckpointIO().save_checkpoint(CONTENT, path)
+        return path, lambda: AtomicCheckpointIO().load_checkpoint(path, weights_only=True), ValueError
     if request.param == "prefix cache":
         store, ids = RolloutStore(), np.arange(40)
         store.put(
@@ -60,15 +60,15 @@ def kind(request, tmp_path):
         )
         store.save(path, IDENTITY)
         return path, lambda: RolloutStore.load(path, IDENTITY).to_tensors(), RejectedFileError
-    lessons = LessonBuffer(2**20, 8)
+    lessons = DistillationBuffer(2**20, 8)
     lessons.put([lesson()])
     lessons.save(path, IDENTITY)
-    return path, lambda: LessonBuffer.load(path, IDENTITY, 2**20, 8).to_tensors(), RejectedFileError
+    return path, lambda: DistillationBuffer.load(path, IDENTITY, 2**20, 8).to_tensors(), RejectedFileError
 
 
 def lesson():
     """Three response tokens after two of a prompt."""
-    return Lesson(
+    return DistillationSample(
         uid="a",
         token_ids=torch.arange(5, dtype=torch.int32),
         num_prompt_tokens=2,
@@ -131,7 +131,7 @@ def test_another_file_of_the_name_may_be_set_aside_again(kind):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_export_names_the_file(tmp_path, fault):
-    WholeCheckpointIO().save_checkpoint(CONTENT, tmp_path / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint(CONTENT, tmp_path / "last.ckpt")
     FAULTS[fault](tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"last\.ckpt"):
         export_checkpoint(str(tmp_path / "last.ckpt"), str(tmp_path / "model"))
@@ -162,7 +162,7 @@ def write_large(path, kind):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     try:
         if kind == "checkpoint":
-            WholeCheckpointIO().save_checkpoint(CONTENT | {"more": torch.ones(100_000)}, path)
+            AtomicCheckpointIO().save_checkpoint(CONTENT | {"more": torch.ones(100_000)}, path)
         else:
             store, ids = RolloutStore(), np.arange(100_000)
             store.put([CachedRollout("uid", 0, ids, ids, ids, "stop", 2, 3)])

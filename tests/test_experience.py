@@ -3,7 +3,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from lit_specrl.experience import active_rows, padded_experience
+from lit_specrl.experience import padded_experience, rows_with_gradient
 from lit_specrl.types import Experience, PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 
@@ -93,9 +93,9 @@ def test_rows_that_no_reward_applies_to_have_reward_nan():
 def test_advantages_outside_the_loss_are_no_signal(rollouts):
     experience = padded_experience(rollouts)
     experience.advantages[1, 2] = experience.advantages[3, 0] = experience.advantages[3, 2] = 2.0
-    assert active_rows(experience, every_row_matters=False) == [1, 3]
+    assert rows_with_gradient(experience, every_row_matters=False) == [1, 3]
     experience.loss_mask = experience.loss_mask & torch.tensor([[True, True, True]] * 3 + [[False, True, True]])
-    assert active_rows(experience, every_row_matters=False) == [1]
+    assert rows_with_gradient(experience, every_row_matters=False) == [1]
 
 
 def test_truncated_rows_leave_the_loss_and_stay_in_the_forward_pass(rollouts):
@@ -108,17 +108,17 @@ def test_truncated_rows_leave_the_loss_and_stay_in_the_forward_pass(rollouts):
         [True, True, False],
     ]
     assert experience.response_mask[1].tolist() == [True, True, True]
-    assert active_rows(experience, every_row_matters=False) == [0]
-    assert active_rows(experience, every_row_matters=True) == [0, 2, 3]
+    assert rows_with_gradient(experience, every_row_matters=False) == [0]
+    assert rows_with_gradient(experience, every_row_matters=True) == [0, 2, 3]
 
 
 def test_rows_without_advantage_have_no_gradient_unless_another_term_reaches_them(experience):
-    assert active_rows(experience, every_row_matters=False) == [0, 1]
-    assert active_rows(experience, every_row_matters=True) == [0, 1, 2, 3]
+    assert rows_with_gradient(experience, every_row_matters=False) == [0, 1]
+    assert rows_with_gradient(experience, every_row_matters=True) == [0, 1, 2, 3]
 
 
 def test_one_row_is_kept_where_there_is_no_signal(rollouts):
-    assert active_rows(padded_experience(rollouts), every_row_matters=False) == [0]
+    assert rows_with_gradient(padded_experience(rollouts), every_row_matters=False) == [0]
 
 
 def test_selected_rows_bring_their_prompts_and_no_padding_beyond_their_own(experience):

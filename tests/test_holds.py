@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from lit_specrl.checkpoints.atomic_files import whole_file, whole_folder
+from lit_specrl.checkpoints.atomic_files import atomic_file, atomic_folder
 from lit_specrl.checkpoints.locks import ProcessFolder, hold, is_held, sweep
 
 
@@ -54,7 +54,7 @@ def test_a_folder_of_a_living_process_stays_and_that_of_a_killed_one_goes(tempor
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_what_is_being_written_stays_and_what_was_half_written_goes(tmp_path, is_folder):
     def write_half():
-        with (whole_folder if is_folder else whole_file)(tmp_path / "last.ckpt") as partial:
+        with (atomic_folder if is_folder else atomic_file)(tmp_path / "last.ckpt") as partial:
             (partial / "inside" if is_folder else partial).write_text("half")
             os.write(ready, b"1")
             signal.pause()
@@ -64,11 +64,11 @@ def test_what_is_being_written_stays_and_what_was_half_written_goes(tmp_path, is
     if child == 0:
         write_half()
     os.read(read, 1)
-    with whole_file(tmp_path / "step=1.ckpt") as partial:
+    with atomic_file(tmp_path / "step=1.ckpt") as partial:
         partial.write_text("whole")
     assert len(names(tmp_path)) == 2
     end(child)
-    with whole_file(tmp_path / "step=2.ckpt") as partial:
+    with atomic_file(tmp_path / "step=2.ckpt") as partial:
         partial.write_text("whole")
     assert names(tmp_path) == ["step=1.ckpt", "step=2.ckpt"]
 

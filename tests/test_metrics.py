@@ -8,7 +8,7 @@ import torch
 from lit_specrl import metrics
 from lit_specrl.losses import ImportanceSampling, PolicyLoss, ValueClipStatistics, value_loss
 from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics
-from lit_specrl.sums import total
+from lit_specrl.metrics import merge
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 
@@ -79,7 +79,7 @@ def test_statistics_of_ranks_or_rounds_add_up_to_those_of_all_rows(rollouts, par
     groups = [replace(rollouts.select_groups(part), elapsed_s=float(len(part))) for part in parts]
     statistics = [RolloutStatistics.of(*pair) for pair in zip(groups, counters, strict=True)]
     all_counters = {"timeouts": 3.0, "nonfinite": 1.0} | ({"errors": 4.0} if len(parts) == 3 else {})
-    assert total(statistics) == RolloutStatistics.of(rollouts, all_counters)
+    assert merge(statistics) == RolloutStatistics.of(rollouts, all_counters)
     assert statistics[0].counters == counters[0]  # adding changes no part
 
 
@@ -161,14 +161,14 @@ def test_update_metrics_do_not_depend_on_the_split_over_ranks(ranks):
         + (statistics(rows) if rows else UpdateStatistics())
         for rows in ranks
     ]
-    assert total(parts).metrics(num_ranks=2) == pytest.approx(UPDATE_METRICS)
+    assert merge(parts).metrics(num_ranks=2) == pytest.approx(UPDATE_METRICS)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_loss_is_the_mean_over_the_updates_of_a_step(num_ranks):
     """Losses 1 and 3, of which each rank reports its share."""
     losses = [UpdateStatistics(loss=torch.tensor(loss / num_ranks), num_updates=1) for loss in (1.0, 3.0)]
-    assert total(losses * num_ranks).metrics(num_ranks)["loss"] == 2.0
+    assert merge(losses * num_ranks).metrics(num_ranks)["loss"] == 2.0
 
 
 def test_an_update_of_nothing_reports_no_ratios():
@@ -224,7 +224,7 @@ def critic_statistics(rows):
 def test_critic_metrics_are_means_over_tokens_however_rows_are_split(parts):
     """Clipped to 0.5 or less, the second value and the fourth have the larger error, 2.5 and 0.5."""
     squares = [0.75**2, 2.5**2, 2.0**2, 0.5**2, 0.5**2]
-    assert total([critic_statistics(rows) for rows in parts]).metrics() == pytest.approx(
+    assert merge([critic_statistics(rows) for rows in parts]).metrics() == pytest.approx(
         {"critic/vf_loss": 0.5 * sum(squares) / 5, "critic/vf_clipfrac": 2 / 5}
     )
 
@@ -259,7 +259,7 @@ def test_value_statistics_of_ranks_add_up_to_those_of_all_rows(parts):
     """Values are off by 0.75, 1, -2, 0 and 0.5: mean 0.05, of returns 1.2."""
     error_variance = (0.7**2 + 0.95**2 + 2.05**2 + 0.05**2 + 0.45**2) / 4
     variance = (3 * 0.2**2 + 1.8**2 + 1.2**2) / 4
-    added_up = total([ValueStatistics.of(VALUES[rows], RETURNS[rows], VALUE_MASK[rows]) for rows in parts])
+    added_up = merge([ValueStatistics.of(VALUES[rows], RETURNS[rows], VALUE_MASK[rows]) for rows in parts])
     assert added_up.metrics() == pytest.approx(
         {
             "critic/values/mean": 5.75 / 5,

@@ -320,7 +320,8 @@ def test_rows_without_gradient_are_skipped_and_counted(fit, tiny_model, monkeypa
     assert history.steps[1]["perf/rows_without_gradient"] == GROUP
     assert history.steps[1]["frac_reward_zero_std"] == 0.5
     monkeypatch.setattr(
-        "lit_specrl.algorithms.rlvr.active_rows", lambda experience, every_row_matters: list(range(experience.num_rows))
+        "lit_specrl.algorithms.rlvr.rows_with_gradient",
+        lambda experience, every_row_matters: list(range(experience.num_rows)),
     )
     computing_all, history = fit(module(), limit_train_batches=1)
     assert history.steps[1]["perf/rows_without_gradient"] == 0

@@ -7,7 +7,7 @@ from transformers import (
 )
 
 from lit_specrl.masking import pad_left, pad_right
-from lit_specrl.models.capture import Teaching
+from lit_specrl.models.capture import CaptureSpec
 from lit_specrl.models.policy import Policy, check_model_exists
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
@@ -178,7 +178,7 @@ def test_a_model_that_cannot_be_had_is_named_with_what_to_do(find, kind, tmp_pat
 @pytest.mark.parametrize("vocabulary", [None, torch.arange(1, 128, 3)], ids=["all tokens", "some tokens"])
 def test_what_is_kept_for_a_drafter_is_what_the_model_says(folder, share_prompts, vocabulary):
     policy, temperature = Policy.build(folder).eval(), 0.7
-    teaching = Teaching(rows=[0, 1, 3], layers=(0, 1), vocabulary=vocabulary, num_top=5)
+    teaching = CaptureSpec(rows=[0, 1, 3], layers=(0, 1), vocabulary=vocabulary, num_top=5)
     out = policy(*padded(), temperature=temperature, share_prompts=share_prompts, teaching=teaching)
     assert [taught.row for taught in out.taught] == teaching.rows
     for row, features, top_tokens, top_logprobs, log_mass in out.taught:
@@ -198,7 +198,7 @@ def test_what_is_kept_for_a_drafter_is_what_the_model_says(folder, share_prompts
 def test_listening_changes_no_gradient(folder, share_prompts):
     """Layers of a drafter that needs no hidden states are none."""
     found = []
-    for teaching in (None, Teaching([0, 4], (1,), None, 3), Teaching([2], (), None, 3)):
+    for teaching in (None, CaptureSpec([0, 4], (1,), None, 3), CaptureSpec([2], (), None, 3)):
         policy = Policy.build(folder)
         out = policy(*padded(), share_prompts=share_prompts, teaching=teaching)
         out.logprobs.sum().backward()

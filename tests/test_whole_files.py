@@ -3,7 +3,7 @@
 import pytest
 
 from lit_specrl.checkpoints import atomic_files as whole_files
-from lit_specrl.checkpoints.atomic_files import put_in_place, whole_folder
+from lit_specrl.checkpoints.atomic_files import atomic_folder, replace_atomically
 
 
 def names(folder):
@@ -11,11 +11,11 @@ def names(folder):
 
 
 def test_a_folder_appears_when_it_is_complete_and_replaces_the_one_before(tmp_path):
-    with whole_folder(tmp_path / "deep" / "folder") as partial:
+    with atomic_folder(tmp_path / "deep" / "folder") as partial:
         (partial / "first").write_text("1")
         assert not (tmp_path / "deep" / "folder").exists()
     assert names(tmp_path) == ["deep", "deep/folder", "deep/folder/first"]
-    with whole_folder(tmp_path / "deep" / "folder") as partial:
+    with atomic_folder(tmp_path / "deep" / "folder") as partial:
         (partial / "second").write_text("2")
         assert (tmp_path / "deep" / "folder" / "first").exists()
     assert names(tmp_path) == ["deep", "deep/folder", "deep/folder/second"]
@@ -23,7 +23,7 @@ def test_a_folder_appears_when_it_is_complete_and_replaces_the_one_before(tmp_pa
 
 
 def test_an_error_leaves_what_was_there(tmp_path):
-    with whole_folder(tmp_path / "folder") as partial:
+    with atomic_folder(tmp_path / "folder") as partial:
         (partial / "first").write_text("1")
     with pytest.raises(RuntimeError, match="halfway"):
         fail_halfway(tmp_path / "folder")
@@ -31,7 +31,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
 
 
 def fail_halfway(folder):
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         (partial / "second").write_text("2")
         raise RuntimeError("halfway")
 
@@ -56,7 +56,7 @@ def test_anything_takes_the_place_of_anything(tmp_path, monkeypatch, can_exchang
 
     make(tmp_path / "x", before, "before")
     make(tmp_path / "x.partial", after, "after")
-    put_in_place(tmp_path / "x.partial", tmp_path / "x")
+    replace_atomically(tmp_path / "x.partial", tmp_path / "x")
     assert ((tmp_path / "x" / "inside") if after == "folder" else (tmp_path / "x")).read_text() == "after"
     linked = ["linked", "linked/inside"] if before == "link" else []
     assert names(tmp_path) == sorted([*linked, "x", *(["x/inside"] if after == "folder" else [])])

@@ -38,7 +38,7 @@ from lit_specrl.distributed.collectives import (
 )
 from lit_specrl.distributed.fsdp2 import sharding
 from lit_specrl.distributed.signals import DeferredSignals
-from lit_specrl.experience import active_rows, padded_experience
+from lit_specrl.experience import padded_experience, rows_with_gradient
 from lit_specrl.losses import (
     Aggregation,
     ImportanceSampling,
@@ -335,7 +335,7 @@ class RLVRModule(ScoringModule):
         return list(self.critic.trained_parameters(self.policy))
 
     def on_train_start(self) -> None:
-        self._signals.take_over(self.trainer)
+        self._signals.install(self.trainer)
         epochs: Any = self.trainer.fit_loop.epoch_progress
         if self.trainer.fit_loop.restarted_mid_epoch and epochs.total.ready == epochs.total.processed:
             # Lightning 2.6 does not count the epoch that begins when a run is resumed behind the last step of one; the next resume would lose or repeat an epoch
@@ -348,7 +348,7 @@ class RLVRModule(ScoringModule):
             )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._signals.obey(self.device)
+        self._signals.raise_pending(self.device)
 
     # ------------------------------------------------------------------------------------------------------- algorithm
 
@@ -546,7 +546,7 @@ class RLVRModule(ScoringModule):
             _, optimizer = self._optimizers()
             optimizer.zero_grad()
             weights = self._token_weights(experience, "token")
-            for micro_batch in self._plan(experience, active_rows(experience, every_row_matters=True)):
+            for micro_batch in self._plan(experience, rows_with_gradient(experience, every_row_matters=True)):
                 part = experience.select(micro_batch.rows)
                 values = self._values(self.critic, part, micro_batch)
                 per_token_loss, found = self.critic.loss(values, part)  # [n, R]
@@ -566,7 +566,7 @@ class RLVRModule(ScoringModule):
         if self._critic_warms_up and not isinstance(self.critic, SharedTrunkCritic):
             return []
         every_row_matters = self._kl_in_loss > 0 or isinstance(self.critic, SharedTrunkCritic)
-        return active_rows(experience, every_row_matters)
+        return rows_with_gradient(experience, every_row_matters)
 
     @property
     def _kl_in_loss(self) -> float:

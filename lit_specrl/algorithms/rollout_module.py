@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lit_specrl.algorithms.evaluation import AccuracyMeter
 from lit_specrl.answers import extract_answer
-from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.models.model_files import check_tokenizer, check_weights
 from lit_specrl.models.policy import Policy, check_model_exists, unreachable_model_message
@@ -104,9 +104,9 @@ class RolloutModule(L.LightningModule):
         strategy = self.trainer.strategy
         writer = strategy.checkpoint_io
         if type(writer) is TorchCheckpointIO:  # the default
-            strategy.checkpoint_io = WholeCheckpointIO()
+            strategy.checkpoint_io = AtomicCheckpointIO()
         elif isinstance(writer, AsyncCheckpointIO) and type(writer.checkpoint_io) is TorchCheckpointIO:
-            writer._checkpoint_io = WholeCheckpointIO()  # its setter takes the first one alone
+            writer._checkpoint_io = AtomicCheckpointIO()  # its setter takes the first one alone
 
     @property
     def max_length(self) -> int | None:

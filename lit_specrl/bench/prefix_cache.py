@@ -66,7 +66,7 @@ def _responses(rows: int, tokens: int, step: int) -> Iterator[CachedRollout]:
             uid=f"{uid:016x}",
             sample=sample,
             token_ids=np.arange(tokens),
-            draft_logprobs=logprobs[sample],
+            previous_logprobs=logprobs[sample],
             generation_logprobs=logprobs[sample],
             finish_reason="stop",
             policy_version=step,

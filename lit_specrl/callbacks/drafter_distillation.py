@@ -21,18 +21,18 @@ from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
 from lit_specrl.callbacks.rank_store import checkpoint_folder, checkpoints_are_recorded, sweep_rank_files
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
-from lit_specrl.checkpoints.rank_files import DRAFTER_LESSONS, RankFiles, rank_file
+from lit_specrl.checkpoints.rank_files import DRAFTER_SAMPLES, RankFiles, rank_file
 from lit_specrl.checkpoints.tensor_file import RejectedFileError
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import Drafter
-from lit_specrl.drafting.distillation.buffer import Lesson, LessonBuffer
-from lit_specrl.drafting.distillation.collector import LessonCollector
+from lit_specrl.drafting.distillation.buffer import DistillationBuffer, DistillationSample
+from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
 from lit_specrl.drafting.distillation.reward_weights import WeightScope, reward_weights
-from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTraining
+from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.types import Experience, RolloutRequest, Rollouts
 
-_WORSE = 0.01
+_ROLLBACK_TOLERANCE = 0.01
 """Tokens of acceptance length by which a training may make the drafter worse on responses that it has not seen."""
 
 
@@ -123,17 +123,17 @@ class DrafterDistillation(RolloutCallback):
         self.holdout_fraction, self.step_decay, self.output = holdout_fraction, step_decay, output
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.micro_batch_tokens, self.max_grad_norm = micro_batch_tokens, max_grad_norm
-        self.lessons = LessonBuffer(max_bytes, max_age)
+        self.samples = DistillationBuffer(max_bytes, max_age)
         self.version = 0
         """Trainings behind the drafter's weights."""
         self.network: DraftNetwork | None = None
         self.seed = seed
         self._generator = torch.Generator()
-        self._newest_taught = 0  # policy version
-        self._has_news = False
+        self._newest_sample_version = 0  # policy version
+        self._has_new_samples = False
         self._step_s = 0.0
         self._restored: dict[str, Any] | None = None
-        self._files = RankFiles(DRAFTER_LESSONS)
+        self._files = RankFiles(DRAFTER_SAMPLES)
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
@@ -154,8 +154,8 @@ class DrafterDistillation(RolloutCallback):
         self.drafter.prepare(pl_module.model_name)
         self.network = self.drafter.network()
         self.network.module.to(pl_module.device)
-        self.collector = LessonCollector(self.network, self.num_top, self._generator)
-        self.training = DrafterTraining(
+        self.collector = TeacherOutputCollector(self.network, self.num_top, self._generator)
+        self.training = DrafterTrainer(
             self.network,
             self.make_optimizer(self.network.parameters),
             self.drafter.num_speculative_tokens,
@@ -182,15 +182,15 @@ class DrafterDistillation(RolloutCallback):
         """Learn from the step before, then publish: the engine drafts with the newest weights, and still has them."""
         if self.network is None:
             return
-        if trainer.training and self._has_news:
+        if trainer.training and self._has_new_samples:
             if pl_module.step % self.every_n_steps == 0:
                 with pl_module.timer("train_drafter"):
                     pl_module.step_metrics |= self._train()
-                self._has_news = False
+                self._has_new_samples = False
             pl_module.step_metrics |= {
                 "drafter/version": float(self.version),
-                "drafter/staleness": float(pl_module.policy_version - self._newest_taught),
-                "drafter/buffer_bytes": float(sum(gather_objects(self.lessons.num_bytes))),
+                "drafter/staleness": float(pl_module.policy_version - self._newest_sample_version),
+                "drafter/buffer_bytes": float(sum(gather_objects(self.samples.num_bytes))),
             }
         self._publish(pl_module)
 
@@ -222,12 +222,12 @@ class DrafterDistillation(RolloutCallback):
         pl_module.student = None
         self._keep(pl_module)
         self._step_s = pl_module.step_metrics["timing_s/step"]
-        self._has_news = True
+        self._has_new_samples = True
 
     def _keep(self, pl_module: RLVRModule) -> None:
         """Weigh what was kept of this step by the rewards of all ranks, and store it."""
         taught = self.collector.pop()
-        found = gather_objects([(lesson.uid, lesson.reward) for lesson in taught])
+        found = gather_objects([(sample.uid, sample.reward) for sample in taught])
         everyone = [entry for rank in found for entry in rank]
         if everyone:
             numbers = {uid: number for number, uid in enumerate(dict.fromkeys(uid for uid, _ in everyone))}
@@ -240,19 +240,19 @@ class DrafterDistillation(RolloutCallback):
             ).tolist()
             start = sum(len(entries) for entries in found[: pl_module.global_rank])
             own = weights[start : start + len(taught)]
-            self.lessons.put(replace(lesson, weight=weight) for lesson, weight in zip(taught, own, strict=True))
-        self.lessons.expire(pl_module.policy_version)
+            self.samples.put(replace(sample, weight=weight) for sample, weight in zip(taught, own, strict=True))
+        self.samples.expire(pl_module.policy_version)
 
     def _train(self) -> dict[str, float]:
-        """Pass over a share of the lessons; back to the former weights if that has made the drafter worse."""
+        """Pass over a share of the samples; back to the former weights if that has made the drafter worse."""
         assert self.network is not None
         started_at = time.perf_counter()
         budget_s = math.inf if self.max_step_fraction is None else self.max_step_fraction * self._step_s
-        held_out = [lesson for lesson in self.lessons if is_held_out(lesson, self.holdout_fraction)]
+        held_out = [sample for sample in self.samples if is_held_out(sample, self.holdout_fraction)]
         drawn = [
-            lesson
-            for lesson in self.lessons.draw(self.share, self._generator)
-            if not is_held_out(lesson, self.holdout_fraction)
+            sample
+            for sample in self.samples.draw(self.share, self._generator)
+            if not is_held_out(sample, self.holdout_fraction)
         ]
         updates = cut(drawn, self.update_tokens)
         num_updates = max(gather_objects(len(updates)))
@@ -273,18 +273,20 @@ class DrafterDistillation(RolloutCallback):
         metrics = {
             "drafter/loss": sum(losses) / len(losses),
             "drafter/updates": float(len(losses)),
-            "drafter/weight_mean": _mean([lesson.weight for lesson in drawn]),
+            "drafter/weight_mean": _mean([sample.weight for sample in drawn]),
             "drafter/weight_floor_fraction": _floor_fraction(drawn),
             "drafter/rolled_back": 0.0,
         }
-        if after.num_drafts and after.acceptance_length < before.acceptance_length - _WORSE:
+        if after.num_drafts and after.acceptance_length < before.acceptance_length - _ROLLBACK_TOLERANCE:
             self.network.load_weights(weights, self.network.vocabulary)
             self.training.optimizer.load_state_dict(optimizer)
             metrics["drafter/rolled_back"] = 1.0
             after = before
             self.version -= 1
         else:
-            self._newest_taught = max([lesson.policy_version for lesson in drawn], default=self._newest_taught)
+            self._newest_sample_version = max(
+                [sample.policy_version for sample in drawn], default=self._newest_sample_version
+            )
         if after.num_drafts:
             metrics |= {
                 "drafter/kl": after.kl,
@@ -294,8 +296,8 @@ class DrafterDistillation(RolloutCallback):
             }
         return metrics | {"drafter/train_s": time.perf_counter() - started_at}
 
-    def _evaluate(self, lessons: Sequence[Lesson]) -> DrafterEvaluation:
-        ranks = gather_objects(self.training.evaluate(lessons))
+    def _evaluate(self, samples: Sequence[DistillationSample]) -> DrafterEvaluation:
+        ranks = gather_objects(self.training.evaluate(samples))
         return sum(ranks[1:], start=ranks[0])
 
     # ---------------------------------------------------------------------------------------------------------- resume
@@ -307,7 +309,7 @@ class DrafterDistillation(RolloutCallback):
         folder = checkpoint_folder(trainer)
         self._files.save(
             folder,
-            self.lessons,
+            self.samples,
             self._identity(),
             step=module.step,
             rank=trainer.global_rank,
@@ -320,8 +322,8 @@ class DrafterDistillation(RolloutCallback):
             "world_size": trainer.world_size,
             "origin": self.drafter.origin(),
             "version": self.version,
-            "newest_taught": self._newest_taught,
-            "has_news": self._has_news,
+            "newest_taught": self._newest_sample_version,
+            "has_news": self._has_new_samples,
             "step_s": self._step_s,
             "weights": {name: weight.cpu() for name, weight in self.network.weights()},
             "vocabulary": None if self.network.vocabulary is None else self.network.vocabulary.cpu(),
@@ -343,17 +345,17 @@ class DrafterDistillation(RolloutCallback):
         self.training.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.version, self._newest_taught = state["version"], state["newest_taught"]
-        self._has_news, self._step_s = state["has_news"], state["step_s"]
+        self.version, self._newest_sample_version = state["version"], state["newest_taught"]
+        self._has_new_samples, self._step_s = state["has_news"], state["step_s"]
         if state["world_size"] != trainer.world_size:
             rank_zero_info("the number of ranks has changed: the drafter begins with no kept responses")
             return
         rank, world_size = trainer.global_rank, trainer.world_size
         folders = [Path(str(trainer.ckpt_path)).parent.absolute(), Path(state["folder"])]
-        paths = [rank_file(folder / DRAFTER_LESSONS, state["step"], rank, world_size) for folder in folders]
+        paths = [rank_file(folder / DRAFTER_SAMPLES, state["step"], rank, world_size) for folder in folders]
         path = next((path for path in paths if path.exists()), paths[0])
         try:
-            self.lessons = LessonBuffer.load(path, self._identity(), self.lessons.max_bytes, self.lessons.max_age)
+            self.samples = DistillationBuffer.load(path, self._identity(), self.samples.max_bytes, self.samples.max_age)
         except (OSError, RejectedFileError) as error:
             rank_zero_warn(f"the responses that the drafter learns from cannot be used, it waits for new ones: {error}")
 
@@ -369,27 +371,27 @@ class DrafterDistillation(RolloutCallback):
         return {"layers": str(list(self.network.layers)), "vocabulary": digest}
 
 
-def is_held_out(lesson: Lesson, fraction: float) -> bool:
+def is_held_out(sample: DistillationSample, fraction: float) -> bool:
     """Whether a response is for evaluation alone; the same for the same tokens, in every step and run."""
-    digest = xxhash.xxh3_64_intdigest(lesson.token_ids.numpy().tobytes())
+    digest = xxhash.xxh3_64_intdigest(sample.token_ids.numpy().tobytes())
     return digest / 2**64 < fraction
 
 
-def cut(lessons: Sequence[Lesson], num_tokens: int) -> list[list[Lesson]]:
+def cut(samples: Sequence[DistillationSample], num_tokens: int) -> list[list[DistillationSample]]:
     """Parts of at least `num_tokens` tokens each, but for the last.
 
     Example:
         >>> cut([], 10)
         []
     """
-    parts: list[list[Lesson]] = []
+    parts: list[list[DistillationSample]] = []
     room = 0
-    for lesson in lessons:
+    for sample in samples:
         if room <= 0:
             parts.append([])
             room = num_tokens
-        parts[-1].append(lesson)
-        room -= len(lesson)
+        parts[-1].append(sample)
+        room -= len(sample)
     return parts
 
 
@@ -397,9 +399,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-def _floor_fraction(lessons: Sequence[Lesson]) -> float:
+def _floor_fraction(samples: Sequence[DistillationSample]) -> float:
     """Share of responses that count least, where not all count alike."""
-    weights = [lesson.weight for lesson in lessons]
+    weights = [sample.weight for sample in samples]
     if not weights or min(weights) == max(weights):
         return 0.0
     return _mean([float(weight == min(weights)) for weight in weights])

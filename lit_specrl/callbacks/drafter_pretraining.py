@@ -21,9 +21,9 @@ from lit_specrl.callbacks.drafter_distillation import cut, default_optimizer, is
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.distributed.collectives import gather_objects, sum_over_ranks
 from lit_specrl.drafting import Drafter, Eagle3Drafter
-from lit_specrl.drafting.distillation.buffer import Lesson, LessonBuffer
-from lit_specrl.drafting.distillation.collector import LessonCollector
-from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTraining
+from lit_specrl.drafting.distillation.buffer import DistillationBuffer, DistillationSample
+from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
+from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
 from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network
 from lit_specrl.experience import padded_rows
@@ -104,8 +104,8 @@ class DrafterPretraining(RolloutCallback):
         responses = list(self._responses(trainer, pl_module))
         network = self._new_head(pl_module, responses) if self.drafter is None else self.drafter.network()
         network.module.to(pl_module.device)
-        collector = LessonCollector(network, self.num_top, torch.Generator().manual_seed(self.seed))
-        buffer = LessonBuffer(self.max_bytes, max_age=0)
+        collector = TeacherOutputCollector(network, self.num_top, torch.Generator().manual_seed(self.seed))
+        buffer = DistillationBuffer(self.max_bytes, max_age=0)
         with trainer.precision_plugin.train_step_context():
             for part in _tracked(responses, "the policy reads", trainer):
                 pl_module.teach(collector, part.to(pl_module.device))
@@ -122,11 +122,11 @@ class DrafterPretraining(RolloutCallback):
         trainer.should_stop = True
 
     def _train(
-        self, trainer: L.Trainer, pl_module: RLVRModule, network: DraftNetwork, lessons: list[Lesson]
+        self, trainer: L.Trainer, pl_module: RLVRModule, network: DraftNetwork, samples: list[DistillationSample]
     ) -> tuple[DrafterEvaluation, DrafterEvaluation]:
-        held_out = [lesson for lesson in lessons if is_held_out(lesson, self.holdout_fraction)]
-        trained = [lesson for lesson in lessons if not is_held_out(lesson, self.holdout_fraction)]
-        training = DrafterTraining(
+        held_out = [sample for sample in samples if is_held_out(sample, self.holdout_fraction)]
+        trained = [sample for sample in samples if not is_held_out(sample, self.holdout_fraction)]
+        training = DrafterTrainer(
             network,
             self.make_optimizer(network.parameters),
             self.num_speculative_tokens,
@@ -223,8 +223,8 @@ def _tracked(values: Iterable[Any], title: str, trainer: L.Trainer) -> Iterable[
     return track(values, title, disable=not trainer.is_global_zero)
 
 
-def _evaluate(training: DrafterTraining, lessons: list[Lesson]) -> DrafterEvaluation:
-    ranks = gather_objects(training.evaluate(lessons))
+def _evaluate(training: DrafterTrainer, samples: list[DistillationSample]) -> DrafterEvaluation:
+    ranks = gather_objects(training.evaluate(samples))
     return sum(ranks[1:], start=ranks[0])
 
 

@@ -71,10 +71,10 @@ class PrefixCache(RolloutCallback):
         control_fraction: share of each group that is generated afresh, to compare rewards with (`prefix_cache/reward_gap`).
         reuse_rewards: take the rewards of rows that were kept whole from the cache. False for rewards that depend on the other rows of
             the group, or are not the same for the same text.
-        verifier: "policy" scores drafts by the forward pass that training uses; "engine" lets vLLM score them, where a row goes on as soon as it
+        verifier: "policy" scores cached by the forward pass that training uses; "engine" lets vLLM score them, where a row goes on as soon as it
             is verified and finds its prefix in the engine's KV prefix cache. Temperature 1 only.
         block_length: tokens that are verified at a time; a draft is not looked at beyond the block in which it is rejected. `None` for what has the
-            fewest tokens computed where drafts are rejected as often as in the step before.
+            fewest tokens computed where cached are rejected as often as in the step before.
         max_bytes: most memory for cached responses on each rank; the oldest make room.
 
     Raises:
@@ -159,7 +159,7 @@ class PrefixCache(RolloutCallback):
             request.past_responses = self._past_responses(request)
         current = ReuseRound(request, self._find_drafts(request), self.rule)
         if self.verifier == "engine" and self.rule.needs_logprobs:
-            current.hand_over(self._block_length)
+            current.verify_in_engine(self._block_length)
         else:
             with pl_module.timer("verify"):
                 current.verify(partial(pl_module.response_logprobs, block_length=self._block_length))
@@ -186,10 +186,10 @@ class PrefixCache(RolloutCallback):
         pl_module.step_metrics["prefix_cache/bytes"] = float(sum(gather_objects(self.store.num_bytes)))
         if self.rule.needs_logprobs:
             pl_module.step_metrics["prefix_cache/block_length"] = float(self._block_length)
-        if self.block_length is None and statistics.num_drafts:
+        if self.block_length is None and statistics.num_cached:
             self._block_length = statistics.block_length
         self._drafts_are_useless.update(
-            statistics.num_draft_tokens > 0 and statistics.num_reused_tokens < 0.02 * statistics.num_draft_tokens
+            statistics.num_cached_tokens > 0 and statistics.num_reused_tokens < 0.02 * statistics.num_cached_tokens
         )
         self._responses_are_stale.update(statistics.num_reused_tokens > 0.98 * statistics.num_tokens)
 
@@ -236,16 +236,16 @@ class PrefixCache(RolloutCallback):
         if isinstance(self.rule, NoReuse):
             return [None] * request.num_rows
         fraction = self.adaptive_lenience.fraction if self.adaptive_lenience else 1.0
-        drafts: list[CachedRollout | None] = []
+        cached: list[CachedRollout | None] = []
         for group, uid in enumerate(request.prompts.uids):
             seeds = request.seeds[group * size : (group + 1) * size]
             if fraction < 1 and float(row_uniforms(seeds[:1], 1, "reuse")) >= fraction:
-                drafts += [None] * size
+                cached += [None] * size
                 continue
             control = control_samples(seeds, self.control_fraction)
             cached = [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
-            drafts += [row if row is not None and row.num_reuses < self.max_reuses else None for row in cached]
-        return drafts
+            cached += [row if row is not None and row.num_reuses < self.max_reuses else None for row in cached]
+        return cached
 
     def _record_missing_logprobs(self, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience) -> None:
         """Score what no other pass of this step will: rows that the update skips, and groups that were dropped."""
@@ -265,7 +265,7 @@ class PrefixCache(RolloutCallback):
         metrics = {"prefix_cache/lenience": self.rule.lenience}
         if self.adaptive_lenience is None:
             return metrics
-        metrics["prefix_cache/draft_fraction"] = self.adaptive_lenience.fraction
+        metrics["prefix_cache/cached_fraction"] = self.adaptive_lenience.fraction
         self.adaptive_lenience.update(statistics.kl_sum, statistics.num_scored)
         self._set_lenience(self.adaptive_lenience.value)
         return metrics

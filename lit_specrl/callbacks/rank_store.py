@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lit_specrl.checkpoints.checkpoint_io import WholeCheckpointIO
+from lit_specrl.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lit_specrl.checkpoints.rank_files import RankFiles
 from lit_specrl.distributed.fsdp2 import FSDP2Strategy
 
@@ -26,7 +26,7 @@ def checkpoints_are_recorded(trainer: L.Trainer) -> bool:
     if isinstance(strategy, ModelParallelStrategy):
         return False
     writer = strategy.checkpoint_io
-    return isinstance(writer.checkpoint_io if isinstance(writer, AsyncCheckpointIO) else writer, WholeCheckpointIO)
+    return isinstance(writer.checkpoint_io if isinstance(writer, AsyncCheckpointIO) else writer, AtomicCheckpointIO)
 
 
 def sweep_rank_files(files: RankFiles, trainer: L.Trainer) -> None:

@@ -86,7 +86,7 @@ def memory_of_a_rank(trainer: L.Trainer, module: RLVRModule, size: ModelSize) ->
         if isinstance(cache, PrefixCache):
             parts["prefix cache, at most"] = cache.store.max_bytes or 0
         if isinstance(learner, DrafterDistillation):
-            parts["drafter's lessons, at most"] = learner.lessons.max_bytes
+            parts["drafter's lessons, at most"] = learner.samples.max_bytes
     return parts
 
 

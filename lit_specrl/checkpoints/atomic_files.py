@@ -16,7 +16,7 @@ from lit_specrl.checkpoints.locks import delete, held_folder, sweep
 
 
 @contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A new folder to write into, which takes the name when the block ends without an error.
 
     An older folder of the name is replaced. What a process that is killed leaves behind is deleted by the next one that writes there.
@@ -30,11 +30,11 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         with telling_of_a_full_disk(folder, written):
             written.mkdir()
             yield written
-            put_in_place(written, folder)
+            replace_atomically(written, folder)
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """Where to write what takes the name `path` when the block ends without an error, in place of an older one.
 
     Args:
@@ -43,7 +43,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with partial_folder(path) as partial, telling_of_a_full_disk(path, partial / path.name):
         yield partial / path.name
-        put_in_place(partial / path.name, path)
+        replace_atomically(partial / path.name, path)
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
         yield partial
 
 
-def put_in_place(written: Path, path: Path) -> None:
+def replace_atomically(written: Path, path: Path) -> None:
     """Give a file or folder that was written under another name beside it its own; what had that name is deleted. The bytes are on the disk before.
 
     At any moment there is one of the two under the name, where the file system can exchange names (local ones of Linux); elsewhere there is no folder for

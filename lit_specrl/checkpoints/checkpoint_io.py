@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_specrl.checkpoints.atomic_files import whole_file
+from lit_specrl.checkpoints.atomic_files import atomic_file
 from lit_specrl.checkpoints.content import loadable
 from lit_specrl.checkpoints.integrity import check_checkpoint, check_content, naming
 from lit_specrl.checkpoints.rank_files import record
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it; refuses to write what could not be read, and to read what was not written.
 
     Lightning 2.6 writes it into memory, then into the folder for temporary files, and moves it; where that is another file system the move is a copy, of which a killed
@@ -26,7 +26,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         content = loadable(checkpoint)
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             torch.save(content, partial)
             record(content, Path(path))
 

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from lit_specrl.checkpoints.atomic_files import whole_file
+from lit_specrl.checkpoints.atomic_files import atomic_file
 from lit_specrl.checkpoints.locks import hold, is_held, let_go, sweep
 from lit_specrl.checkpoints.tensor_file import RejectedFileError
 from lit_specrl.prefix_cache.store import RolloutStore
 
-PREFIX_CACHE, DRAFTER_LESSONS = "prefix_cache", "drafter_lessons"
+PREFIX_CACHE, DRAFTER_SAMPLES = "prefix_cache", "drafter_lessons"
 """Folders of the files."""
-_KEYS = {PREFIX_CACHE: "prefix_cache", DRAFTER_LESSONS: "drafter_distillation"}  # in a checkpoint, what needs the files
+_KEYS = {PREFIX_CACHE: "prefix_cache", DRAFTER_SAMPLES: "drafter_distillation"}  # in a checkpoint, what needs the files
 _NAME = re.compile(r"step-(\d+)-(?:rank\d+-)?of-(\d+)\.")
 
 
@@ -75,7 +75,7 @@ class RankFiles:
         """
         self.sweep(folder, rank)
         path = rank_file(folder / self.name, step, rank, world_size)
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             store.save(partial, identity)
             descriptor = hold(partial)
         self._let_go(path)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_specrl.checkpoints.atomic_files import whole_file
+from lit_specrl.checkpoints.atomic_files import atomic_file
 from lit_specrl.checkpoints.locks import delete
 
 RejectionReason = Literal["damaged", "foreign", "unknown version"]
@@ -63,7 +63,7 @@ def write_tensor_file(
     encoded = np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8).copy()
     tensors = {**tensors, _METADATA: torch.from_numpy(encoded)}
     header = {"version": str(version), "identity": json.dumps(identity), "checksum": _checksum(tensors)}
-    with whole_file(Path(path)) as partial:
+    with atomic_file(Path(path)) as partial:
         save_file(tensors, partial, header)
 
 

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lit_specrl.checkpoints.atomic_files import whole_folder
+from lit_specrl.checkpoints.atomic_files import atomic_folder
 from lit_specrl.checkpoints.integrity import OF_ALL_RANKS, check_checkpoint, naming
 from lit_specrl.cli.diagnosis import parsed
 from lit_specrl.drafting import DraftModel, Eagle3Drafter
@@ -82,7 +82,7 @@ def export_checkpoint(
         ) from error
     with suppress(OSError):  # many base models come without a generation config
         policy.generation_config = GenerationConfig.from_pretrained(model)
-    with whole_folder(target) as partial:
+    with atomic_folder(target) as partial:
         policy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     if drafter is not None and network is not None:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from lit_specrl.checkpoints.atomic_files import partial_folder, put_in_place, telling_of_a_full_disk
+from lit_specrl.checkpoints.atomic_files import partial_folder, replace_atomically, telling_of_a_full_disk
 from lit_specrl.checkpoints.checksums import write_checksums
 from lit_specrl.checkpoints.content import loadable
 from lit_specrl.checkpoints.integrity import OF_ALL_RANKS, check_checkpoint, check_content, naming
@@ -76,7 +76,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             self.barrier()
             if self.is_global_zero:
                 record(content, path)
-                put_in_place(partial, path)
+                replace_atomically(partial, path)
             self.barrier()
 
     def _write_checksums(self, folder: Path) -> None:

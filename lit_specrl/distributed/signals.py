@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_specrl.distributed.collectives import max_over_ranks
 
-_INSISTING_S = 10.0  # torchrun passes a signal on that its workers have got already
+_SECOND_SIGTERM_AFTER_S = 10.0  # torchrun passes a signal on that its workers have got already
 
 
 class DeferredSignals:
@@ -31,7 +31,7 @@ class DeferredSignals:
         self._told_at = 0.0
         self._handlers: dict[int, Callable[..., Any]] = {}
 
-    def take_over(self, trainer: L.Trainer) -> None:
+    def install(self, trainer: L.Trainer) -> None:
         """Put itself in the place of Lightning's handlers; Lightning restores those of before at the end of the run."""
         if threading.current_thread() is not threading.main_thread():
             return
@@ -43,13 +43,13 @@ class DeferredSignals:
 
     def _note(self, number: int, frame: Any) -> None:
         now = time.monotonic()
-        if number == self._received == signal.SIGTERM and now > self._told_at + _INSISTING_S:
+        if number == self._received == signal.SIGTERM and now > self._told_at + _SECOND_SIGTERM_AFTER_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if self._received != signal.SIGTERM:
             self._received, self._told_at = number, now
 
-    def obey(self, device: torch.device) -> None:
+    def raise_pending(self, device: torch.device) -> None:
         """Do what any rank was told to since the last call; every rank must ask.
 
         Raises:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from lit_specrl.checkpoints.atomic_files import whole_folder
+from lit_specrl.checkpoints.atomic_files import atomic_folder
 from lit_specrl.checkpoints.checksums import changed_files, write_checksums
 from lit_specrl.models.model_files import is_out_of_reach
 
@@ -174,7 +174,7 @@ def save_head(head: Any, folder: str | Path) -> None:
     vLLM loads it as it is.
     """
     head.should_save_on_this_rank = lambda is_main_process: is_main_process  # transformers writes on rank 0 alone
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         head.save_pretrained(partial)
         write_checksums(partial, partial.glob("*.safetensors"))
 

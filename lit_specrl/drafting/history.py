@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Place = tuple[int, int]
+Cursor = tuple[int, int]
 """A text of a history, and how many of its tokens were read."""
 
 _MATCHED = 2  # tokens that must agree before a text is followed
-_COMPARED = 16  # tokens before a place that tell better from worse
+_COMPARED = 16  # tokens before a cursor that tell better from worse
 _WEIGHTS = 0.7 ** np.arange(_COMPARED)  # of these, the last first
 _GAP = -1  # what stands before and behind a text; agrees with nothing
 
@@ -25,7 +25,7 @@ class TextHistory:
 
     Example:
         >>> history = TextHistory([[5, 6, 7, 8], [9, 6, 4, 3]])
-        >>> follower = Follower(history, own_text=0)
+        >>> follower = HistoryReader(history, own_text=0)
         >>> follower.propose([], 2)          # at the start, what it said last time
         [5, 6]
         >>> follower.propose([9, 6], 2)      # it took the other one's way
@@ -35,49 +35,51 @@ class TextHistory:
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self.texts = [list(text) for text in texts]
         tokens, self._starts = [_GAP] * _COMPARED, []
-        self._places: dict[tuple[int, ...], list[Place]] = defaultdict(list)
+        self._cursors: dict[tuple[int, ...], list[Cursor]] = defaultdict(list)
         for number, text in enumerate(self.texts):
             self._starts.append(len(tokens))
             tokens += [*text, *[_GAP] * _COMPARED]
             for end in range(_MATCHED, len(text)):
-                self._places[tuple(text[end - _MATCHED : end])].append((number, end))
+                self._cursors[tuple(text[end - _MATCHED : end])].append((number, end))
         self._tokens = np.array(tokens)
 
-    def find(self, response: Sequence[int], own_text: int | None, guesses: Iterable[Place] = ()) -> Place | None:
-        """Where to go on reading: the place before which the texts agree best with the response's end, or `None`.
+    def find(self, response: Sequence[int], own_text: int | None, guesses: Iterable[Cursor] = ()) -> Cursor | None:
+        """Where to go on reading: the cursor before which the texts agree best with the response's end, or `None`.
 
-        Candidates are the places behind the response's last two tokens, and the guesses. They may differ from the response in a word here and there: each
+        Candidates are the cursors behind the response's last two tokens, and the guesses. They may differ from the response in a word here and there: each
         of the last 16 tokens that agrees counts, the last most, and each one further back 0.7 times as much. Among equals the row's own text
-        comes first, then the place nearest to the response's length.
+        comes first, then the cursor nearest to the response's length.
         """
         tail = [int(token) for token in response[-_COMPARED:]]
-        places = self._places.get(tuple(tail[-_MATCHED:]), []) + [place for place in guesses if self.is_readable(place)]
-        if not places:
+        cursors = self._cursors.get(tuple(tail[-_MATCHED:]), []) + [
+            cursor for cursor in guesses if self.is_readable(cursor)
+        ]
+        if not cursors:
             return None
-        ends = np.array([self._starts[text] + position for text, position in places])
-        before = self._tokens[ends[:, None] - np.arange(1, len(tail) + 1)]  # [places, tail], the last first
+        ends = np.array([self._starts[text] + position for text, position in cursors])
+        before = self._tokens[ends[:, None] - np.arange(1, len(tail) + 1)]  # [cursors, tail], the last first
         agreement = np.where(before == tail[::-1], _WEIGHTS[: len(tail)], 0.0).sum(-1)
         best = max(
-            range(len(places)),
-            key=lambda at: (agreement[at], places[at][0] == own_text, -abs(places[at][1] - len(response))),
+            range(len(cursors)),
+            key=lambda at: (agreement[at], cursors[at][0] == own_text, -abs(cursors[at][1] - len(response))),
         )
-        return places[best]
+        return cursors[best]
 
-    def read(self, place: Place, length: int) -> list[int]:
-        """Up to so many tokens from a place on."""
-        text, position = place
+    def read(self, cursor: Cursor, length: int) -> list[int]:
+        """Up to so many tokens from a cursor on."""
+        text, position = cursor
         return self.texts[text][position : position + length]
 
-    def is_readable(self, place: Place) -> bool:
+    def is_readable(self, cursor: Cursor) -> bool:
         """Whether its text goes on there."""
-        return place[1] < len(self.texts[place[0]])
+        return cursor[1] < len(self.texts[cursor[0]])
 
 
 @dataclass
-class Follower:
+class HistoryReader:
     """Reads on in a history beside a growing response.
 
-    First in the row's own text; where the response has gone another way, at the place that agrees best with it. That may be where it was, as if one word had been
+    First in the row's own text; where the response has gone another way, at the cursor that agrees best with it. That may be where it was, as if one word had been
     replaced by another.
     """
 

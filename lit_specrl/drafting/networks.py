@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_specrl.checkpoints.atomic_files import whole_folder
+from lit_specrl.checkpoints.atomic_files import atomic_folder
 from lit_specrl.checkpoints.checksums import write_checksums
-from lit_specrl.drafting.distillation.buffer import Lesson
+from lit_specrl.drafting.distillation.buffer import DistillationSample
 from lit_specrl.drafting.eagle3 import (
     load_head,
     save_head,
@@ -29,7 +29,7 @@ class DraftStep(NamedTuple):
     logits: Tensor
     """[T, V'] over the drafter's vocabulary, not divided by a temperature."""
     rows: Tensor
-    """[T] long, the lesson of each place."""
+    """[T] long, the sample of each place."""
     places: Tensor
     """[T] long, the index of the proposed token in its response."""
 
@@ -48,13 +48,13 @@ class DraftNetwork(ABC):
     layers: tuple[int, ...] = ()
 
     @abstractmethod
-    def draft_steps(self, lessons: Sequence[Lesson], num_steps: int) -> Iterator[DraftStep]:
+    def draft_steps(self, samples: Sequence[DistillationSample], num_steps: int) -> Iterator[DraftStep]:
         """Drafts behind every token of the responses, as if all drafts were right (teacher forcing).
 
         The first token of a response is never drafted: the policy samples it when it reads the prompt.
 
         Args:
-            lessons: on the host.
+            samples: on the host.
             num_steps: drafted tokens, K; one step for networks that draft the second token as they draft the first.
         """
 
@@ -112,15 +112,15 @@ class Eagle3Network(DraftNetwork):
         """From a folder in the format of speculators; errors as those of `load_head`."""
         return cls(load_head(folder))
 
-    def draft_steps(self, lessons: Sequence[Lesson], num_steps: int) -> Iterator[DraftStep]:
+    def draft_steps(self, samples: Sequence[DistillationSample], num_steps: int) -> Iterator[DraftStep]:
         dtype = self.module.fc.weight.dtype
-        features = _padded([lesson.features[:-1].to(dtype) for lesson in lessons]).to(self.device)  # [N, L, F]
-        token_ids = _padded([lesson.token_ids[1:-1].long() for lesson in lessons]).to(self.device)  # [N, L]
-        lengths = torch.tensor([len(lesson) - 2 for lesson in lessons])
+        features = _padded([sample.features[:-1].to(dtype) for sample in samples]).to(self.device)  # [N, L, F]
+        token_ids = _padded([sample.token_ids[1:-1].long() for sample in samples]).to(self.device)  # [N, L]
+        lengths = torch.tensor([len(sample) - 2 for sample in samples])
         mask = (torch.arange(token_ids.shape[1])[None] < lengths[:, None]).to(self.device)
         for step, states in enumerate(unrolled_states(self.module, features, token_ids, mask, num_steps)):
-            rows, places = _places(lessons, step + 1)
-            prompts = torch.tensor([lesson.num_prompt_tokens for lesson in lessons])
+            rows, places = _places(samples, step + 1)
+            prompts = torch.tensor([sample.num_prompt_tokens for sample in samples])
             columns = prompts[rows] + places - 2 - step
             drafted = states[rows.to(self.device), columns.to(self.device)]  # [T, H]
             yield DraftStep(self.module.lm_head(drafted), rows, places)
@@ -147,13 +147,13 @@ class CausalNetwork(DraftNetwork):
         """From the hub or a folder in the transformers format."""
         return cls(AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32))
 
-    def draft_steps(self, lessons: Sequence[Lesson], num_steps: int) -> Iterator[DraftStep]:
-        token_ids = _padded([lesson.token_ids[:-1].long() for lesson in lessons]).to(self.device)  # [N, L]
-        lengths = torch.tensor([len(lesson) - 1 for lesson in lessons])
+    def draft_steps(self, samples: Sequence[DistillationSample], num_steps: int) -> Iterator[DraftStep]:
+        token_ids = _padded([sample.token_ids[:-1].long() for sample in samples]).to(self.device)  # [N, L]
+        lengths = torch.tensor([len(sample) - 1 for sample in samples])
         mask = (torch.arange(token_ids.shape[1])[None] < lengths[:, None]).to(self.device)
         states = self.module.base_model(input_ids=token_ids, attention_mask=mask.long(), use_cache=False)
-        rows, places = _places(lessons, 1)
-        prompts = torch.tensor([lesson.num_prompt_tokens for lesson in lessons])
+        rows, places = _places(samples, 1)
+        prompts = torch.tensor([sample.num_prompt_tokens for sample in samples])
         drafted = states.last_hidden_state[rows.to(self.device), (prompts[rows] + places - 1).to(self.device)]
         yield DraftStep(self.module.get_output_embeddings()(drafted), rows, places)
 
@@ -162,7 +162,7 @@ class CausalNetwork(DraftNetwork):
             yield name, parameter.detach()
 
     def save(self, folder: str | Path) -> None:
-        with whole_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             self.module.save_pretrained(partial)
             write_checksums(partial, partial.glob("*.safetensors"))
 
@@ -177,8 +177,8 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def _places(lessons: Sequence[Lesson], first: int) -> tuple[Tensor, Tensor]:
-    """Lesson and place of all response tokens from the place `first` on."""
-    rows = [row for row, lesson in enumerate(lessons) for _ in range(first, lesson.num_response_tokens)]
-    places = [place for lesson in lessons for place in range(first, lesson.num_response_tokens)]
+def _places(samples: Sequence[DistillationSample], first: int) -> tuple[Tensor, Tensor]:
+    """DistillationSample and place of all response tokens from the place `first` on."""
+    rows = [row for row, sample in enumerate(samples) for _ in range(first, sample.num_response_tokens)]
+    places = [place for sample in samples for place in range(first, sample.num_response_tokens)]
     return torch.tensor(rows, dtype=torch.long), torch.tensor(places, dtype=torch.long)

@@ -19,7 +19,7 @@ class SampledTokens(NamedTuple):
     """[N] nats, of these tokens."""
 
 
-class VerifiedTokens(NamedTuple):
+class RejectionSampled(NamedTuple):
     """What a step emits: the accepted part of each draft and one token after it."""
 
     token_ids: Tensor
@@ -79,7 +79,7 @@ def _draw(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     return (block * _BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(-1), totals
 
 
-def verify_drafts(
+def rejection_sample(
     target_logits: Tensor,
     draft_ids: Tensor,
     num_drafted: Sequence[int],
@@ -88,7 +88,7 @@ def verify_drafts(
     acceptance_uniforms: Tensor | None = None,
     is_greedy: Tensor | None = None,
     draft_vocabulary: Tensor | None = None,
-) -> VerifiedTokens:
+) -> RejectionSampled:
     """Accept drafted tokens, and sample the one that follows them. Exact: what is emitted is distributed as without drafts.
 
     Drafts that were not sampled (n-grams, history) are compared with what `sample_tokens` draws at their places: the first that is something else
@@ -111,13 +111,13 @@ def verify_drafts(
     Example: the second of two drafted tokens is impossible, so that the other one takes its place:
 
         >>> logits = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]]).log()
-        >>> verify_drafts(logits, torch.tensor([1, 1]), [2], None, torch.tensor([0.7, 0.3, 0.3]).double()).token_ids
+        >>> rejection_sample(logits, torch.tensor([1, 1]), [2], None, torch.tensor([0.7, 0.3, 0.3]).double()).token_ids
         tensor([[ 1,  0, -1]])
     """
     drafted = torch.tensor(num_drafted, device=target_logits.device)  # [N]
     first = (drafted + 1).cumsum(0) - drafted - 1  # [N], row's first position among the logits
     first_draft = drafted.cumsum(0) - drafted  # [N], row's first drafted token
-    emitted = VerifiedTokens(
+    emitted = RejectionSampled(
         torch.full((len(drafted), int(drafted.max()) + 1), -1, device=drafted.device),
         torch.zeros(len(drafted), int(drafted.max()) + 1, dtype=target_logits.dtype, device=drafted.device),
     )

@@ -100,9 +100,9 @@ class RolloutEngine(ABC):
             ValueError: a prefix longer than a response may be, or drafts for an engine that cannot verify.
         """
         self._check_version(request)
-        if request.drafts and not self.can_verify:
+        if request.cached_responses and not self.can_verify:
             raise ValueError(f"{type(self).__name__} cannot verify drafts; verify with the policy, or use VLLMEngine")
-        if request.drafts and not request.prefixes:
+        if request.cached_responses and not request.prefixes:
             request.prefixes = [[] for _ in range(request.num_rows)]
         self.decode_steps = ()  # where all rows are complete no engine is asked, and nothing of the call before must stay
         rows = [row for row in range(request.num_rows) if self.finish_reason(request, row) is None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_specrl.models.logprobs import token_logprobs
 from lit_specrl.models.policy import Policy
 
-Survivors = Callable[[Tensor, int, Tensor], Tensor]
+KeepScoring = Callable[[Tensor, int, Tensor], Tensor]
 """(rows [m], first column, log-probs [m, b]) -> [m] bool, True where the rest of the row is wanted too."""
 
 
@@ -23,7 +23,7 @@ def block_logprobs(
     prompt_index: Tensor,
     response_ids: Tensor,
     response_mask: Tensor,
-    survivors: Survivors,
+    keep_scoring: KeepScoring,
     block_length: int,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -38,7 +38,7 @@ def block_logprobs(
         prompt_index: [N] long, the prompt of each row.
         response_ids: [N, R] long, right-padded.
         response_mask: [N, R] bool, True on response tokens.
-        survivors: is asked after every block which rows go on.
+        keep_scoring: is asked after every block which rows go on.
         block_length: tokens of a block.
         temperature: softmax temperature.
 
@@ -76,7 +76,7 @@ def block_logprobs(
             logprobs, _ = token_logprobs(states[mask], head, response_ids[rows, start:stop][mask], temperature)
             block = torch.zeros(mask.shape, device=logprobs.device).masked_scatter(mask, logprobs)  # [m, b]
             result[rows, start:stop] = block
-            goes_on = survivors(rows, start, block) & (response_mask[rows].sum(-1) > stop)
+            goes_on = keep_scoring(rows, start, block) & (response_mask[rows].sum(-1) > stop)
             if not goes_on.any():
                 break
             keep = goes_on.nonzero().squeeze(-1)

@@ -8,12 +8,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lit_specrl.models.hidden_states import ResponseStates
+from lit_specrl.models.hidden_states import HiddenStates
 from lit_specrl.types import Experience
 
 
 @dataclass(frozen=True)
-class Teaching:
+class CaptureSpec:
     """What to keep of a forward pass."""
 
     rows: list[int]
@@ -26,7 +26,7 @@ class Teaching:
     """Most likely tokens whose log-probs are kept."""
 
 
-class TaughtRow(NamedTuple):
+class TeacherOutput(NamedTuple):
     """A response as the policy sees it; P prompt tokens, R response tokens. On the host."""
 
     row: int
@@ -43,23 +43,23 @@ class TaughtRow(NamedTuple):
 class Student(Protocol):
     """Who learns from the policy's forward passes."""
 
-    def asks(self, part: Experience) -> Teaching | None:
+    def asks(self, part: Experience) -> CaptureSpec | None:
         """What to keep of the forward pass over these rows; `None` for nothing."""
 
-    def listens(self, part: Experience, taught: list[TaughtRow]) -> None:
+    def listens(self, part: Experience, taught: list[TeacherOutput]) -> None:
         """Told what was kept."""
 
 
 @torch.no_grad()
 def teach(
-    teaching: Teaching,
-    states: ResponseStates,
+    teaching: CaptureSpec,
+    states: HiddenStates,
     head: Tensor,
     prompt_mask: Tensor,
     prompt_index: Tensor,
     response_mask: Tensor,
     temperature: float,
-) -> list[TaughtRow]:
+) -> list[TeacherOutput]:
     """Keep what was asked for.
 
     Args:
@@ -75,11 +75,11 @@ def teach(
     for row in teaching.rows:
         length = int(response_mask[row].sum())
         top = _top_logprobs(states.last[row, :length], head, teaching, temperature)
-        taught.append(TaughtRow(row, _features(states, prompt_mask, prompt_index, row, length), *top))
+        taught.append(TeacherOutput(row, _features(states, prompt_mask, prompt_index, row, length), *top))
     return taught
 
 
-def _features(states: ResponseStates, prompt_mask: Tensor, prompt_index: Tensor, row: int, length: int) -> Tensor:
+def _features(states: HiddenStates, prompt_mask: Tensor, prompt_index: Tensor, row: int, length: int) -> Tensor:
     prompt = int(prompt_index[row])
     if states.prompt_features is None or states.response_features is None:
         return torch.empty(int(prompt_mask[prompt].sum()) + length - 1, 0)
@@ -87,7 +87,7 @@ def _features(states: ResponseStates, prompt_mask: Tensor, prompt_index: Tensor,
     return torch.cat([own, states.response_features[row, : length - 1]]).bfloat16().cpu()
 
 
-def _top_logprobs(hidden: Tensor, head: Tensor, teaching: Teaching, temperature: float) -> tuple[Tensor, ...]:
+def _top_logprobs(hidden: Tensor, head: Tensor, teaching: CaptureSpec, temperature: float) -> tuple[Tensor, ...]:
     logprobs = torch.log_softmax((hidden @ head.T.to(hidden.dtype)).float() / temperature, dim=-1)  # [R, V]
     drafted = logprobs if teaching.vocabulary is None else logprobs[:, teaching.vocabulary]  # [R, V']
     top = drafted.topk(min(teaching.num_top, drafted.shape[-1]), dim=-1)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_specrl.losses import value_loss
 from lit_specrl.metrics import CriticStatistics
-from lit_specrl.models.hidden_states import keeps_cache_by_row, response_states
+from lit_specrl.models.hidden_states import forward_hidden_states, keeps_cache_by_row
 from lit_specrl.models.policy import Policy, disable_dropout, load_pretrained, shard_by_layer
 from lit_specrl.models.value_head import ValueHead
 from lit_specrl.types import Experience
@@ -161,7 +161,7 @@ class SeparateCritic(Critic):
         share_prompts: bool = False,
     ) -> Tensor:
         """Values before each response token, [N, R]; arguments as those of `Policy`."""
-        states = response_states(
+        states = forward_hidden_states(
             self.backbone,
             prompt_ids,
             prompt_mask,

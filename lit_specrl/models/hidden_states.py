@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lit_specrl.masking import pad_left, pad_right
 
 
-class ResponseStates(NamedTuple):
+class HiddenStates(NamedTuple):
     """Hidden states of a forward pass; what stands on padding means nothing."""
 
     last: Tensor
@@ -24,7 +24,7 @@ class ResponseStates(NamedTuple):
     shares_prompts: bool = False
 
 
-def response_states(
+def forward_hidden_states(
     backbone: PreTrainedModel,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
@@ -33,7 +33,7 @@ def response_states(
     response_mask: Tensor,
     share_prompts: bool = False,
     layers: Sequence[int] = (),
-) -> ResponseStates:
+) -> HiddenStates:
     """Run the backbone over prompts and responses.
 
     Args:
@@ -68,7 +68,7 @@ def keeps_cache_by_row(backbone: PreTrainedModel) -> bool:
     backbone.eval()  # gradient checkpointing switches the cache off in training
     try:
         plain, shared = (
-            response_states(
+            forward_hidden_states(
                 backbone, prompt_ids, prompt_mask, prompt_index, response_ids, response_mask, share_prompts
             ).last.float()
             for share_prompts in (False, True)
@@ -89,7 +89,7 @@ def _plain_states(
     response_ids: Tensor,
     response_mask: Tensor,
     layers: Sequence[int],
-) -> ResponseStates:
+) -> HiddenStates:
     ids = torch.cat([prompt_ids[prompt_index], response_ids], dim=1)  # [N, P + R]
     mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)
     output = backbone(
@@ -102,9 +102,9 @@ def _plain_states(
     num_columns = prompt_ids.shape[1]
     last = output.last_hidden_state[:, num_columns - 1 :]
     if not layers:
-        return ResponseStates(last)
+        return HiddenStates(last)
     features = _features(output, layers)
-    return ResponseStates(last, features[:, :num_columns], features[:, num_columns:])
+    return HiddenStates(last, features[:, :num_columns], features[:, num_columns:])
 
 
 def _shared_states(
@@ -115,7 +115,7 @@ def _shared_states(
     response_ids: Tensor,
     response_mask: Tensor,
     layers: Sequence[int],
-) -> ResponseStates:
+) -> HiddenStates:
     prompt_pass = backbone(
         input_ids=prompt_ids,
         attention_mask=prompt_mask.long(),
@@ -129,7 +129,7 @@ def _shared_states(
         nothing = (
             None if prompt_features is None else prompt_features.new_empty(len(first), 0, prompt_features.shape[-1])
         )
-        return ResponseStates(first, prompt_features, nothing, shares_prompts=True)
+        return HiddenStates(first, prompt_features, nothing, shares_prompts=True)
     cache = prompt_pass.past_key_values
     cache.batch_select_indices(prompt_index)
     mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)[:, :-1]  # [N, P + R - 1]
@@ -143,7 +143,7 @@ def _shared_states(
     )
     last = torch.cat([first, rest.last_hidden_state], dim=1)
     response_features = _features(rest, layers) if layers else None
-    return ResponseStates(last, prompt_features, response_features, shares_prompts=True)
+    return HiddenStates(last, prompt_features, response_features, shares_prompts=True)
 
 
 def _features(output: Any, layers: Sequence[int]) -> Tensor:

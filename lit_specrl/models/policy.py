@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_specrl.distributed.collectives import compute_device, whole_tensor
-from lit_specrl.models.capture import TaughtRow, Teaching, teach
-from lit_specrl.models.hidden_states import keeps_cache_by_row, response_states
+from lit_specrl.models.capture import CaptureSpec, TeacherOutput, teach
+from lit_specrl.models.hidden_states import forward_hidden_states, keeps_cache_by_row
 from lit_specrl.models.logprobs import token_logprobs
 from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config, merged_weight
 from lit_specrl.models.model_files import check_weights, is_out_of_reach
@@ -34,7 +34,7 @@ class TokenStatistics(NamedTuple):
     """[N, R] float32, nats, 0 on padding; without gradient."""
     values: Tensor | None = None
     """[N, R] float32, of the value head, 0 on padding; `None` without one."""
-    taught: list[TaughtRow] | None = None
+    taught: list[TeacherOutput] | None = None
     """What a drafter can learn from, of the rows that were asked for."""
 
 
@@ -117,7 +117,7 @@ class Policy(nn.Module):
         response_mask: Tensor,
         temperature: float = 1.0,
         share_prompts: bool = False,
-        teaching: Teaching | None = None,
+        teaching: CaptureSpec | None = None,
     ) -> TokenStatistics:
         """Log-probs and entropies of responses, and values where there is a value head.
 
@@ -132,7 +132,7 @@ class Policy(nn.Module):
                 once per response. Values and gradients are those of the plain pass.
             teaching: what to keep for a drafter.
         """
-        states = response_states(
+        states = forward_hidden_states(
             cast(PreTrainedModel, self.model.base_model),
             prompt_ids,
             prompt_mask,

@@ -13,8 +13,8 @@ from torch import Tensor
 from lit_specrl.algorithms.rollout_module import RolloutModule
 from lit_specrl.distributed.collectives import max_over_ranks
 from lit_specrl.experience import padded_rows
-from lit_specrl.models.blockwise_logprobs import Survivors, block_logprobs
-from lit_specrl.models.capture import Student, Teaching
+from lit_specrl.models.blockwise_logprobs import KeepScoring, block_logprobs
+from lit_specrl.models.capture import CaptureSpec, Student
 from lit_specrl.models.critic import SeparateCritic
 from lit_specrl.models.micro_batches import MicroBatch, plan_micro_batches
 from lit_specrl.models.policy import Policy, TokenStatistics, release
@@ -77,7 +77,7 @@ class ScoringModule(RolloutModule):
         prompts: PromptBatch,
         prompt_index: Sequence[int],
         response_ids: Sequence[Sequence[int]],
-        survivors: Survivors | None = None,
+        keep_scoring: KeepScoring | None = None,
         block_length: int = 128,
     ) -> list[Tensor]:
         """Log-probs of given responses under the current policy, by the forward pass that training uses.
@@ -86,7 +86,7 @@ class ScoringModule(RolloutModule):
             prompts: B prompts.
             prompt_index: [N] the prompt of each response.
             response_ids: [N] ragged, none empty.
-            survivors: asked after every block of a row's tokens whether the rest is wanted; `None` wants all. Sharded policies, and
+            keep_scoring: asked after every block of a row's tokens whether the rest is wanted; `None` wants all. Sharded policies, and
                 those whose cache cannot be selected by row, compute all.
             block_length: tokens of a block.
 
@@ -100,24 +100,24 @@ class ScoringModule(RolloutModule):
             prompts.prompt_ids, [0] if nothing else prompt_index, [[0]] if nothing else response_ids
         ).to(self.device)
         assert self.policy is not None
-        if survivors is None or self.is_sharded or not self.policy.keeps_cache_by_row:
+        if keep_scoring is None or self.is_sharded or not self.policy.keeps_cache_by_row:
             logprobs = self.token_statistics(self.policy, experience, [] if nothing else None).logprobs
         else:
-            logprobs = self._logprobs_in_blocks(experience, survivors, block_length)
+            logprobs = self._logprobs_in_blocks(experience, keep_scoring, block_length)
         return [row[: len(ids)] for row, ids in zip(logprobs.cpu(), response_ids, strict=not nothing)]
 
-    def _logprobs_in_blocks(self, experience: Experience, survivors: Survivors, block_length: int) -> Tensor:
+    def _logprobs_in_blocks(self, experience: Experience, keep_scoring: KeepScoring, block_length: int) -> Tensor:
         assert self.policy is not None
         result = torch.zeros_like(experience.sampling_logprobs)
         for micro_batch in self._plan(experience, list(range(experience.num_rows))):
             part = experience.select(micro_batch.rows)
             rows = torch.tensor(micro_batch.rows, device=self.device)
 
-            def local_survivors(local: Tensor, start: int, block: Tensor, rows: Tensor = rows) -> Tensor:
-                return survivors(rows[local], start, block)
+            def keep_scoring_part(local: Tensor, start: int, block: Tensor, rows: Tensor = rows) -> Tensor:
+                return keep_scoring(rows[local], start, block)
 
             logprobs = block_logprobs(
-                self.policy, *part.inputs, local_survivors, block_length, self.sampling.temperature
+                self.policy, *part.inputs, keep_scoring_part, block_length, self.sampling.temperature
             )
             result[micro_batch.rows, : logprobs.shape[1]] = logprobs
         return result
@@ -174,7 +174,7 @@ class ScoringModule(RolloutModule):
         return [replace(part, rows=[rows[row] for row in part.rows]) for part in plan]
 
     def _forward(
-        self, policy: Policy, part: Experience, micro_batch: MicroBatch, teaching: Teaching | None = None
+        self, policy: Policy, part: Experience, micro_batch: MicroBatch, teaching: CaptureSpec | None = None
     ) -> TokenStatistics:
         return policy(
             *part.inputs,

@@ -1,6 +1,6 @@
 """How much of a cached response may begin today's rollout.
 
-A rule looks at N cached responses (the drafts, right-padded to R tokens) and says how many leading tokens of each are
+A rule looks at N cached responses (the cached, right-padded to R tokens) and says how many leading tokens of each are
 kept: the verified prefix. The policy continues from there.
 """
 
@@ -28,7 +28,7 @@ class AcceptanceRule(Protocol):
     def __call__(
         self,
         target_logprobs: Tensor,
-        draft_logprobs: Tensor,
+        previous_logprobs: Tensor,
         generation_logprobs: Tensor,
         draft_mask: Tensor,
         uniforms: Tensor,
@@ -37,7 +37,7 @@ class AcceptanceRule(Protocol):
 
         Args:
             target_logprobs: [N, R] nats, of the draft's tokens under today's policy.
-            draft_logprobs: [N, R] nats, what they had when the draft was last verified or generated.
+            previous_logprobs: [N, R] nats, what they had when the draft was last verified or generated.
             generation_logprobs: [N, R] nats, what each token had when it was generated.
             draft_mask: [N, R] bool, True on the draft's tokens, which begin in the first column.
             uniforms: [N, R] float32 or float64 in [0, 1), drawn anew for every call.
@@ -124,31 +124,31 @@ class RatioAcceptance:
     def __call__(
         self,
         target_logprobs: Tensor,
-        draft_logprobs: Tensor,
+        previous_logprobs: Tensor,
         generation_logprobs: Tensor,
         draft_mask: Tensor,
         uniforms: Tensor,
     ) -> Tensor:
-        probability = self.acceptance_probability(target_logprobs, draft_logprobs, generation_logprobs)  # [N, R]
+        probability = self.acceptance_probability(target_logprobs, previous_logprobs, generation_logprobs)  # [N, R]
         return _num_leading_true(draft_mask & (uniforms < probability))  # [N]
 
     def acceptance_probability(
-        self, target_logprobs: Tensor, draft_logprobs: Tensor, generation_logprobs: Tensor
+        self, target_logprobs: Tensor, previous_logprobs: Tensor, generation_logprobs: Tensor
     ) -> Tensor:
         """Probability of keeping each token, given that all before it were kept.
 
         Args:
             target_logprobs: [N, R] nats, under today's policy, from the first token on.
-            draft_logprobs: [N, R] nats, under the policy that verified or generated the draft.
+            previous_logprobs: [N, R] nats, under the policy that verified or generated the draft.
             generation_logprobs: [N, R] nats, when each token was generated; only read with a `drift_bound`.
 
         Returns:
             [N, R] in [0, 1], float32 or wider; 0 where a log-prob is NaN.
         """
         target_logprobs = _at_least_float32(target_logprobs)
-        log_ratio = target_logprobs - _at_least_float32(draft_logprobs)  # [N, R]
+        log_ratio = target_logprobs - _at_least_float32(previous_logprobs)  # [N, R]
         if math.isinf(self.lenience):  # inf * exp(-inf) is NaN, but whoever asks for everything gets the improbable too
-            probability = (~(target_logprobs.isnan() | draft_logprobs.isnan())).to(log_ratio.dtype)
+            probability = (~(target_logprobs.isnan() | previous_logprobs.isnan())).to(log_ratio.dtype)
         elif self.level == "token":
             probability = (self.lenience * log_ratio.exp()).clamp(max=1).nan_to_num(nan=0.0)
         else:
@@ -183,7 +183,7 @@ class RandomReuse:
     def __call__(
         self,
         target_logprobs: Tensor,
-        draft_logprobs: Tensor,
+        previous_logprobs: Tensor,
         generation_logprobs: Tensor,
         draft_mask: Tensor,
         uniforms: Tensor,
@@ -208,7 +208,7 @@ class FullReuse:
     def __call__(
         self,
         target_logprobs: Tensor,
-        draft_logprobs: Tensor,
+        previous_logprobs: Tensor,
         generation_logprobs: Tensor,
         draft_mask: Tensor,
         uniforms: Tensor,
@@ -226,7 +226,7 @@ class NoReuse:
     def __call__(
         self,
         target_logprobs: Tensor,
-        draft_logprobs: Tensor,
+        previous_logprobs: Tensor,
         generation_logprobs: Tensor,
         draft_mask: Tensor,
         uniforms: Tensor,

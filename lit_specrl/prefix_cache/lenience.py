@@ -8,10 +8,10 @@ import math
 class AdaptiveLenience:
     """Reuses the less, the faster the policy moves: by a smaller lenience, and where that is not enough, in fewer groups.
 
-    Watches the KL of today's policy from the one that last saw the drafts, in nats per token, over all tokens that were scored. (Over the
+    Watches the KL of today's policy from the one that last saw the cached, in nats per token, over all tokens that were scored. (Over the
     tokens that were kept it stays small whatever the policy does: that is what the acceptance test is for.) What `target / KL` exceeds 1 by
-    goes into the lenience; below 1 it is the share of the groups that have drafts, so that the mean KL over all groups stays at the target. A few
-    groups always have drafts, and watch whether the policy has slowed down; those without cost no verification.
+    goes into the lenience; below 1 it is the share of the groups that have cached, so that the mean KL over all groups stays at the target. A few
+    groups always have cached, and watch whether the policy has slowed down; those without cost no verification.
 
     Begins with these few: a policy that has just begun to learn moves fastest, and nothing is known of it yet. SPEC-RL (Liu et al. 2025, arXiv
     2509.23232) keeps one lenience and names its adaptation as future work.
@@ -20,7 +20,7 @@ class AdaptiveLenience:
         target: KL to allow, nats per token.
         low: smallest lenience; 1 is the plain ratio test.
         high: largest lenience; e^0.5 is SPEC-RL's best for GRPO, with e it ended below plain RL in accuracy.
-        min_fraction: smallest share of the groups that have drafts; 1 leaves none out.
+        min_fraction: smallest share of the groups that have cached; 1 leaves none out.
         smoothing: weight that what earlier steps have seen keeps in every step; 0 believes the latest step alone.
 
     Raises:
@@ -69,14 +69,14 @@ class AdaptiveLenience:
 
     @property
     def fraction(self) -> float:
-        """Share of the groups that shall have drafts now, between `min_fraction` and 1."""
+        """Share of the groups that shall have cached now, between `min_fraction` and 1."""
         return min(max(self._allowance, self.min_fraction), 1.0)
 
     def update(self, kl_sum: float, num_tokens: int) -> None:
         """Take one step into account.
 
         Args:
-            kl_sum: KL of the step's drafts, summed over their scored tokens, nats.
+            kl_sum: KL of the step's cached, summed over their scored tokens, nats.
             num_tokens: these tokens; none change nothing.
 
         Raises:

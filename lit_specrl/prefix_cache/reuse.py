@@ -1,4 +1,4 @@
-"""What becomes of the cached responses of one request: drafts, verified prefixes, rollouts, cached responses again."""
+"""What becomes of the cached responses of one request: cached, verified prefixes, rollouts, cached responses again."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ ScoreResponses = Callable[
 
 
 class ReuseRound:
-    """One request of a step: its drafts, what verification found, and what was generated."""
+    """One request of a step: its cached, what verification found, and what was generated."""
 
-    def __init__(self, request: RolloutRequest, drafts: list[CachedRollout | None], rule: AcceptanceRule) -> None:
+    def __init__(self, request: RolloutRequest, cached: list[CachedRollout | None], rule: AcceptanceRule) -> None:
         self.request = request
-        self.drafts = drafts
+        self.cached = cached
         self.rollouts: Rollouts
-        self.target_logprobs: dict[int, Tensor] = {}  # of verified drafts, by row
+        self.target_logprobs: dict[int, Tensor] = {}  # of verified cached, by row
         self.dropped_logprobs: dict[int, Tensor] = {}  # of rows that are not trained on, by row
         self._rule = rule
         limit = request.sampling.max_completion_length
-        present = {row: draft for row, draft in enumerate(drafts) if draft is not None}
+        present = {row: draft for row, draft in enumerate(cached) if draft is not None}
         self._rows = list(present)
         self._position = {row: position for position, row in enumerate(present)}
         self._ids = [draft.token_ids[:limit].tolist() for draft in present.values()]
         self._draft_logprobs, self._mask = _padded(
-            [draft.draft_logprobs[:limit] for draft in present.values()]
+            [draft.previous_logprobs[:limit] for draft in present.values()]
         )  # [n, R]
         self._generation_logprobs, _ = _padded([draft.generation_logprobs[:limit] for draft in present.values()])
         self._scored = torch.full_like(self._draft_logprobs, torch.nan)  # [n, R] blocks of `verify` so far
@@ -54,7 +54,7 @@ class ReuseRound:
         target_logprobs = self._draft_logprobs
         if self._rule.needs_logprobs:
             owners = [self.request.prompt_index(row) for row in self._rows]
-            # also without drafts: sharded ranks meet in every pass
+            # also without cached: sharded ranks meet in every pass
             scored = score(self.request.prompts, owners, self._ids, self._survivors)
             self.target_logprobs = dict(zip(self._rows, scored, strict=True))
             target_logprobs, _ = _padded([logprobs.numpy() for logprobs in scored])
@@ -64,7 +64,7 @@ class ReuseRound:
             kept[row][0][: kept[row][1]] if row in kept else [] for row in range(self.request.num_rows)
         ]
 
-    def hand_over(self, block_length: int) -> None:
+    def verify_in_engine(self, block_length: int) -> None:
         """Let the engine verify, so many tokens of a draft at a time, and go on with each row as soon as it is verified."""
 
         def accept(row: int, logprobs: list[float]) -> int:
@@ -73,11 +73,11 @@ class ReuseRound:
             self.target_logprobs[row] = torch.nn.functional.pad(found, (0, unknown), value=torch.nan)
             return int(self._accepted(torch.tensor([position]), found[None]))
 
-        self.request.drafts = dict(zip(self._rows, self._ids, strict=True))
-        self.request.accept, self.request.draft_block_length = accept, block_length
+        self.request.cached_responses = dict(zip(self._rows, self._ids, strict=True))
+        self.request.accept, self.request.verify_block_length = accept, block_length
 
     def _accepted(self, rows: Tensor, target_logprobs: Tensor) -> Tensor:
-        """Leading tokens that are kept of the beginnings of drafts, [m].
+        """Leading tokens that are kept of the beginnings of cached, [m].
 
         Args:
             rows: [m] among the rows with a draft.
@@ -105,12 +105,12 @@ class ReuseRound:
 
     @property
     def expected_lengths(self) -> list[int]:
-        """Tokens that each row will probably still need: the rest of its draft, or as many as drafts have on average."""
-        lengths = [len(draft) for draft in self.drafts if draft is not None]
+        """Tokens that each row will probably still need: the rest of its draft, or as many as cached have on average."""
+        lengths = [len(draft) for draft in self.cached if draft is not None]
         mean = sum(lengths) // max(1, len(lengths))
         return [
             mean if draft is None else len(draft) - length
-            for draft, length in zip(self.drafts, self.verified_lengths, strict=True)
+            for draft, length in zip(self.cached, self.verified_lengths, strict=True)
         ]
 
     def is_complete(self, row: int) -> bool:
@@ -123,7 +123,7 @@ class ReuseRound:
             self._known(row, draft, reuse_rewards, scored_by_policy)
             if draft is not None and self.is_complete(row)
             else None
-            for row, draft in enumerate(self.drafts)
+            for row, draft in enumerate(self.cached)
         ]
 
     def _known(self, row: int, draft: CachedRollout, reuse_rewards: bool, scored_by_policy: bool) -> KnownRow:
@@ -166,7 +166,7 @@ class ReuseRound:
         """
         size = self.request.sampling.num_generations
         for row, token_ids in enumerate(self.rollouts.response_ids):
-            at, draft, length = position.get(self.request.seeds[row]), self.drafts[row], len(self.request.prefix(row))
+            at, draft, length = position.get(self.request.seeds[row]), self.cached[row], len(self.request.prefix(row))
             if self.request.accept is not None:  # both sides of the next ratio must come from the engine
                 logprobs = np.array(self.rollouts.sampling_logprobs[row], np.float32)
                 if row in self.target_logprobs:
@@ -184,7 +184,7 @@ class ReuseRound:
                 uid=self.request.prompts.uids[self.request.prompt_index(row)],
                 sample=row % size,
                 token_ids=np.array(token_ids),
-                draft_logprobs=logprobs,
+                previous_logprobs=logprobs,
                 generation_logprobs=generation_logprobs,
                 finish_reason=self.rollouts.finish_reasons[row],
                 policy_version=self.request.policy_version,
@@ -202,7 +202,7 @@ class ReuseRound:
             [
                 ReuseStatistics.of_group(
                     step,
-                    self.drafts[rows],
+                    self.cached[rows],
                     verified_lengths[rows],
                     [len(ids) for ids in self.rollouts.response_ids[rows]],
                     [self.target_logprobs.get(row) for row in range(rows.start, rows.stop)],
@@ -215,7 +215,7 @@ class ReuseRound:
     @property
     def _groups(self) -> list[slice]:
         size = self.request.sampling.num_generations
-        return [slice(start, start + size) for start in range(0, len(self.drafts), size)]
+        return [slice(start, start + size) for start in range(0, len(self.cached), size)]
 
 
 def control_samples(seeds: Sequence[int], fraction: float) -> set[int]:

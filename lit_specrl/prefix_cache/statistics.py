@@ -21,16 +21,16 @@ class ReuseStatistics:
     num_rows: int = 0
     num_tokens: int = 0
     """Response tokens of all rows."""
-    num_drafts: int = 0
+    num_cached: int = 0
     """Rows that had a draft."""
-    num_draft_tokens: int = 0
+    num_cached_tokens: int = 0
     num_reused_tokens: int = 0
     num_whole: int = 0
     """Rows that were taken over whole."""
     age_sum: int = 0
-    """Steps since the drafts were stored."""
+    """Steps since the cached were stored."""
     num_scored: int = 0
-    """Tokens of drafts that were scored, kept or not."""
+    """Tokens of cached that were scored, kept or not."""
     kl_sum: float = 0.0
     """Of exp(d) - d - 1, d = log-prob now - at the last verification, over them, nats; at most 10 each, as in verl."""
     drift_sum: float = 0.0
@@ -44,7 +44,7 @@ class ReuseStatistics:
     def of_group(
         cls,
         step: int,
-        drafts: Sequence[CachedRollout | None],
+        cached: Sequence[CachedRollout | None],
         verified_lengths: Sequence[int],
         response_lengths: Sequence[int],
         target_logprobs: Sequence[Tensor | None],
@@ -54,7 +54,7 @@ class ReuseStatistics:
 
         Args:
             step: training step.
-            drafts: [G] `None` where a row had none.
+            cached: [G] `None` where a row had none.
             verified_lengths: [G] tokens taken over.
             response_lengths: [G] tokens of the finished responses.
             target_logprobs: [G] log-probs of the draft under today's policy, NaN behind the block in which it was rejected; `None` where they were
@@ -62,24 +62,24 @@ class ReuseStatistics:
             rewards: [G] total rewards.
         """
         drift_sum, kl_sum, num_scored = 0.0, 0.0, 0
-        for draft, length, now in zip(drafts, verified_lengths, target_logprobs, strict=True):
+        for draft, length, now in zip(cached, verified_lengths, target_logprobs, strict=True):
             if draft is None or now is None:
                 continue
             drift_sum += float((now[:length] - torch.from_numpy(draft.generation_logprobs[:length])).abs().sum())
             # Whether a token is scored is decided before it: with rejected tokens, but not without them, the mean is the KL
-            change = now - torch.from_numpy(draft.draft_logprobs[: len(now)])
+            change = now - torch.from_numpy(draft.previous_logprobs[: len(now)])
             change = change[~change.isnan()].clamp(-20, 20)
             kl_sum += float((change.expm1() - change).clamp(max=10).sum())
             num_scored += len(change)
-        gap = _reward_gap(drafts, rewards)
+        gap = _reward_gap(cached, rewards)
         return cls(
-            num_rows=len(drafts),
+            num_rows=len(cached),
             num_tokens=sum(response_lengths),
-            num_drafts=sum(draft is not None for draft in drafts),
-            num_draft_tokens=sum(len(draft) for draft in drafts if draft is not None),
+            num_cached=sum(draft is not None for draft in cached),
+            num_cached_tokens=sum(len(draft) for draft in cached if draft is not None),
             num_reused_tokens=sum(verified_lengths),
             num_whole=sum(0 < kept == length for kept, length in zip(verified_lengths, response_lengths, strict=True)),
-            age_sum=sum(step - draft.step for draft in drafts if draft is not None),
+            age_sum=sum(step - draft.step for draft in cached if draft is not None),
             num_scored=num_scored,
             kl_sum=kl_sum,
             drift_sum=drift_sum,
@@ -94,31 +94,31 @@ class ReuseStatistics:
 
     @property
     def kl(self) -> float:
-        """Mean over the scored tokens, nats: how far the policy has moved since it last saw the drafts (estimator k3, Schulman 2020)."""
+        """Mean over the scored tokens, nats: how far the policy has moved since it last saw the cached (estimator k3, Schulman 2020)."""
         return self.kl_sum / max(1, self.num_scored)
 
     @property
     def block_length(self) -> int:
-        """Tokens to verify at a time, if the next drafts are rejected as often as these.
+        """Tokens to verify at a time, if the next cached are rejected as often as these.
 
         Blocks of b cost (b + c) / (1 - exp(-h b)) tokens until a rejection: h is the rate of rejection, c what every block costs beyond its tokens. The
         least is near sqrt(2 c / h).
         """
-        num_rejected = self.num_drafts - self.num_whole or 0.5  # where there was none, half a one
+        num_rejected = self.num_cached - self.num_whole or 0.5  # where there was none, half a one
         rate = num_rejected / max(1, self.num_reused_tokens)
         blocks = math.sqrt(2 * _BLOCK_OVERHEAD / rate) / _BLOCK_OVERHEAD
         return _BLOCK_OVERHEAD * max(1, round(blocks))
 
     def metrics(self) -> dict[str, float]:
         metrics = {
-            "hit_fraction": self.num_drafts / max(1, self.num_rows),
+            "hit_fraction": self.num_cached / max(1, self.num_rows),
             "reuse_fraction": self.num_reused_tokens / max(1, self.num_tokens),
             "full_reuse_fraction": self.num_whole / max(1, self.num_rows),
-            "verified_length_mean": self.num_reused_tokens / max(1, self.num_drafts),
-            "draft_length_mean": self.num_draft_tokens / max(1, self.num_drafts),
+            "verified_length_mean": self.num_reused_tokens / max(1, self.num_cached),
+            "cached_length_mean": self.num_cached_tokens / max(1, self.num_cached),
             "generated_tokens": float(self.num_tokens - self.num_reused_tokens),
             "saved_tokens": float(self.num_reused_tokens),
-            "age": self.age_sum / max(1, self.num_drafts),
+            "age": self.age_sum / max(1, self.num_cached),
         }
         if self.num_scored:
             metrics |= {"drift": self.drift_sum / max(1, self.num_reused_tokens), "kl": self.kl}
@@ -127,8 +127,8 @@ class ReuseStatistics:
         return {f"prefix_cache/{name}": value for name, value in metrics.items()}
 
 
-def _reward_gap(drafts: Sequence[CachedRollout | None], rewards: Sequence[float | None]) -> float | None:
-    pairs = list(zip(drafts, rewards, strict=True))
+def _reward_gap(cached: Sequence[CachedRollout | None], rewards: Sequence[float | None]) -> float | None:
+    pairs = list(zip(cached, rewards, strict=True))
     reused = [reward for draft, reward in pairs if draft is not None and reward is not None]
     fresh = [reward for draft, reward in pairs if draft is None and reward is not None]
     return sum(reused) / len(reused) - sum(fresh) / len(fresh) if reused and fresh else None

@@ -19,10 +19,11 @@ FORMAT_VERSION = 2
 
 _TOKEN_DTYPES = {
     "token_ids": np.int32,
-    "draft_logprobs": np.float32,
+    "previous_logprobs": np.float32,
     "generation_logprobs": np.float32,
     "reference_logprobs": np.float32,
 }
+_OLD_NAMES = {"previous_logprobs": "draft_logprobs"}  # in files of version 0.1
 _ROW_FIELDS = ("uid", "sample", "reward", "reward_values", "finish_reason", "policy_version", "step", "num_reuses")
 # What Python holds for a row beside the tokens; tests measure that the sum is right.
 _ROW_BYTES = 520
@@ -37,7 +38,7 @@ class CachedRollout:
 
     Example: the second of two tokens has become less probable since it was generated::
 
-        CachedRollout(uid="a1", sample=0, token_ids=np.array([8, 2]), draft_logprobs=np.array([-0.1, -0.9]),
+        CachedRollout(uid="a1", sample=0, token_ids=np.array([8, 2]), previous_logprobs=np.array([-0.1, -0.9]),
                       generation_logprobs=np.array([-0.1, -0.7]), finish_reason="stop", policy_version=4, step=4,
                       reward=1.0, reward_values={"exact": 1.0, "format": None})
     """
@@ -48,14 +49,14 @@ class CachedRollout:
     """Which of the prompt's G rollouts, from 0."""
     token_ids: NDArray[np.int32]
     """[T] end-of-text included when it was generated."""
-    draft_logprobs: NDArray[np.float32]
+    previous_logprobs: NDArray[np.float32]
     """[T] nats, as last recorded by the verifier, or when generated: the draft's side of the next acceptance test."""
     generation_logprobs: NDArray[np.float32]
     """[T] nats, of each token when it was generated."""
     finish_reason: FinishReason
     """"stop" = end-of-text was generated, "length" = cut at `max_completion_length`."""
     policy_version: int
-    """Version of the weights that `draft_logprobs` belong to."""
+    """Version of the weights that `previous_logprobs` belong to."""
     step: int
     """Training step of the last write; its age is today's step minus this."""
     num_reuses: int = 0
@@ -214,7 +215,8 @@ class RolloutStore:
         columns = {name: metadata[name] for name in _ROW_FIELDS}
         for name in _TOKEN_DTYPES:
             present = metadata.get(f"has_{name}", [True] * num_rows)
-            columns[name] = _cut(tensors[name].cpu().numpy(), metadata["lengths"], present)
+            stored = tensors[_OLD_NAMES.get(name, name) if name not in tensors else name]
+            columns[name] = _cut(stored.cpu().numpy(), metadata["lengths"], present)
         if any(len(column) != num_rows for column in columns.values()):
             raise ValueError(f"all columns must have {num_rows} rows")
         store = cls(max_bytes)

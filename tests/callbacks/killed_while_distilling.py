@@ -15,7 +15,7 @@ from reuse_runs import fit, grpo, questions, weights_of
 
 from lit_specrl.callbacks import DrafterDistillation, SpeculativeRollout
 from lit_specrl.drafting import Eagle3Drafter
-from lit_specrl.drafting.distillation.trainer import DrafterTraining
+from lit_specrl.drafting.distillation.trainer import DrafterTrainer
 from lit_specrl.engines import VLLMEngine
 
 NUM_STEPS = 8
@@ -39,7 +39,7 @@ def dies_at(function, number):
 def main(model, folder, where):
     torch.set_num_threads(1)
     if where == "train":
-        DrafterTraining.update = dies_at(DrafterTraining.update, 3)
+        DrafterTrainer.update = dies_at(DrafterTrainer.update, 3)
     if where == "publish":
         VLLMEngine.load_drafter_weights = dies_at(VLLMEngine.load_drafter_weights, 2)
     learner = DrafterDistillation(

@@ -25,7 +25,7 @@ from lit_specrl.callbacks import (
 from lit_specrl.callbacks.drafter_distillation import cut, is_held_out
 from lit_specrl.callbacks.tensorboard_report import layout_for
 from lit_specrl.drafting import DraftModel, Eagle3Drafter, NGramDrafter
-from lit_specrl.drafting.distillation.buffer import Lesson
+from lit_specrl.drafting.distillation.buffer import DistillationSample
 from lit_specrl.drafting.networks import Eagle3Network
 from lit_specrl.engines import VLLMEngine
 
@@ -102,8 +102,8 @@ def test_the_drafter_learns_and_the_running_engine_is_told(kept, model, tmp_path
         assert 1 <= step["drafter/acceptance_length"] <= 3
     assert all(step["drafter/buffer_bytes"] > 0 and step["drafter/staleness"] >= 0 for step in trace.metrics[1:])
     assert all(step["timing_s/train_drafter"] >= step["drafter/train_s"] for step in trained)
-    assert max(lesson.policy_version for lesson in learner.lessons) == len(trace.metrics) - 1
-    assert 0 < sum(is_held_out(lesson, 0.3) for lesson in learner.lessons) < len(learner.lessons)
+    assert max(sample.policy_version for sample in learner.samples) == len(trace.metrics) - 1
+    assert 0 < sum(is_held_out(sample, 0.3) for sample in learner.samples) < len(learner.samples)
 
 
 def test_the_policy_learns_as_it_does_without(kept, model, tmp_path):
@@ -136,8 +136,8 @@ def test_a_resumed_run_is_the_same_to_the_bit(kept, model, tmp_path):
         assert {k: v for k, v in step.items() if k not in clock and not k.endswith("step_s")} == {
             k: v for k, v in other.items() if k not in clock and not k.endswith("step_s")
         }
-    assert [lesson.token_ids.tolist() for lesson in learner.lessons] == [
-        lesson.token_ids.tolist() for lesson in whole_learner.lessons
+    assert [sample.token_ids.tolist() for sample in learner.samples] == [
+        sample.token_ids.tolist() for sample in whole_learner.samples
     ]
 
 
@@ -150,7 +150,7 @@ def test_lessons_that_are_lost_are_missed_and_no_more(kept, model, tmp_path):
     learner = distillation()
     with pytest.warns(UserWarning, match="it waits for new ones.*damaged"):
         run(kept, model, tmp_path, learner, saver, max_epochs=2, ckpt_path=tmp_path / f"step={STEPS}.ckpt")
-    assert learner.version > STEPS / 2 and len(learner.lessons) > 0
+    assert learner.version > STEPS / 2 and len(learner.samples) > 0
 
 
 @pytest.mark.parametrize("kept", ["head"], indirect=True)
@@ -255,8 +255,10 @@ def test_policies_that_no_head_fits_are_refused_before_anything_is_generated(tin
         Eagle3Drafter("folder", vocabulary_size=9)
 
 
-def lesson(length):
-    return Lesson("a", torch.zeros(length, dtype=torch.int32), 1, torch.zeros(length - 1, 0), *_targets(length - 1))
+def sample(length):
+    return DistillationSample(
+        "a", torch.zeros(length, dtype=torch.int32), 1, torch.zeros(length - 1, 0), *_targets(length - 1)
+    )
 
 
 def _targets(length):
@@ -265,16 +267,16 @@ def _targets(length):
 
 
 def test_updates_have_about_equally_many_tokens():
-    parts = cut([lesson(length) for length in (4, 4, 9, 3, 2)], 8)
+    parts = cut([sample(length) for length in (4, 4, 9, 3, 2)], 8)
     assert [[len(one) for one in part] for part in parts] == [[4, 4], [9], [3, 2]]
 
 
 def test_lessons_are_held_out_by_their_tokens():
-    lessons = [lesson(length) for length in range(2, 500)]
-    assert 0.2 < sum(is_held_out(one, 0.3) for one in lessons) / len(lessons) < 0.4
+    samples = [sample(length) for length in range(2, 500)]
+    assert 0.2 < sum(is_held_out(one, 0.3) for one in samples) / len(samples) < 0.4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [is_held_out(one, 0.3) for one in lessons] == [is_held_out(one, 0.3) for one in lessons]
+        assert [is_held_out(one, 0.3) for one in samples] == [is_held_out(one, 0.3) for one in samples]
 
 
 def test_a_process_that_is_killed_goes_on_with_a_whole_drafter(model, tmp_path):
@@ -306,6 +308,6 @@ def test_what_kills_leave_behind_does_not_pile_up(model, tmp_path):
             assert kill["began_at"] in (reached - 1, reached)
             reached = max(kill["began_at"], kill["ended_at"] or 0)
         assert kill["checkpoints"] in ([], ["last.ckpt"])
-        # the checkpoint, a cache and lessons; of the next one, those two or a half of it
+        # the checkpoint, a cache and samples; of the next one, those two or a half of it
         assert kill["run"]["files"] <= 6
         assert len(kill["temporary"]) <= 3  # of the engine, the drafter and, at most, the adapters of one process

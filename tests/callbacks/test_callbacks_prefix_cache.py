@@ -463,7 +463,7 @@ def test_evaluation_generates_afresh_and_leaves_the_cache_alone(run, model_folde
     assert [rollouts.response_ids for rollouts in trace.evaluation] == [
         rollouts.response_ids for rollouts in expected.evaluation
     ]
-    assert all(not rollouts.request.prefixes and not rollouts.request.drafts for rollouts in trace.evaluation)
+    assert all(not rollouts.request.prefixes and not rollouts.request.cached_responses for rollouts in trace.evaluation)
     assert [len(rows) for rows in contents.before] == [0, NUM_ROWS, 2 * NUM_ROWS, 2 * NUM_ROWS, 2 * NUM_ROWS]
 
     tested = Trace()
@@ -526,7 +526,7 @@ NAMES = {
         "reuse_fraction",
         "full_reuse_fraction",
         "verified_length_mean",
-        "draft_length_mean",
+        "cached_length_mean",
         "generated_tokens",
         "saved_tokens",
         "reward_gap",
@@ -608,7 +608,7 @@ def test_the_metrics_are_what_they_say(run):
         if known.keys() & update.keys():
             expected |= {
                 "verified_length_mean": sum(reused) / len(drafts),
-                "draft_length_mean": sum(drafts) / len(drafts),
+                "cached_length_mean": sum(drafts) / len(drafts),
                 "age": sum(ages) / len(drafts),
                 "drift": sum(drift) / len(drift),
                 "kl": sum(kl) / len(kl),
@@ -626,7 +626,7 @@ def test_adaptive_lenience_follows_the_kl_that_is_reported(run, target):
     _, trace = run(PrefixCache(adaptive_lenience=adaptive), max_epochs=5)
     expected = 1.0, 0.3
     for metrics in trace.metrics:
-        assert (metrics["prefix_cache/lenience"], metrics["prefix_cache/draft_fraction"]) == pytest.approx(expected)
+        assert (metrics["prefix_cache/lenience"], metrics["prefix_cache/cached_fraction"]) == pytest.approx(expected)
         if "prefix_cache/kl" in metrics:
             allowance = target / metrics["prefix_cache/kl"]
             expected = min(max(allowance, 1.0), math.exp(0.5)), min(max(allowance, 0.3), 1.0)

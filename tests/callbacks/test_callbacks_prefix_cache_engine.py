@@ -41,7 +41,7 @@ class KeptEngine(VLLMEngine):
 
     def continue_rows(self, request, rows, meter):
         self.num_rows.append(len(rows))
-        self.num_scored.append(len(request.drafts))
+        self.num_scored.append(len(request.cached_responses))
         return super().continue_rows(request, rows, meter)
 
     def shutdown(self):
@@ -71,7 +71,7 @@ class Drafts(RolloutCallback):
         self.rollouts = rollouts
 
     def on_train_batch_end(self, *arguments):
-        kept = [self.cache.store.get(*key).draft_logprobs.tolist() for key in rows_of(self.rollouts)]
+        kept = [self.cache.store.get(*key).previous_logprobs.tolist() for key in rows_of(self.rollouts)]
         self.pairs.append((kept, self.rollouts.sampling_logprobs))
 
 

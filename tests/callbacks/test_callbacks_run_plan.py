@@ -74,7 +74,7 @@ def test_everything_on(plan, make_llama):
         r"vllm.* 0\.32\..*, (bfloat16|float32), in process, up to 2 tokens by DraftModel", rows["engine"]
     )
     assert (rows["on"].count(","), rows["off"]) == (3, "-")
-    for part in ("engine 3.1", "prefix cache, at most 0.50", "drafter's lessons, at most 0.25"):
+    for part in ("engine 3.1", "prefix cache, at most 0.50", "drafter's samples, at most 0.25"):
         assert part in rows["memory of a rank"]
 
 

@@ -102,7 +102,7 @@ import os, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_ranks_signals import Told, fit
 from lit_specrl.distributed import signals as deferred_signals
-deferred_signals._INSISTING_S = {patience_s}
+deferred_signals._SECOND_SIGTERM_AFTER_S = {patience_s}
 class Twice(Told):
     def on_rollout_end(self, trainer, pl_module, rollouts):
         for _ in range(2):

@@ -6,8 +6,8 @@ from test_rollout_engines import Colocated
 from transformers import AutoModelForCausalLM
 
 from lit_specrl.drafting import DraftModel, Eagle3Drafter, NGramDrafter
-from lit_specrl.drafting.distillation.buffer import Lesson
-from lit_specrl.drafting.distillation.trainer import DrafterTraining
+from lit_specrl.drafting.distillation.buffer import DistillationSample
+from lit_specrl.drafting.distillation.trainer import DrafterTrainer
 from lit_specrl.engines import VLLMEngine
 
 PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51, 52], [11, 90, 12]]
@@ -63,13 +63,13 @@ def greedy(colocated):
 
 
 @torch.no_grad()
-def lesson(colocated, prompt, response, network):
+def sample(colocated, prompt, response, network):
     out = colocated.policy.model(torch.tensor([prompt + response]), output_hidden_states=True)
     logprobs = out.logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     drafted = logprobs if network.vocabulary is None else logprobs[:, network.vocabulary]
     features = [out.hidden_states[layer][0, :-1] for layer in network.layers]
     top = drafted.topk(16)
-    return Lesson(
+    return DistillationSample(
         uid="",
         token_ids=torch.tensor(prompt + response, dtype=torch.int32),
         num_prompt_tokens=len(prompt),
@@ -84,10 +84,10 @@ def lesson(colocated, prompt, response, network):
 
 
 @torch.no_grad()
-def expected_acceptance(network, lessons):
+def expected_acceptance(network, samples):
     """What a drafter that takes the most likely token has accepted, response by response, draft by draft."""
     accepted = [0] * DRAFTED
-    for one in lessons:
+    for one in samples:
         response = one.token_ids[one.num_prompt_tokens :].tolist()
         right = {}
         for index, step in enumerate(network.draft_steps([one], DRAFTED)):
@@ -110,16 +110,16 @@ def test_the_engine_proposes_what_the_network_does(colocated):
     engine = colocated.engine
     network = engine.drafter.network()
     plain, before = greedy(colocated)
-    lessons = [
-        lesson(colocated, prompt, response, network)
+    samples = [
+        sample(colocated, prompt, response, network)
         for prompt, response in zip(PROMPTS, plain.response_ids, strict=True)
     ]
-    assert before == expected_acceptance(network, lessons)
+    assert before == expected_acceptance(network, samples)
 
-    training = DrafterTraining(network, torch.optim.AdamW(network.parameters, lr=3e-3), DRAFTED)
+    training = DrafterTrainer(network, torch.optim.AdamW(network.parameters, lr=3e-3), DRAFTED)
     for _ in range(60):
-        training.update(lessons)
-    expected = expected_acceptance(network, lessons)
+        training.update(samples)
+    expected = expected_acceptance(network, samples)
     assert sum(expected) > sum(before) + 10
 
     assert engine.drafter_version == 0 and engine.drafter_is_intact()

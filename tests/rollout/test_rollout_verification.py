@@ -38,7 +38,7 @@ def drafts_of(lengths):
 
 def verify(colocated, prompts, drafts, accept, on_progress=None, **options):
     """Rollouts of a request with drafts; the remaining options are those of `Colocated.request`."""
-    request = replace(colocated.request(prompts, **options), drafts=drafts, accept=accept)
+    request = replace(colocated.request(prompts, **options), cached_responses=drafts, accept=accept)
     return colocated.engine.generate(request, on_progress)
 
 
@@ -123,7 +123,9 @@ def test_drafts_are_scored_block_by_block_until_a_token_is_rejected(colocated, p
         return min(kept[row], len(logprobs))
 
     options = {"group": 4, "length": 50}
-    request = replace(colocated.request(prompts, **options), drafts=drafts, accept=accept, draft_block_length=block)
+    request = replace(
+        colocated.request(prompts, **options), cached_responses=drafts, accept=accept, verify_block_length=block
+    )
     in_blocks = colocated.engine.generate(request)
     whole = verify(colocated, prompts, drafts, lambda row, logprobs: kept[row], **options)
     assert in_blocks.response_ids == whole.response_ids
@@ -198,7 +200,7 @@ def test_expected_lengths_decide_which_draft_is_verified_first(colocated, prompt
     order = []
     request = replace(
         colocated.request(prompts[:1], group=40),
-        drafts=drafts_of([3] * 40),
+        cached_responses=drafts_of([3] * 40),
         accept=lambda row, logprobs: order.append(row) or 0,
         expected_lengths=[*range(40)],
     )
@@ -251,7 +253,7 @@ def test_rollouts_have_the_distribution_that_the_rule_documents(colocated, promp
     prompt, rule = prompts[2], RatioAcceptance(1.2, level=level)
     draft, target = (pair_distribution(colocated.policy, prompt, t).view(128, 128) for t in (1.7, 1.0))  # [V, V]
     # log-probs of both tokens of every pair, [V, V, 2]
-    draft_logprobs, target_logprobs = (
+    previous_logprobs, target_logprobs = (
         torch.stack([pairs.sum(-1, keepdim=True).expand_as(pairs), pairs / pairs.sum(-1, keepdim=True)], -1).log()
         for pairs in (draft, target)
     )
@@ -262,14 +264,14 @@ def test_rollouts_have_the_distribution_that_the_rule_documents(colocated, promp
     for sample, pair in enumerate(chosen.tolist()):
         first, second = divmod(pair, 128)
         token_ids = [first] if first in STOP_TOKEN_IDS else [first, second]
-        logprobs = draft_logprobs[first, second, : len(token_ids)].numpy()
+        logprobs = previous_logprobs[first, second, : len(token_ids)].numpy()
         drafts.append(CachedRollout("0", sample, np.array(token_ids), logprobs, logprobs, "stop", 0, 0))
     request = colocated.request([prompt], group=num_samples, length=2)
-    ReuseRound(request, drafts, rule).hand_over(block_length=1)
+    ReuseRound(request, drafts, rule).verify_in_engine(block_length=1)
     rollouts = colocated.engine.generate(request)
     pairs = [response[0] * 128 + (response[1] if len(response) > 1 else 0) for response in rollouts.response_ids]
 
-    accept = rule.acceptance_probability(target_logprobs, draft_logprobs, draft_logprobs)  # [V, V, 2]
+    accept = rule.acceptance_probability(target_logprobs, previous_logprobs, previous_logprobs)  # [V, V, 2]
     kept_first = draft.sum(-1) * accept[:, 0, 0]  # [V]
     kept = draft * accept.prod(-1)  # [V, V]
     emitted = kept + (kept_first - kept.sum(-1))[:, None] * target_logprobs[..., 1].exp()

@@ -12,7 +12,7 @@ def cached():
 
     def build(uid="a", sample=0, token_ids=(8, 2), step=0, **fields):
         defaults = {
-            "draft_logprobs": np.full(len(token_ids), -0.2, np.float32),
+            "previous_logprobs": np.full(len(token_ids), -0.2, np.float32),
             "generation_logprobs": np.full(len(token_ids), -0.1, np.float32),
             "finish_reason": "stop",
             "policy_version": step,

@@ -24,9 +24,9 @@ class Scorer:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, prompts, prompt_index, response_ids, survivors):
+    def __call__(self, prompts, prompt_index, response_ids, keep_scoring):
         self.asked.append((list(prompt_index), list(response_ids)))
-        self.survivors = survivors
+        self.keep_scoring = keep_scoring
         return [torch.tensor([NEVER if token == 9 else NOW for token in ids]) for ids in response_ids]
 
 
@@ -110,7 +110,7 @@ def test_without_drafts_the_policy_is_asked_about_nothing(score):
 
 def test_a_draft_is_kept_no_further_than_its_logprobs_are_known(cached, score):
     unknown = [np.array([NOW, math.nan, NOW]), np.full(3, math.nan), np.array([NOW, NOW, math.nan]), np.full(3, NOW)]
-    current = verified([cached(token_ids=[8, 8, 2], draft_logprobs=np.float32(row)) for row in unknown], score)
+    current = verified([cached(token_ids=[8, 8, 2], previous_logprobs=np.float32(row)) for row in unknown], score)
     assert current.verified_lengths == [1, 0, 2, 3]
 
 
@@ -123,7 +123,7 @@ def test_the_drift_bound_looks_at_the_logprobs_of_generation(cached, score):
 
 def halved(cached, length):
     """A draft of tokens that have lost half of their probability."""
-    return cached(token_ids=[8] * length, draft_logprobs=np.full(length, NOW + math.log(2), np.float32))
+    return cached(token_ids=[8] * length, previous_logprobs=np.full(length, NOW + math.log(2), np.float32))
 
 
 def test_coins_belong_to_the_seed_of_a_row_whatever_the_other_rows_have(cached, score):
@@ -138,10 +138,10 @@ def test_coins_belong_to_the_seed_of_a_row_whatever_the_other_rows_have(cached, 
 
 def test_a_draft_survives_a_block_when_all_its_tokens_so_far_were_kept(cached, score):
     verified([cached(token_ids=[8, 8, 2]), None, cached(token_ids=[8, 2]), cached(token_ids=[8, 8, 8])], score)
-    assert score.survivors(torch.tensor([2, 0, 1]), 0, torch.tensor([[NOW]] * 3)).tolist() == [True, True, True]
+    assert score.keep_scoring(torch.tensor([2, 0, 1]), 0, torch.tensor([[NOW]] * 3)).tolist() == [True, True, True]
     block = torch.tensor([[NOW, NOW], [NOW, 0.0], [NOW, NEVER]])  # columns 1 and 2; the second draft is over after one
-    assert score.survivors(torch.tensor([0, 1, 2]), 1, block).tolist() == [True, True, False]
-    assert score.survivors(torch.tensor([2, 0]), 0, torch.tensor([[NEVER], [NOW]])).tolist() == [False, True]
+    assert score.keep_scoring(torch.tensor([0, 1, 2]), 1, block).tolist() == [True, True, False]
+    assert score.keep_scoring(torch.tensor([2, 0]), 0, torch.tensor([[NEVER], [NOW]])).tolist() == [False, True]
 
 
 def test_a_sequence_is_judged_over_its_blocks(cached, score):
@@ -150,16 +150,21 @@ def test_a_sequence_is_judged_over_its_blocks(cached, score):
     for level, survives in [("sequence", True), ("token", False)]:
         seeds = [28, 0, 29, 52]  # the first row's coins are below a half and, by token, above a quarter
         assert 0.25 < row_uniforms(seeds[:1], 2, "acceptance")[0, 1] < 0.5
-        drafts = [cached(token_ids=[8, 8, 2], draft_logprobs=draft), None, None, None]
+        drafts = [cached(token_ids=[8, 8, 2], previous_logprobs=draft), None, None, None]
         current = verified(drafts, score, RatioAcceptance(level=level), seeds=seeds)
         assert current.verified_lengths[0] == (3 if survives else 1)
         for start in (0, 1):
-            kept = score.survivors(torch.tensor([0]), start, torch.tensor([[NOW]]))
+            kept = score.keep_scoring(torch.tensor([0]), start, torch.tensor([[NOW]]))
             assert kept.tolist() == [survives or start == 0]
 
 
 def test_rules_that_need_no_logprobs_do_not_run_the_policy(cached, score):
-    drafts = [cached(token_ids=[9, 9, 9], draft_logprobs=np.full(3, math.nan)), None, cached(token_ids=[8] * 5), None]
+    drafts = [
+        cached(token_ids=[9, 9, 9], previous_logprobs=np.full(3, math.nan)),
+        None,
+        cached(token_ids=[8] * 5),
+        None,
+    ]
     assert verified(drafts, score, FullReuse()).request.prefixes == [[9, 9, 9], [], [8, 8, 8], []]
     cuts = (row_uniforms(SEEDS, 3, "acceptance")[:, 0] * 4).long().tolist()
     assert verified(drafts, score, RandomReuse()).verified_lengths == [cuts[0], 0, cuts[2], 0]
@@ -171,9 +176,9 @@ def test_rules_that_need_no_logprobs_do_not_run_the_policy(cached, score):
 
 def test_handing_over_gives_the_engine_drafts_cut_to_the_limit(cached):
     current = round_of([None, cached(token_ids=[8, 7, 6, 5]), cached(token_ids=[8, 2]), None])
-    current.hand_over(64)
-    assert current.request.drafts == {1: [8, 7, 6], 2: [8, 2]}
-    assert current.request.draft_block_length == 64
+    current.verify_in_engine(64)
+    assert current.request.cached_responses == {1: [8, 7, 6], 2: [8, 2]}
+    assert current.request.verify_block_length == 64
     assert current.verified_lengths == [0, 0, 0, 0]
     assert current.expected_lengths == [3, 4, 2, 3]
 
@@ -184,7 +189,7 @@ def test_the_engine_is_told_what_the_policy_would_have_been(cached, score):
     drafts = [halved(cached, length) for length in lengths]
     expected = verified(drafts, score, **options)
     current = round_of(drafts, **options)
-    current.hand_over(64)
+    current.verify_in_engine(64)
     for row in (2, 0, 3, 1):
         for scored in (1, lengths[row]):  # block by block
             kept = current.request.accept(row, [NOW] * scored)
@@ -266,7 +271,7 @@ def test_kept_tokens_keep_the_logprobs_of_their_generation_and_new_ones_get_toda
             "uid": "a",
             "sample": 0,
             "token_ids": [8, 7, 2],
-            "draft_logprobs": float32(-1.0, -1.1, -1.2),
+            "previous_logprobs": float32(-1.0, -1.1, -1.2),
             "generation_logprobs": float32(-0.1, -1.1, -1.2),
             "finish_reason": "stop",
             "reward": 0.0,
@@ -278,7 +283,7 @@ def test_kept_tokens_keep_the_logprobs_of_their_generation_and_new_ones_get_toda
             "uid": "a",
             "sample": 1,
             "token_ids": [7, 2],
-            "draft_logprobs": float32(-0.5, -0.6),
+            "previous_logprobs": float32(-0.5, -0.6),
             "generation_logprobs": float32(-0.5, -0.6),
             "finish_reason": "stop",
             "reward": 1.0,
@@ -291,7 +296,7 @@ def test_kept_tokens_keep_the_logprobs_of_their_generation_and_new_ones_get_toda
             "uid": "b",
             "sample": 0,
             "token_ids": [8, 2],
-            "draft_logprobs": float32(NOW, NOW),
+            "previous_logprobs": float32(NOW, NOW),
             "generation_logprobs": float32(-0.1, -0.1),
             "finish_reason": "stop",
             "reward": 2.0,
@@ -303,7 +308,7 @@ def test_kept_tokens_keep_the_logprobs_of_their_generation_and_new_ones_get_toda
             "uid": "b",
             "sample": 1,
             "token_ids": [8, 8, 2],
-            "draft_logprobs": float32(-0.25, -0.35, -0.45),
+            "previous_logprobs": float32(-0.25, -0.35, -0.45),
             "generation_logprobs": float32(-0.1, -0.1, -0.1),
             "finish_reason": "stop",
             "reward": 3.0,
@@ -319,7 +324,7 @@ def test_rows_that_nobody_scored_are_kept_without_logprobs(cached, score):
     drafts = [cached(token_ids=[8, 9, 2]), None, None, None]
     current = generated(verified(drafts, score), [[8, 7, 2], [7], [7], [7]])
     first = next(current.cached_rows(7, {}, np.zeros((0, 0), np.float32), None))
-    np.testing.assert_equal(first.draft_logprobs, np.float32([math.nan] * 3))
+    np.testing.assert_equal(first.previous_logprobs, np.float32([math.nan] * 3))
     np.testing.assert_equal(first.generation_logprobs, np.float32([-0.1, math.nan, math.nan]))
     assert first.reference_logprobs is None
 
@@ -328,7 +333,7 @@ def test_both_sides_of_the_engines_next_ratio_come_from_the_engine(cached):
     """What the trainer recorded is left alone: the engine scores kept tokens and samples new ones."""
     drafts = [cached(token_ids=[8, 9, 2]), None, cached(token_ids=[8, 2]), None]
     current = round_of(drafts)
-    current.hand_over(64)
+    current.verify_in_engine(64)
     kept = {
         row: current.request.accept(row, logprobs)
         for row, logprobs in {0: [-0.2, NEVER, -0.2], 2: [-0.2, -0.15]}.items()
@@ -338,7 +343,7 @@ def test_both_sides_of_the_engines_next_ratio_come_from_the_engine(cached):
     generated(current, [[8, 7, 2], [7, 2], [8, 2], [2]])
     recorded = np.full((4, 3), -5.0, np.float32)
     rows = list(current.cached_rows(7, {seed: row for row, seed in enumerate(SEEDS)}, recorded, None))
-    assert [row.draft_logprobs.tolist() for row in rows] == [
+    assert [row.previous_logprobs.tolist() for row in rows] == [
         float32(-0.2, -0.7, -0.7),
         float32(-0.7, -0.7),
         float32(-0.2, -0.15),
@@ -360,7 +365,7 @@ def test_a_draft_that_survives_epochs_remembers_its_generation(cached, score):
             verified([draft, None, None, None], score, RatioAcceptance(math.inf)), [[8, 8, 2], [7], [7], [7]]
         )
         draft = next(current.cached_rows(step, {SEEDS[0]: 0}, np.full((1, 3), logprob, np.float32), None))
-    assert draft.draft_logprobs.tolist() == float32(-0.5, -0.5, -0.5)
+    assert draft.previous_logprobs.tolist() == float32(-0.5, -0.5, -0.5)
     assert draft.generation_logprobs.tolist() == float32(-0.1, -0.1, -0.1)
     assert (draft.step, draft.policy_version) == (3, 4)
 
@@ -381,8 +386,8 @@ def test_statistics_are_the_sum_over_the_groups(cached, score):
         {
             "num_rows": 4,
             "num_tokens": 10,
-            "num_drafts": 3,
-            "num_draft_tokens": 6,
+            "num_cached": 3,
+            "num_cached_tokens": 6,
             "num_reused_tokens": 3,
             "num_whole": 1,
             "age_sum": 4 + 2 + 3,

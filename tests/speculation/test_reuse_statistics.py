@@ -4,10 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from lit_specrl.metrics import merge
 from torch import nan
 
 from lit_specrl.prefix_cache.statistics import ReuseStatistics
-from lit_specrl.sums import total
 
 
 @pytest.fixture
@@ -17,8 +17,10 @@ def groups(cached):
     First prompt: a draft of which two of three tokens were kept, and a fresh row. Second: a draft that was kept whole and never
     rewarded, and one that was rejected at once.
     """
-    draft_logprobs, generation_logprobs = np.float32([-1, -1, -1]), np.float32([-0.25, -0.25, -0.25])
-    scored = cached(token_ids=[8, 8, 8], step=5, draft_logprobs=draft_logprobs, generation_logprobs=generation_logprobs)
+    previous_logprobs, generation_logprobs = np.float32([-1, -1, -1]), np.float32([-0.25, -0.25, -0.25])
+    scored = cached(
+        token_ids=[8, 8, 8], step=5, previous_logprobs=previous_logprobs, generation_logprobs=generation_logprobs
+    )
     return [
         ReuseStatistics.of_group(
             step=7,
@@ -49,8 +51,8 @@ def test_the_rows_of_a_prompt_are_counted(groups):
             {
                 "num_rows": 2,
                 "num_tokens": 7,
-                "num_drafts": 1,
-                "num_draft_tokens": 3,
+                "num_cached": 1,
+                "num_cached_tokens": 3,
                 "num_reused_tokens": 2,
                 "num_whole": 0,
                 "age_sum": 2,
@@ -65,8 +67,8 @@ def test_the_rows_of_a_prompt_are_counted(groups):
             {
                 "num_rows": 2,
                 "num_tokens": 3,
-                "num_drafts": 2,
-                "num_draft_tokens": 5,
+                "num_cached": 2,
+                "num_cached_tokens": 5,
                 "num_reused_tokens": 2,
                 "num_whole": 1,
                 "age_sum": 1 + 3,
@@ -81,13 +83,13 @@ def test_the_rows_of_a_prompt_are_counted(groups):
 
 
 def test_sums_are_divided_once_at_the_end(groups):
-    assert total(groups).metrics() == pytest.approx(
+    assert merge(groups).metrics() == pytest.approx(
         {
             "prefix_cache/hit_fraction": 3 / 4,
             "prefix_cache/reuse_fraction": 4 / 10,
             "prefix_cache/full_reuse_fraction": 1 / 4,
             "prefix_cache/verified_length_mean": 4 / 3,
-            "prefix_cache/draft_length_mean": 8 / 3,
+            "prefix_cache/cached_length_mean": 8 / 3,
             "prefix_cache/generated_tokens": 6.0,
             "prefix_cache/saved_tokens": 4.0,
             "prefix_cache/age": 6 / 3,
@@ -96,7 +98,7 @@ def test_sums_are_divided_once_at_the_end(groups):
             "prefix_cache/reward_gap": 0.75,
         }
     )
-    assert total(groups).kl == pytest.approx(sum(KL_SUMS) / 5)
+    assert merge(groups).kl == pytest.approx(sum(KL_SUMS) / 5)
 
 
 def test_the_first_epoch_has_nothing_to_say_of_drift_and_reward():
@@ -106,7 +108,7 @@ def test_the_first_epoch_has_nothing_to_say_of_drift_and_reward():
         "prefix_cache/reuse_fraction": 0.0,
         "prefix_cache/full_reuse_fraction": 0.0,
         "prefix_cache/verified_length_mean": 0.0,
-        "prefix_cache/draft_length_mean": 0.0,
+        "prefix_cache/cached_length_mean": 0.0,
         "prefix_cache/generated_tokens": 7.0,
         "prefix_cache/saved_tokens": 0.0,
         "prefix_cache/age": 0.0,
@@ -130,18 +132,18 @@ def test_the_reward_gap_is_between_the_means_of_drafted_and_fresh_rows(cached):
         ]
     ]
     assert [(group.num_pairs, group.gap_sum) for group in groups] == [(1, 0.5), (1, -2 / 3), (0, 0.0)]
-    assert total(groups).metrics()["prefix_cache/reward_gap"] == pytest.approx((0.5 - 2 / 3) / 2)
+    assert merge(groups).metrics()["prefix_cache/reward_gap"] == pytest.approx((0.5 - 2 / 3) / 2)
 
 
 def test_an_unchanged_policy_has_no_kl(cached):
     draft = cached(token_ids=[8, 2])
-    same = ReuseStatistics.of_group(1, [draft], [2], [2], [torch.from_numpy(draft.draft_logprobs)], [1.0])
+    same = ReuseStatistics.of_group(1, [draft], [2], [2], [torch.from_numpy(draft.previous_logprobs)], [1.0])
     assert (same.kl, same.num_scored) == (0.0, 2)
 
 
 def test_tokens_without_probability_or_without_a_logprob_leave_the_kl_finite(cached):
     """An impossible token counts as 10 nats; what nobody knows does not count."""
-    draft = cached(token_ids=[8, 8, 8, 2], draft_logprobs=np.float32([-1, -math.inf, nan, -1]))
+    draft = cached(token_ids=[8, 8, 8, 2], previous_logprobs=np.float32([-1, -math.inf, nan, -1]))
     now = torch.tensor([-math.inf, -1.0, -1.0, nan])
     found = ReuseStatistics.of_group(1, [draft], [0], [3], [now], [1.0])
     assert (found.kl_sum, found.num_scored) == (20.0, 2)
@@ -157,7 +159,7 @@ def test_the_kl_is_that_of_the_policies_wherever_drafts_are_left(cached):
         kept = torch.rand(8, generator=generator) < (now / then)[ids]
         length = int(kept.long().cumprod(0).sum())
         scores.append(now[ids].log().where(torch.arange(8) <= length, torch.tensor(nan)))
-        drafts.append(cached(token_ids=ids.tolist(), draft_logprobs=then[ids].log().numpy()))
+        drafts.append(cached(token_ids=ids.tolist(), previous_logprobs=then[ids].log().numpy()))
         lengths.append(length)
     found = ReuseStatistics.of_group(1, drafts, lengths, lengths, scores, [None] * 2000)
     assert found.kl == pytest.approx(0.83, rel=0.05)
@@ -172,12 +174,12 @@ def expected_cost(block, rate, overhead):
 
 @pytest.mark.parametrize("rejected", [1, 10, 50, 100])
 def test_blocks_have_nearly_the_fewest_tokens_computed(rejected):
-    found = ReuseStatistics(num_drafts=100, num_whole=100 - rejected, num_reused_tokens=10_000).block_length
+    found = ReuseStatistics(num_cached=100, num_whole=100 - rejected, num_reused_tokens=10_000).block_length
     best = min(expected_cost(block, rejected / 10_000, 32) for block in range(32, 4096, 32))
     assert found % 32 == 0
     assert expected_cost(found, rejected / 10_000, 32) < 1.05 * best
 
 
 def test_blocks_are_long_where_nothing_is_rejected_and_short_where_all_is():
-    assert ReuseStatistics(num_drafts=32, num_whole=32, num_reused_tokens=6000).block_length > 512
-    assert ReuseStatistics(num_drafts=32).block_length == 32
+    assert ReuseStatistics(num_cached=32, num_whole=32, num_reused_tokens=6000).block_length > 512
+    assert ReuseStatistics(num_cached=32).block_length == 32

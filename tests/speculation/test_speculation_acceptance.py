@@ -36,8 +36,8 @@ def emitted_by_trying_everything(rule, target, draft, num_uniforms):
     num_tokens = len(target)
     tokens = torch.arange(num_tokens).repeat_interleave(num_uniforms)[:, None]  # [N, 1]
     uniforms = ((torch.arange(num_uniforms) + 0.5) / num_uniforms).repeat(num_tokens)[:, None]  # [N, 1]
-    draft_logprobs = draft.log()[tokens]
-    lengths = rule(target.log()[tokens], draft_logprobs, draft_logprobs, torch.ones_like(tokens).bool(), uniforms)
+    previous_logprobs = draft.log()[tokens]
+    lengths = rule(target.log()[tokens], previous_logprobs, previous_logprobs, torch.ones_like(tokens).bool(), uniforms)
     emitted = torch.zeros(num_tokens)
     for token, length in zip(tokens.squeeze(-1).tolist(), lengths.tolist(), strict=True):
         case_probability = draft[token] / num_uniforms

@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import kl_div
 
 from lit_specrl.drafting.distillation.loss import (
-    acceptance_probability,
     distillation_loss,
     draft_kl,
+    expected_acceptance,
     expected_acceptance_length,
 )
 from lit_specrl.drafting.distillation.reward_weights import reward_weights
@@ -147,7 +147,7 @@ def test_logits_of_float64_stay_float64():
     policy, logits = policy_and_drafter()
     tokens, logprobs = top(policy.float(), 3)
     assert draft_kl(logits, tokens, logprobs, torch.zeros(5)).dtype == torch.float64
-    assert acceptance_probability(logits, tokens, logprobs).dtype == torch.float64
+    assert expected_acceptance(logits, tokens, logprobs).dtype == torch.float64
 
 
 def two_rollouts_of_three_tokens():
@@ -207,20 +207,20 @@ def test_a_step_without_tokens_adds_nothing():
 
 def test_acceptance_by_hand():
     """The smaller of policy (0.5, 0.25 | 0.05 and 0.2 elsewhere) and drafter (0.2, 0.4): 0.2 + 0.25."""
-    chance = acceptance_probability(log([0.4, 0.1, 0.2, 0.3]), torch.tensor([[2, 0]]), log([0.5, 0.25]))
+    chance = expected_acceptance(log([0.4, 0.1, 0.2, 0.3]), torch.tensor([[2, 0]]), log([0.5, 0.25]))
     torch.testing.assert_close(chance, torch.tensor([0.45], dtype=torch.float64))
 
 
 def test_acceptance_is_one_less_the_distance_of_the_distributions():
     policy, logits = policy_and_drafter()
     distance = (policy.exp() - logits.softmax(-1)).abs().sum(-1) / 2
-    torch.testing.assert_close(acceptance_probability(logits, *top(policy, 7)), 1 - distance)
-    assert (acceptance_probability(logits, *top(policy, 3)) <= 1 - distance).all()
+    torch.testing.assert_close(expected_acceptance(logits, *top(policy, 7)), 1 - distance)
+    assert (expected_acceptance(logits, *top(policy, 3)) <= 1 - distance).all()
 
 
 def test_what_cannot_be_drafted_cannot_be_accepted():
     """A drafter that knows the policy perfectly, whose vocabulary holds 0.8 of its probability."""
-    chance = acceptance_probability(log([0.5, 0.5]), torch.tensor([[0, 1]]), log([0.4, 0.4]))
+    chance = expected_acceptance(log([0.5, 0.5]), torch.tensor([[0, 1]]), log([0.4, 0.4]))
     torch.testing.assert_close(chance, torch.tensor([0.8], dtype=torch.float64))
 
 
@@ -253,7 +253,7 @@ def test_shapes_that_do_not_fit(logits, tokens, logprobs, mass):
         draft_kl(*arguments, torch.zeros(mass))
     if mass == (2,):
         with pytest.raises(ValueError, match=r"logits must be \[T, V'\].* got "):
-            acceptance_probability(*arguments)
+            expected_acceptance(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lit_specrl.drafting.verification import sample_tokens, verify_drafts
+from lit_specrl.drafting.verification import rejection_sample, sample_tokens
 
 VOCABULARY = 4
 
@@ -37,7 +37,7 @@ def test_what_two_drafted_tokens_emit_has_the_targets_distribution(seed, is_samp
     rows = torch.stack(
         [torch.zeros(count, dtype=torch.long), 1 + first, 1 + VOCABULARY + VOCABULARY * first + second], dim=1
     )
-    verified = verify_drafts(
+    verified = rejection_sample(
         target[rows.flatten()].log(),
         torch.stack([first, second], dim=1).flatten(),
         [2] * count,
@@ -72,7 +72,7 @@ def test_one_drafted_token_is_an_identity():
     emitted = torch.zeros(VOCABULARY, dtype=torch.float64)
     for token in range(VOCABULARY):
         pairs = torch.stack([grid.repeat_interleave(1000), grid.repeat(1000)], dim=1)
-        verified = verify_drafts(
+        verified = rejection_sample(
             target.log().expand(2_000_000, -1),
             torch.full((1_000_000,), token),
             [1] * 1_000_000,
@@ -87,14 +87,14 @@ def test_one_drafted_token_is_an_identity():
 def test_certain_targets_decide_everything():
     says = [0, 1, 2, 3, 3, 2, 1, 0, 2, 1]  # 3 + 1, 1 + 1, 0 + 1, 2 + 1 positions
     logits = torch.nn.functional.one_hot(torch.tensor(says), VOCABULARY).double().log()
-    verified = verify_drafts(logits, torch.tensor([0, 1, 0, 0, 0, 2]), [3, 1, 0, 2], None, uniforms(10))
+    verified = rejection_sample(logits, torch.tensor([0, 1, 0, 0, 0, 2]), [3, 1, 0, 2], None, uniforms(10))
     assert verified.token_ids.tolist() == [[0, 1, 2, -1], [3, -1, -1, -1], [1, -1, -1, -1], [0, 2, 1, -1]]
     assert verified.logprobs.tolist() == [[0.0] * 4] * 4
 
 
 def test_logprobs_are_the_targets():
     target = distributions(7, seed=3)
-    verified = verify_drafts(
+    verified = rejection_sample(
         target.log() + 3.0, torch.tensor([1, 2, 0, 3]), [2, 0, 2], None, torch.zeros(7, dtype=torch.float64)
     )
     positions = [[0, 1, 2], [3], [4, 5, 6]]
@@ -109,7 +109,7 @@ def test_greedy_rows_take_the_most_probable_token_whatever_is_drawn():
     best = target.argmax(-1)
     draft = torch.stack([best[0], best[1], best[3], (best[4] + 1) % VOCABULARY])
     for draw in (0.0, 0.999):
-        verified = verify_drafts(
+        verified = rejection_sample(
             target.log(),
             draft,
             [2, 2],
@@ -125,7 +125,7 @@ def test_a_rejected_token_of_a_draft_like_the_target_is_replaced_by_the_target()
     target = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).double()
     drafter = target * (1 + 1e-9)
     numbers = torch.tensor([0.7, 0.7]).double()
-    verified = verify_drafts(
+    verified = rejection_sample(
         target.log().expand(2, -1), torch.tensor([0]), [1], drafter, numbers, torch.tensor([1 - 1e-12, 0.5]).double()
     )
     assert verified.token_ids.tolist() == [[1, -1]]
@@ -136,10 +136,10 @@ def test_tokens_that_the_target_cannot_emit_are_never_emitted():
     logits = distributions(4000, seed=9).log()
     logits[:, 3] = -torch.inf
     draft = torch.full((2000,), 3)
-    verified = verify_drafts(logits, draft, [1] * 2000, None, uniforms(4000))
+    verified = rejection_sample(logits, draft, [1] * 2000, None, uniforms(4000))
     assert (verified.token_ids[:, 0] != 3).all() and (verified.token_ids[:, 1] == -1).all()
     sampled_draft = torch.full((2000, VOCABULARY), 0.25).double()
-    verified = verify_drafts(logits, draft, [1] * 2000, sampled_draft, uniforms(4000), uniforms(4000, seed=1))
+    verified = rejection_sample(logits, draft, [1] * 2000, sampled_draft, uniforms(4000), uniforms(4000, seed=1))
     assert not (verified.token_ids == 3).any()
 
 
@@ -149,7 +149,7 @@ def test_chosen_drafts_change_no_token():
     draws = uniforms(9000, seed=3)
     alone = sample_tokens(target.log(), draws)
     draft = torch.where(uniforms(6000, seed=4) < 0.5, alone.token_ids.view(-1, 3)[:, :2].flatten(), 1)
-    verified = verify_drafts(target.log(), draft, [2] * 3000, None, draws)
+    verified = rejection_sample(target.log(), draft, [2] * 3000, None, draws)
     emitted = verified.token_ids >= 0
     assert (verified.token_ids[emitted] == alone.token_ids.view(-1, 3)[emitted]).all()
     assert torch.equal(verified.logprobs[emitted], alone.logprobs.view(-1, 3)[emitted])
@@ -197,8 +197,8 @@ def test_distributions_over_some_tokens_are_those_that_give_the_others_nothing()
     draws = uniforms(900, seed=8), uniforms(900, seed=9)
     greedy = torch.arange(300) % 5 == 0
     for is_greedy in (None, greedy):
-        expected = verify_drafts(target.log(), drafts, [2] * 300, whole, *draws, is_greedy)
-        found = verify_drafts(target.log(), drafts, [2] * 300, few, *draws, is_greedy, vocabulary)
+        expected = rejection_sample(target.log(), drafts, [2] * 300, whole, *draws, is_greedy)
+        found = rejection_sample(target.log(), drafts, [2] * 300, few, *draws, is_greedy, vocabulary)
         assert torch.equal(found.token_ids, expected.token_ids)
         torch.testing.assert_close(found.logprobs, expected.logprobs)
     assert 1 in expected.token_ids  # what cannot be drafted is emitted all the same

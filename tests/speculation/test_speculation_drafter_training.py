@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lit_specrl.drafting.distillation.buffer import Lesson
+from lit_specrl.drafting.distillation.buffer import DistillationSample
 from lit_specrl.drafting.distillation.loss import expected_acceptance_length
-from lit_specrl.drafting.distillation.trainer import DrafterTraining, micro_batches
+from lit_specrl.drafting.distillation.trainer import DrafterTrainer, micro_batches
 from lit_specrl.drafting.eagle3 import build_head, unrolled_states
 from lit_specrl.drafting.networks import CausalNetwork, Eagle3Network
 
@@ -33,7 +33,7 @@ def policy():
 
 
 @torch.no_grad()
-def lesson(policy, seed, num_prompt_tokens, num_response_tokens, layers=(0, 1, 2), weight=1.0, top=TOP):
+def sample(policy, seed, num_prompt_tokens, num_response_tokens, layers=(0, 1, 2), weight=1.0, top=TOP):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 32, (num_prompt_tokens,), generator=generator).tolist()
     for _ in range(num_response_tokens):
@@ -42,7 +42,7 @@ def lesson(policy, seed, num_prompt_tokens, num_response_tokens, layers=(0, 1, 2
     out = policy(torch.tensor([tokens]), output_hidden_states=True)
     logprobs = out.logits[0, num_prompt_tokens - 1 : -1].log_softmax(-1).topk(top)
     features = [out.hidden_states[layer][0, :-1] for layer in layers]
-    return Lesson(
+    return DistillationSample(
         uid=str(seed),
         token_ids=torch.tensor(tokens, dtype=torch.int32),
         num_prompt_tokens=num_prompt_tokens,
@@ -58,19 +58,19 @@ def lesson(policy, seed, num_prompt_tokens, num_response_tokens, layers=(0, 1, 2
 
 def training(network, **options):
     optimizer = torch.optim.AdamW(network.parameters, lr=3e-3, weight_decay=0.0)
-    return DrafterTraining(network, optimizer, **{"num_steps": 3, "max_grad_norm": 10.0} | options)
+    return DrafterTrainer(network, optimizer, **{"num_steps": 3, "max_grad_norm": 10.0} | options)
 
 
 @torch.no_grad()
 def test_a_head_drafts_behind_every_token_but_the_first(policy):
     """Place r at step s is drafted from the features of what comes before place r - s, and the tokens before place r."""
     network = Eagle3Network(build_head(policy, "policy"))
-    lessons = [lesson(policy, 1, 4, 5), lesson(policy, 2, 2, 3)]
-    for index, step in enumerate(network.draft_steps(lessons, 3)):
+    samples = [sample(policy, 1, 4, 5), sample(policy, 2, 2, 3)]
+    for index, step in enumerate(network.draft_steps(samples, 3)):
         expected = [(row, place) for row, length in ((0, 5), (1, 3)) for place in range(index + 1, length)]
         assert list(zip(step.rows.tolist(), step.places.tolist(), strict=True)) == expected
         for logits, (row, place) in zip(step.logits, expected, strict=True):
-            one = lessons[row]
+            one = samples[row]
             end = one.num_prompt_tokens + place - index  # tokens known when the draft began
             tokens = one.token_ids.long()[None]
             alone = unrolled_states(
@@ -86,17 +86,17 @@ def test_a_head_drafts_behind_every_token_but_the_first(policy):
 
 def test_a_small_model_drafts_what_it_says_behind_the_text(policy):
     network = CausalNetwork(policy)
-    lessons = [lesson(policy, 1, 4, 5, ()), lesson(policy, 2, 2, 3, ())]
-    (step,) = network.draft_steps(lessons, 3)
+    samples = [sample(policy, 1, 4, 5, ()), sample(policy, 2, 2, 3, ())]
+    (step,) = network.draft_steps(samples, 3)
     assert step.rows.tolist() == [0] * 4 + [1] * 2 and step.places.tolist() == [1, 2, 3, 4, 1, 2]
-    top = torch.cat([one.top_tokens[1:] for one in lessons]).long()
-    expected = torch.cat([one.top_logprobs[1:] for one in lessons])
+    top = torch.cat([one.top_tokens[1:] for one in samples]).long()
+    expected = torch.cat([one.top_logprobs[1:] for one in samples])
     torch.testing.assert_close(step.logits.log_softmax(-1).gather(-1, top), expected, atol=1e-4, rtol=0)
 
 
 def test_a_drafter_that_is_the_policy_is_always_accepted(policy):
-    lessons = [lesson(policy, seed, 3, length, (), top=32) for seed, length in ((1, 6), (2, 4), (3, 1))]
-    found = training(CausalNetwork(policy)).evaluate(lessons)
+    samples = [sample(policy, seed, 3, length, (), top=32) for seed, length in ((1, 6), (2, 4), (3, 1))]
+    found = training(CausalNetwork(policy)).evaluate(samples)
     assert found.acceptance == pytest.approx([1, 1, 1], abs=1e-5) and found.kl == pytest.approx(0, abs=1e-5)
     assert found.acceptance_length == pytest.approx(4, abs=1e-4)
     assert found.num_drafts == (6 - 3) + (4 - 3)  # drafts of three tokens that end within the response
@@ -104,9 +104,9 @@ def test_a_drafter_that_is_the_policy_is_always_accepted(policy):
 
 
 def test_the_expected_length_follows_each_draft(policy):
-    """Against the drafts of one lesson put together by hand."""
+    """Against the drafts of one sample put together by hand."""
     network = Eagle3Network(build_head(policy, "policy"))
-    one = lesson(policy, 5, 3, 8)
+    one = sample(policy, 5, 3, 8)
     found = training(network).evaluate([one])
     with torch.no_grad():
         probabilities = {}
@@ -124,7 +124,7 @@ def test_the_expected_length_follows_each_draft(policy):
 @pytest.mark.parametrize("kind", ["head", "model"])
 def test_micro_batches_change_no_update(policy, kind):
     layers = (0, 1, 2) if kind == "head" else ()
-    lessons = [lesson(policy, seed, 2 + seed % 3, 3 + seed % 4, layers, weight=0.5 + seed) for seed in range(6)]
+    samples = [sample(policy, seed, 2 + seed % 3, 3 + seed % 4, layers, weight=0.5 + seed) for seed in range(6)]
     results = []
     for micro_batch_tokens in (10, 1000):
         torch.manual_seed(3)
@@ -132,22 +132,22 @@ def test_micro_batches_change_no_update(policy, kind):
         network = Eagle3Network(build_head(policy, "policy")) if kind == "head" else CausalNetwork(model)
         own = training(network, micro_batch_tokens=micro_batch_tokens)
         own.optimizer = torch.optim.SGD(network.parameters, lr=1.0)
-        loss = own.update(lessons)
+        loss = own.update(samples)
         results.append((loss, [parameter.detach().clone() for parameter in network.parameters]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
 
 
 def test_weights_decide_what_is_learned(policy):
-    """A lesson of weight 0 leaves no trace."""
-    first, second = lesson(policy, 1, 3, 5), lesson(policy, 2, 3, 5, weight=0.0)
+    """A sample of weight 0 leaves no trace."""
+    first, second = sample(policy, 1, 3, 5), sample(policy, 2, 3, 5, weight=0.0)
     gradients = []
-    for lessons, scale in (([first, second], 2.0), ([first], 1.0)):
+    for samples, scale in (([first, second], 2.0), ([first], 1.0)):
         network = Eagle3Network(build_head(policy, "policy"))
         own = training(network, max_grad_norm=1e9)
         own.optimizer = torch.optim.SGD(network.parameters, lr=1.0)
         before = [parameter.detach().clone() for parameter in network.parameters]
-        own.update(lessons)
+        own.update(samples)
         changes = [scale * (b - a.detach()) for a, b in zip(network.parameters, before, strict=True)]
         gradients.append(changes)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)  # the mean is over both
@@ -157,13 +157,13 @@ def test_weights_decide_what_is_learned(policy):
 def test_training_brings_the_drafter_towards_the_policy(policy, kind):
     torch.manual_seed(0)
     layers = (0, 1, 2) if kind == "head" else ()
-    lessons = [lesson(policy, seed, 3, 12, layers) for seed in range(24)]
+    samples = [sample(policy, seed, 3, 12, layers) for seed in range(24)]
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | {"num_hidden_layers": 1}))
     own = training(Eagle3Network(build_head(policy, "policy")) if kind == "head" else CausalNetwork(model))
-    before = own.evaluate(lessons)
+    before = own.evaluate(samples)
     for _ in range(60):
-        own.update(lessons)
-    after = own.evaluate(lessons)
+        own.update(samples)
+    after = own.evaluate(samples)
     assert after.kl < 0.6 * before.kl
     assert after.acceptance_length > before.acceptance_length + 0.2
 
@@ -171,20 +171,20 @@ def test_training_brings_the_drafter_towards_the_policy(policy, kind):
 def test_a_gradient_that_is_not_finite_is_thrown_away(policy):
     network = Eagle3Network(build_head(policy, "policy"))
     before = [parameter.detach().clone() for parameter in network.parameters]
-    training(network).update([lesson(policy, 1, 3, 5, weight=float("inf"))])
+    training(network).update([sample(policy, 1, 3, 5, weight=float("inf"))])
     torch.testing.assert_close([p.detach() for p in network.parameters], before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in network.parameters)
 
 
 def test_micro_batches_hold_similar_lessons_within_the_budget(policy):
-    lessons = [lesson(policy, seed, 2, length) for seed, length in enumerate((9, 1, 3, 4, 20, 3))]
-    lengths = [[len(one) for one in batch] for batch in micro_batches(lessons, 15)]
+    samples = [sample(policy, seed, 2, length) for seed, length in enumerate((9, 1, 3, 4, 20, 3))]
+    lengths = [[len(one) for one in batch] for batch in micro_batches(samples, 15)]
     assert lengths == [[5, 5], [6], [11], [22]]
-    assert list(micro_batches([lessons[1]], 15)) == []
+    assert list(micro_batches([samples[1]], 15)) == []
 
 
 def test_two_ranks_learn_what_one_learns(tmp_path):
-    """Three lessons on one rank and two on the other, of other lengths; then none on the second."""
+    """Three samples on one rank and two on the other, of other lengths; then none on the second."""
     program = [sys.executable, __file__]
     one = subprocess.run([*program, "0", "1", str(tmp_path)], capture_output=True, text=True, check=False)
     assert one.returncode == 0, one.stderr[-2000:]
@@ -199,14 +199,14 @@ def train_on_a_rank(rank, world_size, folder):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).eval()
-    lessons = [lesson(model, seed, 3, 4 + seed, weight=0.5 + seed) for seed in range(5)]
+    samples = [sample(model, seed, 3, 4 + seed, weight=0.5 + seed) for seed in range(5)]
     if world_size > 1:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
         )
-        shares = [(lessons[:3], lessons[:2]), (lessons[3:], [])][rank]
+        shares = [(samples[:3], samples[:2]), (samples[3:], [])][rank]
     else:
-        shares = (lessons, lessons[:2])
+        shares = (samples, samples[:2])
     network = Eagle3Network(build_head(model, "policy"))
     own = training(network)
     own.optimizer = torch.optim.SGD(network.parameters, lr=0.1)

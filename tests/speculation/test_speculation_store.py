@@ -25,7 +25,7 @@ def test_gives_back_what_was_put(cached, plain):
             "uid": "a",
             "sample": 1,
             "token_ids": [8, 2],
-            "draft_logprobs": np.float32([-0.2, -0.2]).tolist(),
+            "previous_logprobs": np.float32([-0.2, -0.2]).tolist(),
             "generation_logprobs": np.float32([-0.1, -0.1]).tolist(),
             "finish_reason": "stop",
             "policy_version": 4,
@@ -51,20 +51,22 @@ def test_a_row_is_overwritten_by_the_next_with_its_uid_and_sample(cached):
 def test_rows_are_copies_in_compact_types(cached):
     """A view would keep the padded batch alive, and would change with it."""
     batch_ids, batch_logprobs = torch.tensor([[8, 2, 0]]), torch.tensor([[-0.5, -0.25, 0.0]])
-    row = cached("a", draft_logprobs=batch_logprobs[0, :2].numpy(), generation_logprobs=batch_logprobs[0, :2].numpy())
+    row = cached(
+        "a", previous_logprobs=batch_logprobs[0, :2].numpy(), generation_logprobs=batch_logprobs[0, :2].numpy()
+    )
     store = store_of([dataclasses.replace(row, token_ids=batch_ids[0, :2].numpy())])
     batch_ids += 1
     batch_logprobs += 1
     row = store.get("a", 0)
-    assert (row.token_ids.tolist(), row.draft_logprobs.tolist()) == ([8, 2], [-0.5, -0.25])
-    assert (row.token_ids.base, row.draft_logprobs.base) == (None, None)
-    assert (row.token_ids.dtype, row.draft_logprobs.dtype) == (np.int32, np.float32)
+    assert (row.token_ids.tolist(), row.previous_logprobs.tolist()) == ([8, 2], [-0.5, -0.25])
+    assert (row.token_ids.base, row.previous_logprobs.base) == (None, None)
+    assert (row.token_ids.dtype, row.previous_logprobs.dtype) == (np.int32, np.float32)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"draft_logprobs": np.zeros(3)}, "one entry per token, .*'draft_logprobs': .3,.*for uid 'bad'"),
+        ({"previous_logprobs": np.zeros(3)}, "one entry per token, .*'previous_logprobs': .3,.*for uid 'bad'"),
         ({"reference_logprobs": np.zeros(1)}, "one entry per token"),
         ({"finish_reason": "eos"}, "finish_reason must be 'stop' or 'length', got 'eos'"),
     ],

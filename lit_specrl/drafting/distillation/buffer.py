@@ -21,7 +21,7 @@ _ROW_FIELDS = ("uid", "num_prompt_tokens", "reward", "weight", "policy_version")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lesson:
+class DistillationSample:
     """One response with what the policy said about it: P tokens of prompt, R of response.
 
     The policy's distribution is its whole softmax at the sampling temperature, before any truncation (top-p, top-k), so that every log-prob is
@@ -30,7 +30,7 @@ class Lesson:
     Example: one response token after a prompt of one; the policy gave 0.7 and 0.2 to the tokens 4 and 1 of the draft vocabulary, and 0.05 to the
     rest of it::
 
-        Lesson(uid="a1", token_ids=torch.tensor([8, 2], dtype=torch.int32), num_prompt_tokens=1,
+        DistillationSample(uid="a1", token_ids=torch.tensor([8, 2], dtype=torch.int32), num_prompt_tokens=1,
                features=torch.zeros(1, 0), top_tokens=torch.tensor([[4, 1]], dtype=torch.int32),
                top_logprobs=torch.tensor([[0.7, 0.2]]).log(), log_mass=torch.tensor([0.95]).log(),
                reward=1.0, weight=1.6, policy_version=4)
@@ -102,24 +102,24 @@ class Lesson:
             )
 
 
-class LessonBuffer:
-    """Keeps the newest lessons, the oldest making room when memory runs short.
+class DistillationBuffer:
+    """Keeps the newest samples, the oldest making room when memory runs short.
 
-    Every lesson stays until it is evicted or expires, also where several have the same uid: they are different responses, or of different
+    Every sample stays until it is evicted or expires, also where several have the same uid: they are different responses, or of different
     policies.
 
     Args:
-        max_bytes: most memory for the tensors of all lessons.
-        max_age: most versions of the policy that a lesson may be behind; 0 keeps only those of the present policy.
+        max_bytes: most memory for the tensors of all samples.
+        max_age: most versions of the policy that a sample may be behind; 0 keeps only those of the present policy.
 
     Raises:
         ValueError: `max_bytes` is not positive or `max_age` is negative.
 
     Example:
-        >>> lesson = Lesson("a1", torch.tensor([8, 2], dtype=torch.int32), 1, torch.zeros(1, 0), torch.tensor([[4, 1]], dtype=torch.int32),
+        >>> sample = DistillationSample("a1", torch.tensor([8, 2], dtype=torch.int32), 1, torch.zeros(1, 0), torch.tensor([[4, 1]], dtype=torch.int32),
         ...                 torch.tensor([[-0.4, -1.6]]), torch.tensor([-0.1]), reward=1.0, weight=1.6, policy_version=4)
-        >>> buffer = LessonBuffer(max_bytes=10**6, max_age=2)
-        >>> buffer.put([lesson])
+        >>> buffer = DistillationBuffer(max_bytes=10**6, max_age=2)
+        >>> buffer.put([sample])
         >>> len(buffer), buffer.num_bytes
         (1, 28)
         >>> buffer.expire(policy_version=7)
@@ -135,53 +135,53 @@ class LessonBuffer:
         self.max_bytes, self.max_age = max_bytes, max_age
         self.num_evicted = 0
         """Lessons that found no room or made room for others so far; an expired one is not one of them."""
-        self._lessons: deque[Lesson] = deque()  # the oldest on the left
+        self._samples: deque[DistillationSample] = deque()  # the oldest on the left
         self._num_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._lessons)
+        return len(self._samples)
 
-    def __iter__(self) -> Iterator[Lesson]:
-        """All lessons, the oldest first; not copies, so leave them as they are."""
-        return iter(self._lessons)
+    def __iter__(self) -> Iterator[DistillationSample]:
+        """All samples, the oldest first; not copies, so leave them as they are."""
+        return iter(self._samples)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the tensors of all lessons, in bytes."""
+        """Memory of the tensors of all samples, in bytes."""
         return self._num_bytes
 
-    def put(self, lessons: Iterable[Lesson]) -> None:
-        """Copy lessons into the buffer, then evict the oldest down to `max_bytes`.
+    def put(self, samples: Iterable[DistillationSample]) -> None:
+        """Copy samples into the buffer, then evict the oldest down to `max_bytes`.
 
-        A lesson larger than the whole buffer is not taken, counts as evicted and leaves the others alone.
+        A sample larger than the whole buffer is not taken, counts as evicted and leaves the others alone.
 
         Args:
-            lessons: the oldest first; their tensors may be views, may have a gradient and may come from inference mode.
+            samples: the oldest first; their tensors may be views, may have a gradient and may come from inference mode.
         """
-        for lesson in lessons:
-            if lesson.num_bytes > self.max_bytes:
+        for sample in samples:
+            if sample.num_bytes > self.max_bytes:
                 self.num_evicted += 1
                 continue
-            self._lessons.append(_own(lesson))
-            self._num_bytes += lesson.num_bytes
+            self._samples.append(_own(sample))
+            self._num_bytes += sample.num_bytes
             while self._num_bytes > self.max_bytes:
-                self._num_bytes -= self._lessons.popleft().num_bytes
+                self._num_bytes -= self._samples.popleft().num_bytes
                 self.num_evicted += 1
 
     def expire(self, policy_version: int) -> None:
-        """Drop the lessons of policies more than `max_age` versions behind.
+        """Drop the samples of policies more than `max_age` versions behind.
 
         Args:
             policy_version: of the present policy.
         """
-        self._lessons = deque(lesson for lesson in self if lesson.policy_version >= policy_version - self.max_age)
-        self._num_bytes = sum(lesson.num_bytes for lesson in self)
+        self._samples = deque(sample for sample in self if sample.policy_version >= policy_version - self.max_age)
+        self._num_bytes = sum(sample.num_bytes for sample in self)
 
-    def draw(self, fraction: float, generator: torch.Generator) -> list[Lesson]:
-        """Some of the lessons in random order, none twice.
+    def draw(self, fraction: float, generator: torch.Generator) -> list[DistillationSample]:
+        """Some of the samples in random order, none twice.
 
         Args:
-            fraction: share of the lessons, from 0 to 1, rounded up to whole lessons.
+            fraction: share of the samples, from 0 to 1, rounded up to whole samples.
             generator: decides which ones.
 
         Raises:
@@ -191,28 +191,28 @@ class LessonBuffer:
             raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
         num_drawn = math.ceil(fraction * len(self) - 1e-9)  # 0.07 * 100 is a little more than 7
         order = torch.randperm(len(self), generator=generator, device=generator.device)
-        lessons = list(self)
-        return [lessons[index] for index in order[:num_drawn].tolist()]
+        samples = list(self)
+        return [samples[index] for index in order[:num_drawn].tolist()]
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The whole state as tensors and as metadata of lists, dicts, numbers and strings.
 
         Fit for JSON and for a checkpoint that is loaded with `weights_only=True`. The tensors are not copies, for features may fill half of the
-        memory; and each is on its own, because lessons of one buffer may differ in k, F and the type of the features.
+        memory; and each is on its own, because samples of one buffer may differ in k, F and the type of the features.
 
         Returns:
-            Per lesson and field a tensor, such as "0.features"; and the metadata.
+            Per sample and field a tensor, such as "0.features"; and the metadata.
         """
         tensors = {
-            f"{index}.{name}": getattr(lesson, name) for index, lesson in enumerate(self) for name in _TENSOR_FIELDS
+            f"{index}.{name}": getattr(sample, name) for index, sample in enumerate(self) for name in _TENSOR_FIELDS
         }
-        columns = {name: [getattr(lesson, name) for lesson in self] for name in _ROW_FIELDS}
+        columns = {name: [getattr(sample, name) for sample in self] for name in _ROW_FIELDS}
         return tensors, {"version": FORMAT_VERSION, "num_evicted": self.num_evicted, **columns}
 
     @classmethod
     def from_tensors(
         cls, tensors: dict[str, Tensor], metadata: dict[str, Any], max_bytes: int, max_age: int
-    ) -> LessonBuffer:
+    ) -> DistillationBuffer:
         """A buffer with the state of `to_tensors`.
 
         Args:
@@ -226,16 +226,16 @@ class LessonBuffer:
             KeyError: a part is missing.
         """
         if metadata.get("version") != FORMAT_VERSION:
-            raise ValueError(f"a lesson buffer of version {FORMAT_VERSION} was expected, got {metadata.get('version')}")
+            raise ValueError(f"a sample buffer of version {FORMAT_VERSION} was expected, got {metadata.get('version')}")
         if len(tensors) != len(_TENSOR_FIELDS) * len(metadata["uid"]):
             raise ValueError(
-                f"{len(metadata['uid'])} lessons of {len(_TENSOR_FIELDS)} tensors were expected, got {len(tensors)} tensors"
+                f"{len(metadata['uid'])} samples of {len(_TENSOR_FIELDS)} tensors were expected, got {len(tensors)} tensors"
             )
         buffer = cls(max_bytes, max_age)
         rows = zip(*(metadata[name] for name in _ROW_FIELDS), strict=True)
         for index, row in enumerate(rows):
             fields: dict[str, Any] = {name: tensors[f"{index}.{name}"] for name in _TENSOR_FIELDS}
-            buffer.put([Lesson(**dict(zip(_ROW_FIELDS, row, strict=True)), **fields)])
+            buffer.put([DistillationSample(**dict(zip(_ROW_FIELDS, row, strict=True)), **fields)])
         buffer.num_evicted += metadata["num_evicted"]
         return buffer
 
@@ -252,7 +252,9 @@ class LessonBuffer:
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], identity: dict[str, str], max_bytes: int, max_age: int) -> LessonBuffer:
+    def load(
+        cls, path: str | os.PathLike[str], identity: dict[str, str], max_bytes: int, max_age: int
+    ) -> DistillationBuffer:
         """Read a file of `save`, completely or not at all.
 
         Args:
@@ -272,17 +274,17 @@ class LessonBuffer:
         try:
             return cls.from_tensors(tensors, metadata, max_bytes, max_age)
         except (KeyError, TypeError, ValueError) as error:  # a sound file of something else
-            raise set_aside(path, "damaged", f"not the state of a lesson buffer: {error!r}") from error
+            raise set_aside(path, "damaged", f"not the state of a sample buffer: {error!r}") from error
 
 
-def _own(lesson: Lesson) -> Lesson:
-    """The lesson with tensors of its own.
+def _own(sample: DistillationSample) -> DistillationSample:
+    """The sample with tensors of its own.
 
     A view would keep the padded batch alive and a gradient the graph; what inference mode made cannot be trained on.
     """
     with torch.inference_mode(False):
-        copies: dict[str, Any] = {name: _copy(getattr(lesson, name)) for name in _TENSOR_FIELDS}
-    return replace(lesson, **copies)
+        copies: dict[str, Any] = {name: _copy(getattr(sample, name)) for name in _TENSOR_FIELDS}
+    return replace(sample, **copies)
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -47,12 +47,12 @@ def draft_kl(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor, log_mass:
         tensor([0.1733])
     """
     _check_shapes(logits, top_tokens, top_logprobs, log_mass)
-    draft_logprobs = _outcome_logits(logits, top_tokens).log_softmax(-1)  # [T, k + 1]
-    probs = (top_logprobs - log_mass[:, None]).to(draft_logprobs.dtype).exp()  # [T, k]
-    if probs.shape[-1] < draft_logprobs.shape[-1]:
+    previous_logprobs = _outcome_logits(logits, top_tokens).log_softmax(-1)  # [T, k + 1]
+    probs = (top_logprobs - log_mass[:, None]).to(previous_logprobs.dtype).exp()  # [T, k]
+    if probs.shape[-1] < previous_logprobs.shape[-1]:
         rest = (1 - probs.sum(-1, keepdim=True)).clamp(min=0)
         probs = torch.cat([probs, rest], -1)  # [T, k + 1]
-    return (torch.xlogy(probs, probs) - probs * draft_logprobs).sum(-1)  # xlogy: the rest may be 0
+    return (torch.xlogy(probs, probs) - probs * previous_logprobs).sum(-1)  # xlogy: the rest may be 0
 
 
 def distillation_loss(kl: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> DistillationLoss:
@@ -88,7 +88,7 @@ def distillation_loss(kl: Sequence[Tensor], weights: Sequence[Tensor], decay: fl
     return DistillationLoss(torch.stack(sums).sum(), float(count))
 
 
-def acceptance_probability(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor) -> Tensor:
+def expected_acceptance(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor) -> Tensor:
     """Probability that a token sampled from the drafter is accepted, sum of min(policy, drafter) over the policy's top k.
 
     Leviathan et al. 2023, arXiv 2211.17192, lemma 3.3 and theorem 3.5. A lower bound, as the tokens outside the top k are left out; exact where
@@ -106,12 +106,12 @@ def acceptance_probability(logits: Tensor, top_tokens: Tensor, top_logprobs: Ten
         ValueError: shapes do not fit.
 
     Example:
-        >>> acceptance_probability(torch.zeros(1, 4), torch.tensor([[2, 0]]), torch.tensor([[0.5, 0.125]]).log())
+        >>> expected_acceptance(torch.zeros(1, 4), torch.tensor([[2, 0]]), torch.tensor([[0.5, 0.125]]).log())
         tensor([0.3750])
     """
     _check_shapes(logits, top_tokens, top_logprobs, None)
-    draft_logprobs = _outcome_logits(logits, top_tokens).log_softmax(-1)[:, : top_tokens.shape[-1]]  # [T, k]
-    return torch.minimum(draft_logprobs, top_logprobs.to(draft_logprobs.dtype)).exp().sum(-1)
+    previous_logprobs = _outcome_logits(logits, top_tokens).log_softmax(-1)[:, : top_tokens.shape[-1]]  # [T, k]
+    return torch.minimum(previous_logprobs, top_logprobs.to(previous_logprobs.dtype)).exp().sum(-1)
 
 
 def expected_acceptance_length(acceptance: Sequence[Tensor]) -> Tensor:

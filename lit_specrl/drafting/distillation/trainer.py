@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lit_specrl.distributed.collectives import average_gradients, num_ranks, sum_over_ranks
-from lit_specrl.drafting.distillation.buffer import Lesson
+from lit_specrl.drafting.distillation.buffer import DistillationSample
 from lit_specrl.drafting.distillation.loss import (
-    acceptance_probability,
     distillation_loss,
     draft_kl,
+    expected_acceptance,
     expected_acceptance_length,
 )
 from lit_specrl.drafting.networks import DraftNetwork, DraftStep
@@ -21,7 +21,7 @@ from lit_specrl.drafting.networks import DraftNetwork, DraftStep
 
 @dataclass(frozen=True)
 class DrafterEvaluation:
-    """How well a drafter does on some lessons: sums, so that those of several batches and ranks can be added."""
+    """How well a drafter does on some samples: sums, so that those of several batches and ranks can be added."""
 
     kl_sum: float = 0.0
     """Nats."""
@@ -59,7 +59,7 @@ class DrafterEvaluation:
         return self.length_sum / max(self.num_drafts, 1)
 
 
-class DrafterTraining:
+class DrafterTrainer:
     """Trains a drafter towards the policy.
 
     ReSpec's loss (Chen et al. 2025, arXiv 2510.26475), over the steps of a draft as EAGLE-3 unrolls them (Li et al. 2025, arXiv 2503.01840).
@@ -88,16 +88,16 @@ class DrafterTraining:
         self.temperature, self.step_decay = temperature, step_decay
         self.micro_batch_tokens, self.max_grad_norm = micro_batch_tokens, max_grad_norm
 
-    def update(self, lessons: Sequence[Lesson]) -> float:
-        """One optimizer step on the lessons of all ranks; a non-finite gradient is thrown away.
+    def update(self, samples: Sequence[DistillationSample]) -> float:
+        """One optimizer step on the samples of all ranks; a non-finite gradient is thrown away.
 
         Args:
-            lessons: of this rank, maybe none.
+            samples: of this rank, maybe none.
 
         Returns:
             Loss of all ranks: nats per drafted token, weighted.
         """
-        loss_sum, count = self._accumulate(lessons)
+        loss_sum, count = self._accumulate(samples)
         sums = sum_over_ranks(torch.tensor([loss_sum, count], dtype=torch.float64, device=self.network.device))
         parameters = self.network.parameters
         for parameter in parameters:
@@ -113,37 +113,37 @@ class DrafterTraining:
         self.optimizer.zero_grad()
         return float(sums[0]) / max(float(sums[1]), 1.0)
 
-    def _accumulate(self, lessons: Sequence[Lesson]) -> tuple[float, float]:
+    def _accumulate(self, samples: Sequence[DistillationSample]) -> tuple[float, float]:
         """Add the gradient of the summed loss; returns the sum and what to divide it by."""
         loss_sum = count = 0.0
-        for part in micro_batches(lessons, self.micro_batch_tokens):
+        for part in micro_batches(samples, self.micro_batch_tokens):
             kls, weights = [], []
             for step in self.network.draft_steps(part, self.num_steps):
                 kls.append(draft_kl(step.logits / self.temperature, *_targets(part, step)))
-                weights.append(torch.tensor([lesson.weight for lesson in part])[step.rows].to(step.logits.device))
+                weights.append(torch.tensor([sample.weight for sample in part])[step.rows].to(step.logits.device))
             loss = distillation_loss(kls, weights, self.step_decay)
             loss.weighted_sum.backward()
             loss_sum, count = loss_sum + float(loss.weighted_sum.detach()), count + loss.count
         return loss_sum, count
 
     @torch.no_grad()
-    def evaluate(self, lessons: Sequence[Lesson]) -> DrafterEvaluation:
+    def evaluate(self, samples: Sequence[DistillationSample]) -> DrafterEvaluation:
         """How well the drafter does, in theory: what is accepted of drafts that are sampled behind every token."""
         found = DrafterEvaluation()
-        for part in micro_batches(lessons, self.micro_batch_tokens):
+        for part in micro_batches(samples, self.micro_batch_tokens):
             found += self._evaluate(part)
         return found
 
-    def _evaluate(self, lessons: Sequence[Lesson]) -> DrafterEvaluation:
-        width = max(lesson.num_response_tokens for lesson in lessons)
-        probabilities = torch.full((self.num_steps, len(lessons), width), torch.nan)  # by place of the drafted token
+    def _evaluate(self, samples: Sequence[DistillationSample]) -> DrafterEvaluation:
+        width = max(sample.num_response_tokens for sample in samples)
+        probabilities = torch.full((self.num_steps, len(samples), width), torch.nan)  # by place of the drafted token
         kl_sum, num_tokens = 0.0, 0
-        for index, step in enumerate(self.network.draft_steps(lessons, self.num_steps)):
-            top_tokens, top_logprobs, log_mass = _targets(lessons, step)
+        for index, step in enumerate(self.network.draft_steps(samples, self.num_steps)):
+            top_tokens, top_logprobs, log_mass = _targets(samples, step)
             logits = step.logits / self.temperature
             kl_sum += float(draft_kl(logits, top_tokens, top_logprobs, log_mass).sum())
             num_tokens += len(step.rows)
-            accepted = acceptance_probability(logits, top_tokens, top_logprobs).float().cpu()
+            accepted = expected_acceptance(logits, top_tokens, top_logprobs).float().cpu()
             probabilities[index, step.rows, step.places] = accepted
             last = index
         for index in range(last + 1, self.num_steps):  # drafts all tokens alike
@@ -164,30 +164,30 @@ class DrafterTraining:
         )
 
 
-def micro_batches(lessons: Sequence[Lesson], max_tokens: int) -> Iterator[list[Lesson]]:
+def micro_batches(samples: Sequence[DistillationSample], max_tokens: int) -> Iterator[list[DistillationSample]]:
     """Lessons of similar length together, at most `max_tokens` tokens at a time, padding included; longer ones alone.
 
     Lessons in which nothing is drafted (responses of one token) are left out.
     """
-    batch: list[Lesson] = []
-    for lesson in sorted((lesson for lesson in lessons if lesson.num_response_tokens > 1), key=len):
-        if batch and len(lesson) * (len(batch) + 1) > max_tokens:
+    batch: list[DistillationSample] = []
+    for sample in sorted((sample for sample in samples if sample.num_response_tokens > 1), key=len):
+        if batch and len(sample) * (len(batch) + 1) > max_tokens:
             yield batch
             batch = []
-        batch.append(lesson)
+        batch.append(sample)
     if batch:
         yield batch
 
 
-def _targets(lessons: Sequence[Lesson], step: DraftStep) -> tuple[Tensor, Tensor, Tensor]:
+def _targets(samples: Sequence[DistillationSample], step: DraftStep) -> tuple[Tensor, Tensor, Tensor]:
     """Top tokens [T, k], their log-probs [T, k] and the log mass [T] at the drafted places."""
-    starts = torch.tensor([0, *(lesson.num_response_tokens for lesson in lessons)]).cumsum(0)
+    starts = torch.tensor([0, *(sample.num_response_tokens for sample in samples)]).cumsum(0)
     index = starts[step.rows] + step.places
     device = step.logits.device
     return (
-        torch.cat([lesson.top_tokens for lesson in lessons])[index].long().to(device),
-        torch.cat([lesson.top_logprobs for lesson in lessons])[index].to(device),
-        torch.cat([lesson.log_mass for lesson in lessons])[index].to(device),
+        torch.cat([sample.top_tokens for sample in samples])[index].long().to(device),
+        torch.cat([sample.top_logprobs for sample in samples])[index].to(device),
+        torch.cat([sample.log_mass for sample in samples])[index].to(device),
     )
 
 

@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK = 64  # drafts that are looked at together for a change
-_HOPED = 0.95  # conditional acceptance of drafts of which nothing is known: what is never tried is never learnt
-_HOPED_DRAFTS = 4.0  # real drafts that outweigh the hope
+_PRIOR_ACCEPTANCE = (
+    0.95  # conditional acceptance of drafts of which nothing is known: what is never tried is never learnt
+)
+_PRIOR_WEIGHT = 4.0  # real drafts that outweigh the hope
 
 
 class AcceptanceRates:
@@ -84,7 +86,9 @@ class AcceptanceRates:
     @property
     def conditional(self) -> NDArray[np.float64]:
         """Chance that the k-th token of a draft is accepted where all before it are, [max_length]."""
-        found: NDArray[np.float64] = (self._accepted + _HOPED_DRAFTS * _HOPED) / (self._tried + _HOPED_DRAFTS)
+        found: NDArray[np.float64] = (self._accepted + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (
+            self._tried + _PRIOR_WEIGHT
+        )
         return found
 
     @property

@@ -15,9 +15,9 @@ _KNOTS = (16, 64, 256, 1024)
 """Tokens of a step from which one more may cost more: memory traffic hides the arithmetic of the first ones."""
 _WINDOW = 16  # step times that are remembered of each setting
 _HALF_LIFE = 200  # steps after which a setting that was not seen again counts half
-_SURPRISES = 8  # successive steps that must agree that the engine has become another one
-_SURPRISE = 1.25  # factor between a step time and its prediction
-_TRUST = 4.0  # step times of a bucket that weigh as much as the formula
+_CHANGES = 8  # successive steps that must agree that the engine has become another one
+_CHANGE_FACTOR = 1.25  # factor between a step time and its prediction
+_PRIOR_WEIGHT = 4.0  # step times of a bucket that weigh as much as the formula
 
 
 class LatencyModel:
@@ -49,7 +49,7 @@ class LatencyModel:
         self._coefficients: NDArray[np.float64] | None = None
         self._corrections: dict[tuple[int, int], float] = {}
         self._latest: dict[bool, deque[tuple[int, int, float, float]]] = {
-            speculating: deque(maxlen=_SURPRISES) for speculating in (False, True)
+            speculating: deque(maxlen=_CHANGES) for speculating in (False, True)
         }  # batch, length, seconds, log ratio to what was predicted
 
     def observe(self, steps: Iterable[tuple[int, int, float]]) -> None:
@@ -70,9 +70,9 @@ class LatencyModel:
             return
         latest = self._latest[length > 0]
         latest.append((batch, length, seconds, math.log(seconds / self._predict([(batch, length)])[0])))
-        if len(latest) < _SURPRISES or abs(latest[-1][3]) < math.log(_SURPRISE):
+        if len(latest) < _CHANGES or abs(latest[-1][3]) < math.log(_CHANGE_FACTOR):
             return
-        if abs(statistics.median(ratio for *_, ratio in latest)) < math.log(_SURPRISE):
+        if abs(statistics.median(ratio for *_, ratio in latest)) < math.log(_CHANGE_FACTOR):
             return
         for setting in [setting for setting in self._times if (setting[1] > 0) == (length > 0)]:
             del self._times[setting], self._seen_at[setting]
@@ -126,7 +126,7 @@ class LatencyModel:
             key, weight = (_bucket(setting[0]), setting[1]), self._weight(setting)
             total, count = sums.get(key, (0.0, 0.0))
             sums[key] = total + weight * math.log(statistics.median(times) / seconds), count + weight
-        return {key: math.exp(total / (count + _TRUST)) for key, (total, count) in sums.items()}
+        return {key: math.exp(total / (count + _PRIOR_WEIGHT)) for key, (total, count) in sums.items()}
 
     def _fitted(self) -> NDArray[np.float64]:
         settings = list(self._times)

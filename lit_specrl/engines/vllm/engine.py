@@ -254,7 +254,7 @@ class VLLMEngine(RolloutEngine):
         self.wake_up()
         longest, room = self.drafter.num_speculative_tokens, self._max_model_len - _PROFILE_PROMPT - 1
         found = []
-        with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False), self._speculation.dictating(token=0):
+        with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False), self._speculation.force_token(token=0):
             for batch in _profile_batches(min(num_rows, self.max_num_seqs)):
                 plan = iter([length for length in sorted({0, 1, longest}) for _ in range(_PROFILE_STEPS)])
                 jobs = {row: vllm_adapter.filler_job(_PROFILE_PROMPT, room, row) for row in range(batch)}
@@ -269,9 +269,9 @@ class VLLMEngine(RolloutEngine):
     def _first_job(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
         room = self._max_model_len - len(prompt) - 1  # less the token that vLLM samples after scoring
-        if row not in request.drafts or room < 1:
+        if row not in request.cached_responses or room < 1:
             return self._generation(request, row)
-        request.drafts[row] = request.drafts[row][:room]
+        request.cached_responses[row] = request.cached_responses[row][:room]
         self._scored[row] = []
         return self._scoring(request, row)
 
@@ -279,13 +279,13 @@ class VLLMEngine(RolloutEngine):
         """Of the next block of a draft; fills the KV prefix cache, in which the blocks after it and the continuation find what is verified."""
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
         start = len(self._scored[row])
-        block = request.drafts[row][start:][: request.draft_block_length]
-        return vllm_adapter.scoring_job(prompt + request.drafts[row][:start] + block, len(block))
+        block = request.cached_responses[row][start:][: request.verify_block_length]
+        return vllm_adapter.scoring_job(prompt + request.cached_responses[row][:start] + block, len(block))
 
     def _after_verification(self, request: RolloutRequest, row: int, logprobs: list[float]) -> vllm_adapter.Job | None:
         """Score on, or enter the verified prefix of a row; the row goes on at once, whatever the others do."""
         assert request.accept is not None
-        draft = request.drafts[row]
+        draft = request.cached_responses[row]
         self._scored[row] = scored = self._scored[row] + logprobs
         length = request.accept(row, scored)
         if length == len(scored) < len(draft):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_specrl.drafting.drafters import Drafter, NGramDrafter
-from lit_specrl.drafting.history import Follower, TextHistory
+from lit_specrl.drafting.history import HistoryReader, TextHistory
 from lit_specrl.drafting.ngram import PromptLookup
 
 
@@ -94,11 +94,13 @@ class HistoryProposer(LookUpProposer):
 
     def __init__(self, vllm_config: Any) -> None:
         super().__init__(vllm_config)
-        self._followers: dict[str, tuple[Follower, int]] = {}  # request -> (who reads beside it, length of its prompt)
+        self._followers: dict[
+            str, tuple[HistoryReader, int]
+        ] = {}  # request -> (who reads beside it, length of its prompt)
 
     def follow(self, request: str, following: Following) -> None:
         """Read on in a history beside a request."""
-        self._followers[request] = Follower(following.history, following.own_text), following.prompt_length
+        self._followers[request] = HistoryReader(following.history, following.own_text), following.prompt_length
 
     def propose_for(self, request: str, token_ids: Any) -> list[int]:
         name, _, _ = request.rpartition("-")  # vLLM has appended a suffix of its own

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_specrl.drafting.verification import draw, verify_drafts
+from lit_specrl.drafting.verification import draw, rejection_sample
 from lit_specrl.seeds import token_uniforms
 
 _SCORED_ROWS = 16  # log-probs are computed for so many tokens at a time
 
 
 class CPUSampler:
-    """Takes the place of sampling, with and without drafts, in the model runner of vLLM 0.32 on a CPU. Exact, see `verify_drafts`.
+    """Takes the place of sampling, with and without drafts, in the model runner of vLLM 0.32 on a CPU. Exact, see `rejection_sample`.
 
     vLLM draws noise for the whole vocabulary of every row, in one thread. And with drafts it samples garbage at temperatures above 0: it expands the temperatures to one per drafted token, into an integer
     copy of the result that is thrown away, and divides the logits by uninitialised memory.
@@ -41,7 +41,7 @@ class CPUSampler:
         batch = self._runner.input_batch
         sampling = batch.sampling_metadata
         num_rows = batch.num_reqs
-        num_drafted = [0] * num_rows if metadata is None else metadata.num_draft_tokens
+        num_drafted = [0] * num_rows if metadata is None else metadata.num_cached_tokens
         drafts = torch.empty(0, dtype=torch.long) if metadata is None else metadata.draft_token_ids.long()
         probs = None if metadata is None else self._runner._get_spec_decode_draft_probs(metadata)
         rows = [row for row, count in enumerate(num_drafted) for _ in range(count + 1)]
@@ -49,7 +49,7 @@ class CPUSampler:
         seeds = _seeds(sampling, rows)
         starts = (batch.num_tokens_no_spec[:num_rows] - batch.num_prompt_tokens[:num_rows]).tolist()
         positions = [starts[row] + offset for row, offset in zip(rows, offsets, strict=True)]
-        verified = verify_drafts(
+        verified = rejection_sample(
             _processed(logits.float(), sampling, torch.tensor(rows)),
             drafts,
             num_drafted,
@@ -142,7 +142,7 @@ class VerificationCounter(nn.Module):
         """As `RejectionSampler.forward`."""
         output = self.verifier(metadata, *arguments)
         self.drafted, self.accepted = _counts(
-            metadata.num_draft_tokens, (output.sampled_token_ids >= 0).sum(-1).tolist()
+            metadata.num_cached_tokens, (output.sampled_token_ids >= 0).sum(-1).tolist()
         )
         return output
 

@@ -100,7 +100,7 @@ class Speculation:
         return digest.hexdigest()
 
     @contextmanager
-    def dictating(self, token: int) -> Iterator[None]:
+    def force_token(self, token: int) -> Iterator[None]:
         """Draft this token in place of a drafter that looks tokens up, to find out what verification costs."""
         self._dictated = None if self._has_weights else token
         try:
