@@ -7,8 +7,7 @@ import torch
 
 from lit_specrl import metrics
 from lit_specrl.losses import ImportanceSampling, PolicyLoss, ValueClipStatistics, value_loss
-from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics
-from lit_specrl.metrics import merge
+from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics, merge
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 

@@ -4,9 +4,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from lit_specrl.metrics import merge
 from torch import nan
 
+from lit_specrl.metrics import merge
 from lit_specrl.prefix_cache.statistics import ReuseStatistics
 
 
@@ -24,7 +24,7 @@ def groups(cached):
     return [
         ReuseStatistics.of_group(
             step=7,
-            drafts=[scored, None],
+            cached=[scored, None],
             verified_lengths=[2, 0],
             response_lengths=[4, 3],
             target_logprobs=[torch.tensor([-0.5, -2.0, nan]), None],
@@ -32,7 +32,7 @@ def groups(cached):
         ),
         ReuseStatistics.of_group(
             step=7,
-            drafts=[cached(token_ids=[8, 2], step=6), cached(token_ids=[8, 8, 2], step=4)],
+            cached=[cached(token_ids=[8, 2], step=6), cached(token_ids=[8, 8, 2], step=4)],
             verified_lengths=[2, 0],
             response_lengths=[2, 1],
             target_logprobs=[torch.tensor([-0.2, -0.2]), torch.tensor([-9.0, nan, nan])],
