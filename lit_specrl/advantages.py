@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-AdvantageEstimator = Literal["grpo", "rloo", "gae"]
 ScaleRewards = Literal["group", "batch", "none"]
 
 
@@ -160,46 +159,6 @@ def rewards_at_last_token(rewards: Tensor, response_mask: Tensor) -> Tensor:
     """
     remaining = response_mask.flip(-1).cumsum(-1).flip(-1)  # [N, R] True tokens from here to the end
     return (response_mask & (remaining == 1)) * rewards[:, None]
-
-
-def check_estimator(
-    estimator: AdvantageEstimator,
-    num_generations: int,
-    scale_rewards: ScaleRewards,
-    has_critic: bool,
-    gamma: float,
-    gae_lambda: float,
-) -> None:
-    """Whether the settings of an estimator go together; arguments as those of `RLVRModule`.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if estimator not in ("grpo", "rloo", "gae"):
-        raise ValueError(f"advantage_estimator must be 'grpo', 'rloo' or 'gae', got {estimator!r}")
-    if scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}")
-    if (estimator == "gae") != has_critic:
-        raise ValueError(
-            f"advantage_estimator={estimator!r} {'needs a' if not has_critic else 'does not use its'} critic; 'gae' goes "
-            "with critic=SeparateCritic() or SharedTrunkCritic(), 'grpo' and 'rloo' without"
-        )
-    if estimator == "gae":
-        for name, value in {"gamma": gamma, "gae_lambda": gae_lambda}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
-        return
-    if gamma != 1 or gae_lambda != 1:
-        raise ValueError(
-            f"gamma={gamma} and gae_lambda={gae_lambda} are of 'gae' and would be ignored by {estimator!r}"
-        )
-    if num_generations < 2:
-        raise ValueError(
-            f"advantage_estimator={estimator!r} compares the rollouts of a prompt, got num_generations={num_generations}; "
-            "use at least 2, or 'gae' with a critic"
-        )
-    if estimator == "rloo" and scale_rewards == "group":
-        raise ValueError("advantage_estimator='rloo' takes scale_rewards='none' or 'batch', got 'group'")
 
 
 def _groups(rewards: Tensor, num_generations: int) -> Tensor:

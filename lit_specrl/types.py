@@ -6,19 +6,17 @@ Shape legend, used in every docstring of the package:
     G  rollouts per prompt (the group)         R  response tokens (padded length)
     N  rows, N = B * G; row n answers prompt n // G      V  vocabulary
 
-Ragged data stays in lists; tensors appear where arithmetic on them starts (`Experience`).
+Ragged data stays in lists; tensors appear where arithmetic on them starts (`lit_specrl.experience`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
@@ -125,15 +123,15 @@ class RolloutRequest:
     prefixes: list[list[int]] = field(default_factory=list)
     """[N] or empty: response tokens that a row begins with; the engine goes on from there."""
     cached_responses: dict[int, list[int]] = field(default_factory=dict)
-    """Row -> response tokens for the engine to verify first; it enters what `accept` keeps of them into `prefixes`."""
+    """Row -> response tokens that the engine verifies first; it enters what `accept` keeps of them into `prefixes`."""
     accept: Callable[[int, list[float]], int] | None = None
-    """(row, log-probs of its draft, or of the beginning that is scored so far, under the engine's weights) -> tokens to keep of that."""
+    """(row, log-probs of the scored beginning of its cached response under the engine's weights) -> tokens to keep."""
     verify_block_length: int | None = None
-    """Tokens of a draft that the engine scores at a time, as long as all are kept; `None` for whole drafts."""
+    """Tokens of a cached response that the engine scores at a time, as long as all are kept; `None` scores all at once."""
     past_responses: dict[int, list[int]] = field(default_factory=dict)
-    """Row -> its response of the last visit, in which `HistoryDrafter` looks for what may come; not part of the new one."""
+    """Row -> its response of the last visit, in which a drafter looks for the next tokens; no part of the new one."""
     expected_lengths: list[int] = field(default_factory=list)
-    """[N] or empty: how many tokens a row will probably still need; where not all rows fit, the longest start first."""
+    """[N] or empty: tokens that a row will probably still need; where not all rows fit, the longest start first."""
 
     @property
     def num_rows(self) -> int:
@@ -146,6 +144,16 @@ class RolloutRequest:
     def prompt_index(self, row: int) -> int:
         """Index into the prompts of the prompt that `row` answers."""
         return row // self.sampling.num_generations
+
+
+_NOTHING_TO_REUSE: dict[str, Any] = {
+    "cached_responses": {},
+    "accept": None,
+    "verify_block_length": None,
+    "past_responses": {},
+    "expected_lengths": [],
+}
+"""For a request whose rows got other numbers: it is answered, and these belong to the old numbers."""
 
 
 @dataclass(frozen=True)
@@ -161,14 +169,14 @@ class RolloutProgress:
 
 @dataclass(frozen=True)
 class KnownRow:
-    """What need not be found out again about a row that was taken over whole from an earlier step."""
+    """What is known of a row that was taken over whole from an earlier step, and need not be computed again."""
 
     policy_logprobs: NDArray[np.float32] | None = None
-    """[R] nats, under the policy that this step begins with; `None` where nobody computed them."""
+    """[R] nats, under the policy that this step begins with; `None` where they were not computed."""
     rewards: dict[str, float | None] | None = None
-    """Unweighted rewards by function; `None` where they have to be asked for."""
+    """Unweighted rewards by function; `None` where the functions have to be called."""
     reference_logprobs: NDArray[np.float32] | None = None
-    """[R] nats, under the reference; `None` where nobody computed them."""
+    """[R] nats, under the reference; `None` where they were not computed."""
 
 
 @dataclass
@@ -217,6 +225,7 @@ class Rollouts:
                 prompts=self.prompts.select(groups),
                 seeds=pick(self.request.seeds),
                 prefixes=pick(self.request.prefixes),
+                **_NOTHING_TO_REUSE,
             ),
             response_ids=pick(self.response_ids),
             sampling_logprobs=pick(self.sampling_logprobs),
@@ -236,6 +245,7 @@ class Rollouts:
                 prompts=self.prompts + other.prompts,
                 seeds=self.request.seeds + other.request.seeds,
                 prefixes=_joined(self.request.prefixes, other.request.prefixes, self.num_rows, other.num_rows, []),
+                **_NOTHING_TO_REUSE,
             ),
             response_ids=self.response_ids + other.response_ids,
             sampling_logprobs=self.sampling_logprobs + other.sampling_logprobs,
@@ -265,9 +275,14 @@ class Rollouts:
         """Response tokens that are no part of a prefix."""
         return self.num_tokens - sum(len(prefix) for prefix in self.request.prefixes)
 
-    def known_row(self, row: int) -> KnownRow | None:
-        """What is known already about `row`."""
-        return self.known[row] if self.known else None
+    def known_values(self, name: str) -> list[Any]:
+        """[N] a field of `KnownRow`, `None` where it is not known.
+
+        Example::
+
+            rollouts.known_values("rewards")  # [{"exact": 1.0}, None]
+        """
+        return [None if row is None else getattr(row, name) for row in self.known or [None] * self.num_rows]
 
     @property
     def truncated(self) -> list[bool]:
@@ -275,124 +290,16 @@ class Rollouts:
         return [reason == "length" for reason in self.finish_reasons]
 
 
-@dataclass
-class Experience:
-    """Rollouts with everything the loss needs, padded.
-
-    Prompts are left-padded and responses right-padded, so that a response starts at the same column in every row.
-    """
-
-    TOKEN_FIELDS: ClassVar[tuple[str, ...]] = (
-        "response_ids",
-        "response_mask",
-        "loss_mask",
-        "sampling_logprobs",
-        "advantages",
-        "old_logprobs",
-        "reference_logprobs",
-        "recorded_logprobs",
-        "values",
-        "returns",
-    )
-    """Fields of shape [N, R]."""
-
-    prompt_ids: Tensor
-    """[B, P] long, left-padded."""
-    prompt_mask: Tensor
-    """[B, P] bool, True on prompt tokens."""
-    prompt_index: Tensor
-    """[N] long, the prompt that each row answers."""
-    response_ids: Tensor
-    """[N, R] long, right-padded."""
-    response_mask: Tensor
-    """[N, R] bool, True on response tokens (end-of-text included)."""
-    loss_mask: Tensor
-    """[N, R] bool, True on tokens that take part in the loss; a subset of `response_mask`."""
-    sampling_logprobs: Tensor
-    """[N, R] float32, nats, 0 on padding."""
-    rewards: Tensor
-    """[N] float32, weighted sum over the reward functions; NaN where none applies."""
-    advantages: Tensor
-    """[N, R] float32."""
-    policy_version: int
-    old_logprobs: Tensor | None = None
-    """[N, R] float32, nats; `None` when the only update is on-policy and the training forward supplies them."""
-    reference_logprobs: Tensor | None = None
-    """[N, R] float32, nats; `None` without a KL penalty."""
-    recorded_logprobs: Tensor | None = None
-    """[N, R] float32, nats, under the policy that this step began with, from whichever pass found them; NaN where none did."""
-    values: Tensor | None = None
-    """[N, R] float32, what the critic expected before each token; `None` without a critic."""
-    returns: Tensor | None = None
-    """[N, R] float32, what the critic shall learn; `None` without a critic."""
-
-    @property
-    def num_rows(self) -> int:
-        return self.response_ids.shape[0]
-
-    @property
-    def prompt_lengths(self) -> Tensor:
-        """[N] prompt tokens of each row."""
-        return self.prompt_mask.sum(-1)[self.prompt_index]
-
-    @property
-    def response_lengths(self) -> Tensor:
-        """[N] response tokens of each row."""
-        return self.response_mask.sum(-1)
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What policy and critic are given: prompts and their mask, the prompt of each row, responses and their mask."""
-        return self.prompt_ids, self.prompt_mask, self.prompt_index, self.response_ids, self.response_mask
-
-    def select(self, rows: list[int]) -> Experience:
-        """The given rows with their prompts, padded no further than these rows need."""
-        prompts, prompt_index = self.prompt_index[rows].unique(return_inverse=True)
-        prompt_mask = self.prompt_mask[prompts]
-        first_column = prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
-        num_columns = int(self.response_mask[rows].sum(-1).max())
-        cut: dict[str, Any] = {
-            name: value[rows, :num_columns] for name in self.TOKEN_FIELDS if (value := getattr(self, name)) is not None
-        }
-        return replace(
-            self,
-            **cut,
-            prompt_ids=self.prompt_ids[prompts, first_column:],
-            prompt_mask=prompt_mask[:, first_column:],
-            prompt_index=prompt_index,
-            rewards=self.rewards[rows],
-        )
-
-    def record_logprobs(self, logprobs: Tensor, rows: list[int]) -> None:
-        """Enter log-probs under the policy that this step began with.
-
-        Args:
-            logprobs: [n, r] nats, r at most R.
-            rows: the n rows that they are of.
-        """
-        assert self.recorded_logprobs is not None
-        self.recorded_logprobs[rows, : logprobs.shape[1]] = logprobs
-
-    def minibatches(self, count: int) -> list[Experience]:
-        """`count` parts of equally many whole groups, in order."""
-        if count == 1:
-            return [self]
-        num_prompts = len(self.prompt_ids)
-        if num_prompts % count:
-            raise ValueError(f"{num_prompts} prompts cannot be divided into {count} minibatches")
-        part = self.prompt_index // (num_prompts // count)  # [N]
-        return [self.select((part == index).nonzero().squeeze(-1).tolist()) for index in range(count)]
-
-    def to(self, device: torch.device | str) -> Experience:
-        """Copy with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
-
-
 def _joined(first: list[Any], second: list[Any], num_first: int, num_second: int, absent: Any) -> list[Any]:
     """Two lists behind one another; one that is empty stands for as many absent entries as the other's side has rows."""
     if not first and not second:
         return []
     return (first or [absent] * num_first) + (second or [absent] * num_second)
+
+
+@runtime_checkable
+class PromptStream(Protocol):
+    """Training data that gives further prompts within a step, which dynamic sampling needs."""
+
+    def draw(self, num_prompts: int) -> PromptBatch:
+        """The next prompts of the epoch, which the loop over it will then not meet again."""

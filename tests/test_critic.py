@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModel, LlamaConfig, PhiConfig
 
 from lit_specrl import SeparateCritic, SharedTrunkCritic
+from lit_specrl.experience import Experience
 from lit_specrl.masking import pad_left, pad_right
 from lit_specrl.models.policy import Policy
-from lit_specrl.types import Experience
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
 PROMPT_INDEX = [0, 0, 1, 2, 2, 2]

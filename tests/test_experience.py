@@ -3,8 +3,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from lit_specrl.experience import padded_experience, rows_with_gradient
-from lit_specrl.types import Experience, PromptBatch, RolloutRequest, Rollouts, SamplingConfig
+from lit_specrl.experience import Experience, padded_experience, rows_with_gradient
+from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 
 def make_rollouts(prompt_ids, response_ids, finish_reasons=None, total_rewards=None):

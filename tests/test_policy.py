@@ -1,5 +1,6 @@
 import pytest
 import torch
+from lit_specrl.models.capture import CaptureSpec
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -7,8 +8,8 @@ from transformers import (
 )
 
 from lit_specrl.masking import pad_left, pad_right
-from lit_specrl.models.capture import CaptureSpec
-from lit_specrl.models.policy import Policy, check_model_exists
+from lit_specrl.models.policy import Policy
+from lit_specrl.models.pretrained import check_model_exists
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
 PROMPT_INDEX = [0, 0, 1, 2, 2, 2]

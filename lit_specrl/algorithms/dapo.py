@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lit_specrl.algorithms.dynamic_sampling import DynamicSampling
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.rewards import OverlongReward, Reward
 
@@ -25,7 +26,6 @@ class DAPO(RLVRModule):
         max_completion_length: longest response in training, in tokens.
         epsilon_high: how far the ratio may rise above 1 before it is clipped.
         dynamic_sampling: replace groups without reward spread by fresh prompts.
-        max_generation_rounds: rounds of generation per step.
         overlong_buffer: tokens before the limit over which the punishment grows from 0 to -1; `None` means a fifth of
             `max_completion_length`, as in the paper, and 0 no punishment. Ignored where `rewards` holds an `OverlongReward`.
         options: further arguments of `RLVRModule`.
@@ -42,8 +42,7 @@ class DAPO(RLVRModule):
         num_generations: int = 16,
         max_completion_length: int = 256,
         epsilon_high: float | None = 0.28,
-        dynamic_sampling: bool = True,
-        max_generation_rounds: int = 10,
+        dynamic_sampling: bool | DynamicSampling = True,
         overlong_buffer: int | None = None,
         **options: Any,
     ) -> None:
@@ -59,6 +58,5 @@ class DAPO(RLVRModule):
             max_completion_length=max_completion_length,
             epsilon_high=epsilon_high,
             dynamic_sampling=dynamic_sampling,
-            max_generation_rounds=max_generation_rounds,
             **options,
         )

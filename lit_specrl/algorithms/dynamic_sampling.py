@@ -1,13 +1,69 @@
-"""DAPO's dynamic sampling: groups that teach nothing are replaced by fresh prompts."""
+"""DAPO's dynamic sampling: groups without reward spread are replaced by fresh prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from lit_specrl.types import Rollouts
+from lit_specrl.distributed.collectives import gather_objects, max_over_ranks, num_ranks
+from lit_specrl.types import PromptBatch, PromptStream, Rollouts
+
+
+@dataclass(frozen=True)
+class DynamicSampling:
+    """Generate in rounds until every group of a step has reward spread.
+
+    Groups without reward spread are replaced by fresh prompts; those that are left after the last round are left out of
+    the loss.
+
+    Args:
+        max_rounds: rounds of generation per step.
+    """
+
+    max_rounds: int = 10
+
+    def __post_init__(self) -> None:
+        if self.max_rounds < 1:
+            raise ValueError(f"max_rounds must be at least 1, got {self.max_rounds}")
+
+    def fill_up(
+        self,
+        rollouts: Rollouts,
+        generate: Callable[[PromptBatch, int], Rollouts],
+        stream: PromptStream,
+        device: torch.device,
+    ) -> tuple[Rollouts, dict[str, float]]:
+        """The rollouts of a step with as many groups as those of its first round.
+
+        Args:
+            rollouts: of the first round, scored.
+            generate: scored rollouts of (prompts, number of the round).
+            stream: where prompts come from.
+            device: where ranks exchange numbers.
+
+        Returns:
+            The rollouts, and metrics of all ranks.
+        """
+        num_groups = len(rollouts.prompts)
+        selection = GroupSelection(num_groups)
+        selection.add(rollouts)
+        while selection.num_rounds < self.max_rounds:
+            missing = max_over_ranks(selection.num_missing, device)
+            if not missing:
+                break
+            found = gather_objects((selection.num_useful, selection.num_generated))
+            useful, generated = (sum(counts) for counts in zip(*found, strict=True))
+            # every rank draws as many, also one that has enough: the ranks move through the data together
+            prompts = stream.draw(groups_to_draw(missing, useful, generated, num_groups))
+            selection.add(generate(prompts, selection.num_rounds))
+        counts = gather_objects(selection.metrics())
+        metrics = {name: sum(rank[name] for rank in counts) for name in counts[0]}
+        metrics["dynamic_sampling/rounds"] /= num_ranks()
+        return selection.result(), metrics
 
 
 def groups_with_spread(rewards: Tensor, num_generations: int) -> Tensor:

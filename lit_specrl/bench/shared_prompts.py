@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lit_specrl.allocator import keep_freed_memory
 from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device, spread
+from lit_specrl.experience import Experience
 from lit_specrl.masking import masked_sum, pad_left, pad_right
 from lit_specrl.models.micro_batches import MicroBatch, plan_micro_batches
 from lit_specrl.models.policy import Policy
 from lit_specrl.precision import auto_precision
-from lit_specrl.types import Experience
 
 _RESPONSE_SPREAD = 0.3  # responses are this fraction shorter or longer than asked for, uniformly
 

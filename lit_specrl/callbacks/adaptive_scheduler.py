@@ -14,7 +14,8 @@ from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule
-from lit_specrl.types import Experience, RolloutRequest, Rollouts
+from lit_specrl.experience import Experience
+from lit_specrl.types import RolloutRequest, Rollouts
 
 ON, OFF = 0.0, 1.0
 """`speculation/off_reason`: speculation is on, or the drafter costs more than it saves at every number of active requests."""

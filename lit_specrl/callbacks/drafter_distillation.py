@@ -30,7 +30,8 @@ from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
 from lit_specrl.drafting.distillation.reward_weights import WeightScope, reward_weights
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.networks import DraftNetwork
-from lit_specrl.types import Experience, RolloutRequest, Rollouts
+from lit_specrl.experience import Experience
+from lit_specrl.types import RolloutRequest, Rollouts
 
 _ROLLBACK_TOLERANCE = 0.01
 """Tokens of acceptance length by which a training may make the drafter worse on responses that it has not seen."""
@@ -210,16 +211,16 @@ class DrafterDistillation(RolloutCallback):
     def on_experience_end(
         self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
     ) -> None:
-        """Listen to the updates of this step."""
+        """Observe the updates of this step."""
         num_tokens = int((experience.prompt_lengths + experience.response_lengths).sum())
         self.collector.fraction = min(1.0, self.tokens_per_step / max(num_tokens, 1))
         self.collector.num_rows_left = len(pl_module.trained_rows(experience))  # a second pass shows nothing new
-        pl_module.student = self.collector
+        pl_module.scorer.observer = self.collector
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: RLVRModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        pl_module.student = None
+        pl_module.scorer.observer = None
         self._keep(pl_module)
         self._step_s = pl_module.step_metrics["timing_s/step"]
         self._has_new_samples = True

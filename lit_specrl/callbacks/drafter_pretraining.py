@@ -26,9 +26,9 @@ from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
 from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network
-from lit_specrl.experience import padded_rows
-from lit_specrl.models.policy import load_pretrained
-from lit_specrl.types import Experience, PromptBatch
+from lit_specrl.experience import Experience, padded_rows
+from lit_specrl.models.pretrained import load_pretrained
+from lit_specrl.types import PromptBatch
 
 
 class DrafterPretraining(RolloutCallback):
@@ -108,7 +108,7 @@ class DrafterPretraining(RolloutCallback):
         buffer = DistillationBuffer(self.max_bytes, max_age=0)
         with trainer.precision_plugin.train_step_context():
             for part in _tracked(responses, "the policy reads", trainer):
-                pl_module.teach(collector, part.to(pl_module.device))
+                pl_module.scorer.show(collector, part.to(pl_module.device))
                 buffer.put(collector.pop())
             before, after = self._train(trainer, pl_module, network, list(buffer))
         if trainer.is_global_zero:

@@ -25,6 +25,7 @@ from lit_specrl.checkpoints.rank_files import PREFIX_CACHE, RankFiles, load_rank
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import HistoryDrafter
 from lit_specrl.engines import TransformersEngine
+from lit_specrl.experience import Experience
 from lit_specrl.metrics import merge
 from lit_specrl.prefix_cache.acceptance import AcceptanceRule, FullReuse, NoReuse, RandomReuse, RatioAcceptance
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
@@ -32,7 +33,7 @@ from lit_specrl.prefix_cache.reuse import ReuseRound, control_samples
 from lit_specrl.prefix_cache.statistics import ReuseStatistics
 from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 from lit_specrl.seeds import row_uniforms
-from lit_specrl.types import Experience, RolloutRequest, Rollouts
+from lit_specrl.types import RolloutRequest, Rollouts
 
 Acceptance = Literal["ratio", "sequence", "random", "full", "off"]
 _NOT_OF_THE_ARCHITECTURE = {
@@ -157,12 +158,12 @@ class PrefixCache(RolloutCallback):
             return
         if keeps_history:
             request.past_responses = self._past_responses(request)
-        current = ReuseRound(request, self._find_drafts(request), self.rule)
+        current = ReuseRound(request, self._find_cached(request), self.rule)
         if self.verifier == "engine" and self.rule.needs_logprobs:
             current.verify_in_engine(self._block_length)
         else:
             with pl_module.timer("verify"):
-                current.verify(partial(pl_module.response_logprobs, block_length=self._block_length))
+                current.verify(partial(pl_module.scorer.response_logprobs, block_length=self._block_length))
         request.expected_lengths = current.expected_lengths
         self._rounds.append(current)
 
@@ -231,7 +232,7 @@ class PrefixCache(RolloutCallback):
         }
         return {row: found.token_ids.tolist() for row, found in cached.items() if found is not None}
 
-    def _find_drafts(self, request: RolloutRequest) -> list[CachedRollout | None]:
+    def _find_cached(self, request: RolloutRequest) -> list[CachedRollout | None]:
         size = request.sampling.num_generations
         if isinstance(self.rule, NoReuse):
             return [None] * request.num_rows
@@ -243,8 +244,8 @@ class PrefixCache(RolloutCallback):
                 cached += [None] * size
                 continue
             control = control_samples(seeds, self.control_fraction)
-            cached = [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
-            cached += [row if row is not None and row.num_reuses < self.max_reuses else None for row in cached]
+            found = [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
+            cached += [row if row is not None and row.num_reuses < self.max_reuses else None for row in found]
         return cached
 
     def _record_missing_logprobs(self, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience) -> None:
@@ -253,11 +254,11 @@ class PrefixCache(RolloutCallback):
         unknown = experience.recorded_logprobs.isnan().any(-1)  # [N]
         unknown[pl_module.trained_rows(experience)] = False
         rows = unknown.nonzero().squeeze(-1).tolist()
-        logprobs = pl_module.token_statistics(pl_module.policy, experience, rows).logprobs
+        logprobs = pl_module.scorer.token_statistics(experience, rows).logprobs
         experience.record_logprobs(logprobs[rows], rows)
         trained = set(rollouts.request.seeds)
         for current in self._rounds:
-            current.score_dropped_rows(pl_module.response_logprobs, trained)
+            current.score_dropped_rows(pl_module.scorer.response_logprobs, trained)
 
     def _lenience_metrics(self, statistics: ReuseStatistics) -> dict[str, float]:
         if not isinstance(self.rule, RatioAcceptance):
@@ -295,7 +296,7 @@ class PrefixCache(RolloutCallback):
             "world_size": trainer.world_size,
             "model": module.model_name,
             "max_completion_length": module.sampling.max_completion_length,
-            "rewards": module.rewards.identity(),
+            "rewards": module.worker.rewards.identity(),
             "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
             "block_length": self._block_length,
         }
@@ -324,7 +325,7 @@ class PrefixCache(RolloutCallback):
             world_size=state["world_size"],
             max_bytes=self.store.max_bytes,
         )
-        has_other_rewards = state.get("rewards") != module.rewards.identity()
+        has_other_rewards = state.get("rewards") != module.worker.rewards.identity()
         if has_other_rewards:
             rank_zero_info(
                 "the rewards, or their settings, are not those of the checkpoint: kept responses are scored again when they are reused"

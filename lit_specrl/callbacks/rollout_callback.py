@@ -6,7 +6,8 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.algorithms.rlvr import RLVRModule
-from lit_specrl.types import Experience, RolloutProgress, RolloutRequest, Rollouts
+from lit_specrl.experience import Experience
+from lit_specrl.types import RolloutProgress, RolloutRequest, Rollouts
 
 
 class RolloutCallback(L.Callback):

@@ -11,7 +11,8 @@ import lightning as L
 
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
-from lit_specrl.types import Experience, Rollouts
+from lit_specrl.experience import Experience
+from lit_specrl.types import Rollouts
 
 
 class RolloutRecorder(RolloutCallback):

@@ -17,7 +17,8 @@ from lit_specrl.drafting import Drafter, HistoryDrafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.engines.vllm.adapter import installed_version
-from lit_specrl.types import Experience, Rollouts
+from lit_specrl.experience import Experience
+from lit_specrl.types import Rollouts
 
 
 class SpeculativeRollout(RolloutCallback):
@@ -94,7 +95,7 @@ class SpeculativeRollout(RolloutCallback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if getattr(pl_module, "engine", None) is self.engine:  # not so when `setup` has refused the module
-            require_rlvr_module(self, pl_module).stop_engine()
+            require_rlvr_module(self, pl_module).worker.stop_engine()
 
 
 def speculation_metrics(steps: Sequence[DecodeStep]) -> dict[str, float]:

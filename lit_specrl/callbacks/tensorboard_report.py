@@ -14,7 +14,8 @@ from lit_specrl.callbacks.drafter_distillation import DrafterDistillation
 from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
-from lit_specrl.types import Experience, Rollouts
+from lit_specrl.experience import Experience
+from lit_specrl.types import Rollouts
 
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "reward": {
@@ -116,8 +117,12 @@ class TensorBoardReport(RolloutCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for writer in _writers(trainer):
             writer.add_custom_scalars(layout_for(pl_module, trainer.callbacks))  # type: ignore[attr-defined]
-        settings = getattr(pl_module, "settings", None)
-        if settings and trainer.logger is not None:
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.logger is not None:
+            settings = {**getattr(pl_module, "settings", {}), "optimizer": type(trainer.optimizers[0]).__name__}
+            group = trainer.optimizers[0].param_groups[0]
+            settings["learning_rate"] = float(group.get("initial_lr", group["lr"]))
             trainer.logger.log_hyperparams(settings)
 
     def on_experience_end(

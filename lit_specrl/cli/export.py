@@ -25,7 +25,8 @@ from lit_specrl.cli.diagnosis import parsed
 from lit_specrl.drafting import DraftModel, Eagle3Drafter
 from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config
-from lit_specrl.models.policy import named_weights, unreachable_model_message
+from lit_specrl.models.policy import named_weights
+from lit_specrl.models.pretrained import unreachable_model_message
 
 _PREFIX = "policy.model."
 

@@ -21,7 +21,7 @@ from lit_specrl.drafting.eagle3 import (
 )
 from lit_specrl.drafting.networks import CausalNetwork, DraftNetwork, Eagle3Network
 from lit_specrl.models.model_files import check_weights
-from lit_specrl.models.policy import check_model_exists, load_pretrained
+from lit_specrl.models.pretrained import check_model_exists, load_pretrained
 
 
 class Drafter(ABC):

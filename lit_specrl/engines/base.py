@@ -51,6 +51,8 @@ class RolloutEngine(ABC):
     """Whether `generate` verifies the drafts of a request."""
     can_speculate: bool = False
     """Whether a drafter may propose tokens to it."""
+    takes_sharded_weights: bool = False
+    """Whether it generates with weights that are sharded over ranks (FSDP2)."""
     generates_together: bool = False
     """Whether several ranks hold one engine, and all of them must ask when one does."""
     drafter: Drafter | None = None

@@ -12,9 +12,9 @@ One policy update reads::
 from lit_specrl.losses.aggregation import Aggregation, token_weights
 from lit_specrl.losses.importance import ImportanceSampling, ImportanceSamplingMode, MismatchStatistics
 from lit_specrl.losses.kl import KLEstimator, kl_penalty
-from lit_specrl.losses.kl_coefficient import KLCoefficient
-from lit_specrl.losses.loss_types import LOSS_TYPES, LossType, resolve_loss_type
-from lit_specrl.losses.policy_loss import ClipStatistics, ImportanceSamplingLevel, PolicyLoss, Surrogate
+from lit_specrl.losses.kl_coefficient import KLCoefficient, KLPenalty
+from lit_specrl.losses.loss_types import LOSS_TYPES, LossType, named_loss, resolve_loss_type
+from lit_specrl.losses.policy_loss import ClipStatistics, ImportanceSamplingLevel, PolicyLoss, Surrogate, TokenLoss
 from lit_specrl.losses.value_loss import ValueClipStatistics, value_loss
 
 __all__ = [
@@ -26,12 +26,15 @@ __all__ = [
     "ImportanceSamplingMode",
     "KLCoefficient",
     "KLEstimator",
+    "KLPenalty",
     "LossType",
     "MismatchStatistics",
     "PolicyLoss",
     "Surrogate",
+    "TokenLoss",
     "ValueClipStatistics",
     "kl_penalty",
+    "named_loss",
     "resolve_loss_type",
     "token_weights",
     "value_loss",

@@ -3,6 +3,38 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import get_args
+
+from lit_specrl.losses.kl import KLEstimator
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """How a KL penalty towards the initial policy is taken; its weight is `beta`.
+
+    Args:
+        estimator: "k1", "k2", "k3" (Schulman 2020) or another name of `kl_penalty`.
+        in_reward: subtract the penalty from the rewards, token by token, instead of adding it to the loss.
+        target: KL, in nats per token, that `beta` is adapted to hold; `None` keeps it. Needs `in_reward`.
+        horizon: rows over which `beta` adapts.
+
+    Raises:
+        ValueError: an unknown estimator, or a target of a penalty in the loss.
+    """
+
+    estimator: KLEstimator = "k3"
+    in_reward: bool = False
+    target: float | None = None
+    horizon: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.estimator not in get_args(KLEstimator):
+            raise ValueError(
+                f"the KL estimator must be one of {', '.join(get_args(KLEstimator))}, got {self.estimator!r}"
+            )
+        if self.target is not None and not self.in_reward:
+            raise ValueError(f"target={self.target} adapts a KL penalty in the reward; set in_reward=True")
 
 
 class KLCoefficient:
@@ -31,11 +63,11 @@ class KLCoefficient:
         if value < 0:
             raise ValueError(f"beta must not be negative, got {value}; 0 switches the KL penalty off")
         if target is not None and target <= 0:
-            raise ValueError(f"kl_target must be positive, got {target}; leave it out for a constant beta")
+            raise ValueError(f"the KL target must be positive, got {target}; leave it out for a constant beta")
         if target is not None and value == 0:
-            raise ValueError(f"kl_target={target} needs a positive beta to begin with, got 0")
+            raise ValueError(f"the KL target {target} needs a positive beta to begin with, got 0")
         if horizon < 1:
-            raise ValueError(f"kl_horizon must be at least 1 row, got {horizon}")
+            raise ValueError(f"the KL horizon must be at least 1 row, got {horizon}")
         self.value = value
         self.target = target
         self.horizon = horizon

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lit_specrl.losses.aggregation import Aggregation
-from lit_specrl.losses.policy_loss import ImportanceSamplingLevel, Surrogate
+from lit_specrl.losses.policy_loss import ImportanceSamplingLevel, PolicyLoss, Surrogate
 
 
 class LossType(NamedTuple):
-    """What a name like "dapo" stands for: arguments of `PolicyLoss` and `token_weights`."""
+    """What a name like "dapo" stands for: arguments of `PolicyLoss`."""
 
     surrogate: Surrogate
     importance_sampling_level: ImportanceSamplingLevel
@@ -46,3 +46,31 @@ def resolve_loss_type(name: str) -> LossType:
     if name not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {name!r}")
     return LOSS_TYPES[name]
+
+
+def named_loss(
+    name: str,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    clip_ratio_c: float | None = None,
+) -> PolicyLoss:
+    """The loss of a name of `LOSS_TYPES`; the numbers are those of `PolicyLoss`.
+
+    Raises:
+        ValueError: unknown name, or a number out of its range.
+
+    Example:
+        >>> named_loss("gspo", epsilon=3e-4).importance_sampling_level
+        'sequence'
+    """
+    parts = resolve_loss_type(name)
+    return PolicyLoss(
+        epsilon,
+        epsilon_high,
+        delta,
+        clip_ratio_c,
+        importance_sampling_level=parts.importance_sampling_level,
+        surrogate=parts.surrogate,
+        aggregation=parts.aggregation,
+    )

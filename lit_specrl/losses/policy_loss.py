@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lit_specrl.losses.aggregation import Aggregation
 from lit_specrl.losses.ratio import at_least_float32, bounded_exp, log_ratio
 from lit_specrl.masking import masked_mean
 
@@ -61,9 +63,46 @@ class ClipStatistics:
         return self.bound_sum / self.count.clamp(min=1)
 
 
+class TokenLoss(ABC):
+    """What each response token costs the policy: the base of `PolicyLoss` and of losses of your own.
+
+    Example: SAPO (2025, arXiv 2511.20347), a soft gate in place of the clip, in a file of the user::
+
+        @dataclass(frozen=True)
+        class SAPO(PolicyLoss):
+            tau_positive: float = 1.0
+            tau_negative: float = 1.05
+
+            def per_token_loss(self, ratio, advantages, policy_logprobs):
+                tau = torch.where(advantages > 0, self.tau_positive, self.tau_negative)
+                return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+    """
+
+    aggregation: Aggregation
+    """How the tokens of a step are averaged, see `token_weights`."""
+
+    @abstractmethod
+    def __call__(
+        self, policy_logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, loss_mask: Tensor
+    ) -> tuple[Tensor, ClipStatistics]:
+        """Compute the loss of each token.
+
+        Args:
+            policy_logprobs: [N, R] nats, with gradient.
+            old_logprobs: [N, R] nats, of the policy that this step began with; `None` when it is the policy itself.
+            advantages: [N, R].
+            loss_mask: [N, R] bool, True on tokens that take part in the loss.
+
+        Returns:
+            The loss per token [N, R] in float32 or wider, 0 outside the mask, and what was clipped.
+        """
+
+
 @dataclass(frozen=True)
-class PolicyLoss:
+class PolicyLoss(TokenLoss):
     """Loss of each token for PPO, GRPO, DAPO, GSPO and CISPO.
+
+    A subclass that overrides `per_token_loss` is another loss of the same ratios.
 
     With ratio `r = policy / old` and advantage A, the loss is `-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)`:
     PPO (Schulman et al. 2017, arXiv 1707.06347, equation 7), the same in GRPO (Shao et al. 2024, arXiv 2402.03300,
@@ -95,6 +134,7 @@ class PolicyLoss:
         clip_ratio_c: largest multiple of abs(A) that a token with negative advantage may cost; `None` for no bound.
         importance_sampling_level: ratios by "token" or by "sequence".
         surrogate: "clip" or "cispo".
+        aggregation: how tokens are averaged, see `token_weights`.
 
     Raises:
         ValueError: a bound out of its range, or two that exclude each other.
@@ -114,6 +154,7 @@ class PolicyLoss:
     clip_ratio_c: float | None = None
     importance_sampling_level: ImportanceSamplingLevel = "token"
     surrogate: Surrogate = "clip"
+    aggregation: Aggregation = "token"
 
     def __post_init__(self) -> None:
         if self.surrogate not in ("clip", "cispo"):
@@ -141,27 +182,25 @@ class PolicyLoss:
     def __call__(
         self, policy_logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, loss_mask: Tensor
     ) -> tuple[Tensor, ClipStatistics]:
-        """Compute the loss of each token.
-
-        Args:
-            policy_logprobs: [N, R] nats, with gradient.
-            old_logprobs: [N, R] nats, of the policy that this step began with; `None` when it is the policy itself.
-            advantages: [N, R].
-            loss_mask: [N, R] bool, True on tokens that take part in the loss.
-
-        Returns:
-            The loss per token [N, R] in float32 or wider, 0 outside the mask, and what was clipped.
-        """
         policy_logprobs = at_least_float32(policy_logprobs).masked_fill(~loss_mask, 0)
         advantages = at_least_float32(advantages).masked_fill(~loss_mask, 0)
         old_logprobs = policy_logprobs.detach() if old_logprobs is None else old_logprobs.detach()
 
         ratio = self._ratio(policy_logprobs, old_logprobs, loss_mask)  # [N, R]
-        if self.surrogate == "cispo":
-            per_token_loss = -ratio.detach().clamp(max=self.epsilon_high) * advantages * policy_logprobs
-        else:
-            per_token_loss = self._clipped_surrogate(ratio, advantages)
+        per_token_loss = self.per_token_loss(ratio, advantages, policy_logprobs)
         return per_token_loss, self._statistics(ratio.detach(), advantages, loss_mask)
+
+    def per_token_loss(self, ratio: Tensor, advantages: Tensor, policy_logprobs: Tensor) -> Tensor:
+        """The loss of each token, [N, R], from what is 0 outside the loss mask.
+
+        Args:
+            ratio: [N, R] policy / old, of the token or of its row, with gradient.
+            advantages: [N, R].
+            policy_logprobs: [N, R] nats, with gradient.
+        """
+        if self.surrogate == "cispo":
+            return -ratio.detach().clamp(max=self.epsilon_high) * advantages * policy_logprobs
+        return self._clipped_surrogate(ratio, advantages)
 
     @property
     def _highest_ratio(self) -> float:

@@ -1,4 +1,4 @@
-"""Log-probs of responses block by block, for as long as anybody wants to know them."""
+"""Log-probs of responses in blocks; scoring of a row stops when the caller rejects it."""
 
 from __future__ import annotations
 
@@ -8,43 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_specrl.experience import TokenBatch
 from lit_specrl.models.logprobs import token_logprobs
 from lit_specrl.models.policy import Policy
 
 KeepScoring = Callable[[Tensor, int, Tensor], Tensor]
-"""(rows [m], first column, log-probs [m, b]) -> [m] bool, True where the rest of the row is wanted too."""
+"""(rows [m], first column, log-probs [m, b]) -> [m] bool, True where scoring of the row goes on."""
 
 
 @torch.no_grad()
 def block_logprobs(
     policy: Policy,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    prompt_index: Tensor,
-    response_ids: Tensor,
-    response_mask: Tensor,
+    batch: TokenBatch,
     keep_scoring: KeepScoring,
     block_length: int,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Log-probs of response tokens; a row is left at the end of the first block after which nobody wants it.
+    """Log-probs of response tokens; scoring of a row stops behind the first block after which it is rejected.
 
     Each prompt is computed once, whatever the number of its rows; keys and values stay from block to block.
 
     Args:
         policy: whose log-probs.
-        prompt_ids: [B, P] long, left-padded.
-        prompt_mask: [B, P] bool, True on prompt tokens.
-        prompt_index: [N] long, the prompt of each row.
-        response_ids: [N, R] long, right-padded.
-        response_mask: [N, R] bool, True on response tokens.
-        keep_scoring: is asked after every block which rows go on.
+        batch: N rows.
+        keep_scoring: says after every block which rows go on.
         block_length: tokens of a block.
         temperature: softmax temperature.
 
     Returns:
-        [N, R] float32, nats; NaN where a row was left, 0 on padding.
+        [N, R] float32, nats; NaN where scoring stopped early, 0 on padding.
     """
+    prompt_ids, prompt_mask, prompt_index, response_ids, response_mask = batch
     with policy.evaluating():
         backbone: Any = policy.model.base_model
         head = policy.model.get_output_embeddings().weight
@@ -57,9 +51,7 @@ def block_logprobs(
         )
         cache = prompt_pass.past_key_values
         cache.batch_select_indices(prompt_index)
-        last = prompt_pass.last_hidden_state[
-            prompt_index, -1:
-        ]  # [N, 1, H], state that predicts the first column of a block
+        last = prompt_pass.last_hidden_state[prompt_index, -1:]  # [N, 1, H], predicts the first column of a block
         rows = torch.arange(len(response_ids), device=response_ids.device)  # rows that go on, [m]
         for start in range(0, response_ids.shape[1], block_length):
             stop = min(start + block_length, response_ids.shape[1])

@@ -11,12 +11,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lit_specrl.experience import Experience, TokenBatch
 from lit_specrl.losses import value_loss
 from lit_specrl.metrics import CriticStatistics
 from lit_specrl.models.hidden_states import forward_hidden_states, keeps_cache_by_row
-from lit_specrl.models.policy import Policy, disable_dropout, load_pretrained, shard_by_layer
-from lit_specrl.models.value_head import ValueHead
-from lit_specrl.types import Experience
+from lit_specrl.models.model_files import check_weights
+from lit_specrl.models.policy import Policy, TokenStatistics, shard_by_layer
+from lit_specrl.models.pretrained import check_model_exists, disable_dropout, load_pretrained
+from lit_specrl.models.scorer import Scorer
 
 
 def default_critic_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -24,8 +26,42 @@ def default_critic_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
+class ValueHead(nn.Module):
+    """One linear unit on the hidden state before each response token.
+
+    Begins at zero, so that the first advantages are the returns themselves. Computes in float32 whatever autocast says:
+    bf16 values have three digits, which is less than the advantages that are told apart by them.
+
+    Args:
+        hidden_size: H.
+        detach: keep the gradient from the hidden states; the head then learns alone.
+    """
+
+    def __init__(self, hidden_size: int, detach: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.detach = detach
+
+    def forward(self, hidden: Tensor, response_mask: Tensor) -> Tensor:
+        """Values before each response token.
+
+        Args:
+            hidden: [N, R, H].
+            response_mask: [N, R] bool, True on response tokens.
+
+        Returns:
+            [N, R] float32, 0 on padding.
+        """
+        hidden = hidden.detach() if self.detach else hidden
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = nn.functional.linear(hidden.float(), self.linear.weight.float(), self.linear.bias.float())
+        return values.squeeze(-1).masked_fill(~response_mask, 0)
+
+
 class Critic(nn.Module, ABC):
-    """The value model of PPO: how it learns. Subclasses say what it is.
+    """The value model of PPO: how it learns. Subclasses say what it is, and where its values come from.
 
     Args:
         optimizer: makes the optimizer from the critic's parameters.
@@ -39,7 +75,9 @@ class Critic(nn.Module, ABC):
         ValueError: an argument out of its range.
     """
 
-    shares_trunk: bool
+    updates_with_policy: bool
+    """Its values come out of the policy's forward pass, and its loss is added to the policy's; otherwise it has passes
+    and updates of its own."""
 
     def __init__(
         self,
@@ -62,6 +100,13 @@ class Critic(nn.Module, ABC):
         self.cliprange_value = cliprange_value
         self.max_grad_norm = max_grad_norm
 
+    def check_files(self) -> None:
+        """Refuse a model of its own that cannot be had, before anything is loaded.
+
+        Raises:
+            ValueError: it cannot be had, or is not whole.
+        """
+
     @abstractmethod
     def build(self, policy: Policy, model: str, **options: Any) -> None:
         """Create the weights.
@@ -79,6 +124,32 @@ class Critic(nn.Module, ABC):
     @abstractmethod
     def shard(self, **options: Any) -> None:
         """Shard what is not the policy's (FSDP2); arguments as those of `Policy.shard`."""
+
+    @abstractmethod
+    def values(self, statistics: TokenStatistics | None, scorer: Scorer, experience: Experience) -> Tensor:
+        """Values before each response token, [N, R].
+
+        Args:
+            statistics: of the policy's forward pass over all rows, where the critic `updates_with_policy`.
+            scorer: runs forward passes.
+            experience: N rows.
+        """
+
+    def begin_update(self, policy: Policy, is_warm_up: bool) -> None:
+        """Called before the passes of a policy update; in the warm-up the policy's weights stay as they are."""
+
+    def add_loss(
+        self, loss: Tensor, statistics: TokenStatistics, part: Experience, weights: Tensor
+    ) -> tuple[Tensor, CriticStatistics | None]:
+        """The policy's loss with that of the critic, where it `updates_with_policy`; and what to report.
+
+        Args:
+            loss: scalar.
+            statistics: of the policy's forward pass, with gradient.
+            part: its n rows.
+            weights: [n, R] of each token in the value loss.
+        """
+        return loss, None
 
     def loss(self, values: Tensor, part: Experience) -> tuple[Tensor, CriticStatistics]:
         """Clipped squared error of each token.
@@ -116,7 +187,7 @@ class SeparateCritic(Critic):
         PPO("Qwen/Qwen3-1.7B-Base", rewards=[MathReward()], critic=SeparateCritic(warmup_steps=10))
     """
 
-    shares_trunk = False
+    updates_with_policy = False
 
     def __init__(
         self,
@@ -130,6 +201,11 @@ class SeparateCritic(Critic):
         super().__init__(optimizer, lr_scheduler, warmup_steps, cliprange_value, max_grad_norm)
         self.model = model
         self.backbone: Any = None
+
+    def check_files(self) -> None:
+        if self.model is not None:
+            check_model_exists(self.model)
+            check_weights(self.model)
 
     def build(self, policy: Policy, model: str, **options: Any) -> None:
         if self.backbone is not None:
@@ -161,16 +237,12 @@ class SeparateCritic(Critic):
         share_prompts: bool = False,
     ) -> Tensor:
         """Values before each response token, [N, R]; arguments as those of `Policy`."""
-        states = forward_hidden_states(
-            self.backbone,
-            prompt_ids,
-            prompt_mask,
-            prompt_index,
-            response_ids,
-            response_mask,
-            share_prompts and self.keeps_cache_by_row,
-        )
+        batch = TokenBatch(prompt_ids, prompt_mask, prompt_index, response_ids, response_mask)
+        states = forward_hidden_states(self.backbone, batch, share_prompts and self.keeps_cache_by_row)
         return self.head(states.last, response_mask)
+
+    def values(self, statistics: TokenStatistics | None, scorer: Scorer, experience: Experience) -> Tensor:
+        return scorer.token_values(self, experience)
 
 
 class SharedTrunkCritic(Critic):
@@ -189,7 +261,7 @@ class SharedTrunkCritic(Critic):
         max_grad_norm: the head's gradient is scaled down to this norm.
     """
 
-    shares_trunk = True
+    updates_with_policy = True
 
     def __init__(
         self,
@@ -215,3 +287,18 @@ class SharedTrunkCritic(Critic):
 
     def shard(self, **options: Any) -> None:
         """The head is sharded with the policy."""
+
+    def values(self, statistics: TokenStatistics | None, scorer: Scorer, experience: Experience) -> Tensor:
+        assert statistics is not None and statistics.values is not None
+        return statistics.values
+
+    def begin_update(self, policy: Policy, is_warm_up: bool) -> None:
+        assert isinstance(policy.value_head, ValueHead)
+        policy.value_head.detach = is_warm_up
+
+    def add_loss(
+        self, loss: Tensor, statistics: TokenStatistics, part: Experience, weights: Tensor
+    ) -> tuple[Tensor, CriticStatistics | None]:
+        assert statistics.values is not None
+        per_token_loss, found = self.loss(statistics.values, part)  # [n, R]
+        return loss + self.coefficient * (per_token_loss * weights).sum(), found

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_specrl.experience import TokenBatch
 from lit_specrl.masking import pad_left, pad_right
 
 
 class HiddenStates(NamedTuple):
-    """Hidden states of a forward pass; what stands on padding means nothing."""
+    """Hidden states of a forward pass; those on padding have no meaning."""
 
     last: Tensor
     """[N, R, H] last hidden states at the position before each response token."""
     prompt_features: Tensor | None = None
-    """[B, P, F], or [N, P, F] where each row computed its own prompt: inputs of the asked layers, joined."""
+    """[B, P, F], or [N, P, F] where each row computed its own prompt: inputs of the given layers, joined."""
     response_features: Tensor | None = None
     """[N, R - 1, F] the same at all response tokens but the last."""
     shares_prompts: bool = False
@@ -26,11 +27,7 @@ class HiddenStates(NamedTuple):
 
 def forward_hidden_states(
     backbone: PreTrainedModel,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    prompt_index: Tensor,
-    response_ids: Tensor,
-    response_mask: Tensor,
+    batch: TokenBatch,
     share_prompts: bool = False,
     layers: Sequence[int] = (),
 ) -> HiddenStates:
@@ -38,17 +35,13 @@ def forward_hidden_states(
 
     Args:
         backbone: a transformers model without a head.
-        prompt_ids: [B, P] long, left-padded.
-        prompt_mask: [B, P] bool, True on prompt tokens.
-        prompt_index: [N] long, the prompt of each row.
-        response_ids: [N, R] long, right-padded.
-        response_mask: [N, R] bool, True on response tokens.
+        batch: N rows.
         share_prompts: compute each prompt once, keep its keys and values in the graph and let its responses attend to
             them, instead of once per response. Values and gradients are those of the plain pass.
-        layers: decoder layers whose inputs are asked for, too.
+        layers: decoder layers whose inputs are returned, too.
     """
     states = _shared_states if share_prompts else _plain_states
-    return states(backbone, prompt_ids, prompt_mask, prompt_index, response_ids, response_mask, layers)
+    return states(backbone, batch, layers)
 
 
 @torch.no_grad()
@@ -61,17 +54,12 @@ def keeps_cache_by_row(backbone: PreTrainedModel) -> bool:
         backbone: a transformers model without a head.
     """
     inputs = *pad_left([[5, 6], [4]]), torch.tensor([0, 1, 0]), *pad_right([[4, 6], [5, 6], [6, 5]])
-    prompt_ids, prompt_mask, prompt_index, response_ids, response_mask = (
-        tensor.to(next(backbone.parameters()).device) for tensor in inputs
-    )
+    batch = TokenBatch(*(tensor.to(next(backbone.parameters()).device) for tensor in inputs))
     was_training = backbone.training
     backbone.eval()  # gradient checkpointing switches the cache off in training
     try:
         plain, shared = (
-            forward_hidden_states(
-                backbone, prompt_ids, prompt_mask, prompt_index, response_ids, response_mask, share_prompts
-            ).last.float()
-            for share_prompts in (False, True)
+            forward_hidden_states(backbone, batch, share_prompts).last.float() for share_prompts in (False, True)
         )
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
@@ -83,13 +71,10 @@ def keeps_cache_by_row(backbone: PreTrainedModel) -> bool:
 
 def _plain_states(
     backbone: PreTrainedModel,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    prompt_index: Tensor,
-    response_ids: Tensor,
-    response_mask: Tensor,
+    batch: TokenBatch,
     layers: Sequence[int],
 ) -> HiddenStates:
+    prompt_ids, prompt_mask, prompt_index, response_ids, response_mask = batch
     ids = torch.cat([prompt_ids[prompt_index], response_ids], dim=1)  # [N, P + R]
     mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)
     output = backbone(
@@ -109,13 +94,10 @@ def _plain_states(
 
 def _shared_states(
     backbone: PreTrainedModel,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    prompt_index: Tensor,
-    response_ids: Tensor,
-    response_mask: Tensor,
+    batch: TokenBatch,
     layers: Sequence[int],
 ) -> HiddenStates:
+    prompt_ids, prompt_mask, prompt_index, response_ids, response_mask = batch
     prompt_pass = backbone(
         input_ids=prompt_ids,
         attention_mask=prompt_mask.long(),

@@ -19,8 +19,8 @@ class MicroBatch:
     """Tokens that the pass computes, padding included."""
     num_real_tokens: int
     """The same without padding."""
-    counts: bool = True
-    """False for a pass that a rank computes only because another rank has one more, and sharded layers meet in each."""
+    is_dummy: bool = False
+    """True for a pass whose result is dropped: another rank has one more, and sharded layers meet in every pass."""
 
 
 def plan_micro_batches(

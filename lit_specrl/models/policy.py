@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -11,18 +10,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_specrl.distributed.collectives import compute_device, whole_tensor
-from lit_specrl.models.capture import CaptureSpec, TeacherOutput, teach
-from lit_specrl.models.hidden_states import forward_hidden_states, keeps_cache_by_row
+from lit_specrl.experience import TokenBatch
+from lit_specrl.models.hidden_states import HiddenStates, forward_hidden_states, keeps_cache_by_row
 from lit_specrl.models.logprobs import token_logprobs
 from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config, merged_weight
-from lit_specrl.models.model_files import check_weights, is_out_of_reach
 from lit_specrl.models.policy_check import check_logprobs
-from lit_specrl.models.value_head import ValueHead
+from lit_specrl.models.pretrained import disable_dropout, load_pretrained
 
-log = logging.getLogger(__name__)
+ObserveStates = Callable[[HiddenStates, Tensor], None]
+"""Called inside a forward pass with its hidden states and the rows of the output head, [V, H]."""
 
 
 class TokenStatistics(NamedTuple):
@@ -34,8 +33,6 @@ class TokenStatistics(NamedTuple):
     """[N, R] float32, nats, 0 on padding; without gradient."""
     values: Tensor | None = None
     """[N, R] float32, of the value head, 0 on padding; `None` without one."""
-    taught: list[TeacherOutput] | None = None
-    """What a drafter can learn from, of the rows that were asked for."""
 
 
 class Policy(nn.Module):
@@ -57,10 +54,10 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self.value_head: ValueHead | None = None
+        self.value_head: nn.Module | None = None
         """Set where a critic shares the trunk of the policy."""
         disable_dropout(model)
-        check_logprobs(self)
+        check_logprobs(model, self)
         self.keeps_cache_by_row = keeps_cache_by_row(cast(PreTrainedModel, model.base_model))
         """False for models whose cache cannot be repeated or selected by row, such as those with linear attention."""
 
@@ -117,7 +114,8 @@ class Policy(nn.Module):
         response_mask: Tensor,
         temperature: float = 1.0,
         share_prompts: bool = False,
-        teaching: CaptureSpec | None = None,
+        observe: ObserveStates | None = None,
+        observed_layers: Sequence[int] = (),
     ) -> TokenStatistics:
         """Log-probs and entropies of responses, and values where there is a value head.
 
@@ -130,20 +128,16 @@ class Policy(nn.Module):
             temperature: the log-probs are those of `softmax(logits / temperature)`.
             share_prompts: compute each prompt once and let its responses attend to its keys and values, instead of
                 once per response. Values and gradients are those of the plain pass.
-            teaching: what to keep for a drafter.
+            observe: is given the hidden states.
+            observed_layers: decoder layers whose inputs it is given, too.
         """
-        states = forward_hidden_states(
-            cast(PreTrainedModel, self.model.base_model),
-            prompt_ids,
-            prompt_mask,
-            prompt_index,
-            response_ids,
-            response_mask,
-            share_prompts,
-            () if teaching is None else teaching.layers,
-        )
+        batch = TokenBatch(prompt_ids, prompt_mask, prompt_index, response_ids, response_mask)
+        backbone = cast(PreTrainedModel, self.model.base_model)
+        states = forward_hidden_states(backbone, batch, share_prompts, observed_layers)
         hidden = states.last  # [N, R, H]
         head = self.model.get_output_embeddings().weight
+        if observe is not None:
+            observe(states, head)
         flat_logprobs, flat_entropy = token_logprobs(
             hidden[response_mask], head, response_ids[response_mask], temperature
         )
@@ -152,9 +146,6 @@ class Policy(nn.Module):
             logprobs=empty.masked_scatter(response_mask, flat_logprobs),
             entropy=empty.masked_scatter(response_mask, flat_entropy),
             values=None if self.value_head is None else self.value_head(hidden, response_mask),
-            taught=None
-            if teaching is None
-            else teach(teaching, states, head, prompt_mask, prompt_index, response_mask, temperature),
         )
 
     def shard(self, **options: Any) -> None:
@@ -227,73 +218,3 @@ def release(module: nn.Module) -> None:
     """After a forward pass that no backward pass will follow: give up the whole weights that sharded modules keep for it."""
     if isinstance(module, FSDPModule):
         module.reshard()
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Old and new log-probs, or values, must come from the same function."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
-def load_pretrained(
-    auto_class: Any,
-    name_or_path: str,
-    dtype: str = "float32",
-    gradient_checkpointing: bool = False,
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
-    """Load a model for training from the hub or a local folder; arguments as those of `Policy.build`.
-
-    Args:
-        auto_class: `AutoModelForCausalLM`, or `AutoModel` for the backbone alone.
-
-    Raises:
-        ValueError: the model can neither be found locally nor fetched.
-    """
-    config = check_model_exists(name_or_path)
-    if hasattr(config.get_text_config(), "attention_dropout"):
-        config.get_text_config().attention_dropout = 0.0
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": config}
-    if attn_implementation:
-        options["attn_implementation"] = attn_implementation
-    check_weights(name_or_path)
-    try:
-        model = auto_class.from_pretrained(name_or_path, **options)
-    except OSError as error:
-        if Path(name_or_path).is_dir():
-            raise ValueError(f"the model folder {name_or_path} cannot be loaded: {_first_line(error)}") from error
-        raise ValueError(unreachable_model_message(name_or_path)) from error
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
-
-
-def unreachable_model_message(name_or_path: str) -> str:
-    return (
-        f"model {name_or_path!r} is neither a folder in the transformers format (with config.json) nor a model that "
-        "the hub delivers now; check the spelling, pass a local folder, or fetch it where there is a network with "
-        f"`hf download {name_or_path}`"
-    )
-
-
-def check_model_exists(name_or_path: str) -> PretrainedConfig:
-    """The configuration of a model; fails early, before weights are read, when it cannot be had.
-
-    Raises:
-        ValueError: neither a local folder with a config nor a model that the hub delivers.
-    """
-    if is_out_of_reach(name_or_path):
-        raise ValueError(unreachable_model_message(name_or_path))
-    try:
-        return AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        if (Path(name_or_path) / "config.json").is_file():
-            raise ValueError(
-                f"the configuration of model {name_or_path!r} cannot be used: {_first_line(error)}"
-            ) from error
-        raise ValueError(unreachable_model_message(name_or_path)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

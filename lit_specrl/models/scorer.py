@@ -4,52 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_specrl.algorithms.rollout_module import RolloutModule
 from lit_specrl.distributed.collectives import max_over_ranks
-from lit_specrl.experience import padded_rows
+from lit_specrl.experience import Experience, padded_rows, unknown_rows
 from lit_specrl.models.blockwise_logprobs import KeepScoring, block_logprobs
-from lit_specrl.models.capture import CaptureSpec, Student
-from lit_specrl.models.critic import SeparateCritic
+from lit_specrl.models.hidden_states import HiddenStates
 from lit_specrl.models.micro_batches import MicroBatch, plan_micro_batches
 from lit_specrl.models.policy import Policy, TokenStatistics, release
-from lit_specrl.types import Experience, PromptBatch, Rollouts
+from lit_specrl.types import PromptBatch
 
 
-class ScoringModule(RolloutModule):
+class ForwardObserver(Protocol):
+    """Looks into forward passes of the policy, as a drafter that learns from them does."""
+
+    def layers(self, part: Experience) -> Sequence[int] | None:
+        """Decoder layers whose inputs it is to see in the pass over these rows; `None` leaves the pass out."""
+
+    def observe(self, part: Experience, states: HiddenStates, head: Tensor, temperature: float) -> None:
+        """Called inside the pass.
+
+        Args:
+            part: rows of the pass.
+            states: hidden states.
+            head: [V, H] rows of the output head.
+            temperature: softmax temperature of the log-probs.
+        """
+
+
+class Scorer:
     """Scores responses under policy, reference and critic, in micro-batches.
 
     Args:
+        policy: the policy that is trained.
+        reference: the policy before training; `None` where it is not needed, or where `policy` has adapters.
+        temperature: softmax temperature of all log-probs.
         micro_batch_tokens: most tokens, padding included, in one forward and backward pass.
-        lora: arguments of peft's `LoraConfig`; the reference is then the policy without its adapters.
-        options: arguments of `RolloutModule`.
+        is_sharded: the ranks meet in every layer of every pass.
     """
 
-    def __init__(self, *, micro_batch_tokens: int, lora: dict[str, Any] | None, **options: Any) -> None:
-        super().__init__(**options)
-        self.micro_batch_tokens = micro_batch_tokens
-        self.lora = lora
-        self._frozen: list[Policy] = []  # the reference, kept out of checkpoints by not being a submodule
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        *,
+        temperature: float,
+        micro_batch_tokens: int,
+        is_sharded: bool = False,
+    ) -> None:
+        self.policy, self.reference = policy, reference
+        self.temperature, self.micro_batch_tokens, self.is_sharded = temperature, micro_batch_tokens, is_sharded
+        self.observer: ForwardObserver | None = None
+        """Looks into the passes of the updates."""
 
     @torch.no_grad()
     def token_statistics(
-        self, policy: Policy | None, experience: Experience, rows: list[int] | None = None
+        self, experience: Experience, rows: list[int] | None = None, policy: Policy | None = None
     ) -> TokenStatistics:
         """Log-probs and entropies of response tokens, [N, R], and values where the policy has a value head.
 
         Args:
-            policy: whose.
             experience: N rows.
             rows: rows to compute; the others are 0. `None` computes all.
+            policy: whose; `None` for the policy that is trained.
         """
-        assert policy is not None
+        policy = policy or self.policy
         logprobs, entropy, values = (torch.zeros_like(experience.sampling_logprobs) for _ in range(3))
-        for micro_batch in self._plan(experience, list(range(experience.num_rows)) if rows is None else rows):
+        for micro_batch in self.plan(experience, rows):
             part = experience.select(micro_batch.rows)
             statistics = self._forward(policy, part, micro_batch)
             cut = micro_batch.rows, slice(part.response_ids.shape[1])
@@ -59,17 +84,45 @@ class ScoringModule(RolloutModule):
         release(policy)
         return TokenStatistics(logprobs, entropy, None if policy.value_head is None else values)
 
+    def record_old_logprobs(self, experience: Experience, every_row: bool = False) -> TokenStatistics:
+        """Enter the log-probs of all response tokens under the policy that the step begins with, where not yet known.
+
+        Args:
+            experience: N rows, whose `old_logprobs` are filled in.
+            every_row: compute the rows whose log-probs are known, too.
+
+        Returns:
+            What was computed.
+        """
+        assert experience.recorded_logprobs is not None
+        rows = list(range(experience.num_rows)) if every_row else unknown_rows(experience.recorded_logprobs)
+        statistics = self.token_statistics(experience, rows)
+        experience.record_logprobs(statistics.logprobs[rows], rows)
+        experience.old_logprobs = experience.recorded_logprobs
+        return statistics
+
+    def record_reference_logprobs(self, experience: Experience) -> None:
+        """Enter the log-probs of all response tokens under the initial policy, where they are not yet known."""
+        assert experience.reference_logprobs is not None
+        rows = unknown_rows(experience.reference_logprobs)
+        if self.reference is None:
+            with self.policy.adapters_disabled():
+                found = self.token_statistics(experience, rows)
+        else:
+            reference = self.reference if self.is_sharded else self.reference.to(self.policy.device)
+            found = self.token_statistics(experience, rows, reference)
+        experience.reference_logprobs[rows] = found.logprobs[rows]
+
     @torch.no_grad()
-    def teach(self, student: Student, experience: Experience) -> None:
-        """Let a drafter listen to the policy reading the given responses."""
-        assert self.policy is not None
-        for micro_batch in self._plan(experience, list(range(experience.num_rows))):
+    def token_values(self, critic: nn.Module, experience: Experience) -> Tensor:
+        """Values of all response tokens, [N, R], by a critic with passes of its own."""
+        result = torch.zeros_like(experience.sampling_logprobs)
+        for micro_batch in self.plan(experience):
             part = experience.select(micro_batch.rows)
-            teaching = student.asks(part) if micro_batch.counts else None
-            taught = self._forward(self.policy, part, micro_batch, teaching).taught
-            if taught:
-                student.listens(part, taught)
-        release(self.policy)
+            values = critic(*part.inputs, share_prompts=micro_batch.share_prompts)
+            result[micro_batch.rows, : values.shape[1]] = values
+        release(critic)
+        return result
 
     @torch.no_grad()
     def response_logprobs(
@@ -86,84 +139,62 @@ class ScoringModule(RolloutModule):
             prompts: B prompts.
             prompt_index: [N] the prompt of each response.
             response_ids: [N] ragged, none empty.
-            keep_scoring: asked after every block of a row's tokens whether the rest is wanted; `None` wants all. Sharded policies, and
-                those whose cache cannot be selected by row, compute all.
+            keep_scoring: says after every block of a row's tokens whether scoring goes on; `None` scores all. Sharded
+                policies, and those whose cache cannot be selected by row, score all.
             block_length: tokens of a block.
 
         Returns:
-            [N] float32 tensors on the CPU, one entry per token, nats; NaN where nobody wanted to know.
+            [N] float32 tensors on the CPU, one entry per token, nats; NaN where scoring stopped early.
         """
         if not response_ids and not self.is_sharded:
             return []
         nothing = not response_ids  # sharded ranks meet in every pass, also those without rows
         experience = padded_rows(
             prompts.prompt_ids, [0] if nothing else prompt_index, [[0]] if nothing else response_ids
-        ).to(self.device)
-        assert self.policy is not None
+        ).to(self.policy.device)
         if keep_scoring is None or self.is_sharded or not self.policy.keeps_cache_by_row:
-            logprobs = self.token_statistics(self.policy, experience, [] if nothing else None).logprobs
+            logprobs = self.token_statistics(experience, [] if nothing else None).logprobs
         else:
             logprobs = self._logprobs_in_blocks(experience, keep_scoring, block_length)
         return [row[: len(ids)] for row, ids in zip(logprobs.cpu(), response_ids, strict=not nothing)]
 
     def _logprobs_in_blocks(self, experience: Experience, keep_scoring: KeepScoring, block_length: int) -> Tensor:
-        assert self.policy is not None
         result = torch.zeros_like(experience.sampling_logprobs)
-        for micro_batch in self._plan(experience, list(range(experience.num_rows))):
+        for micro_batch in self.plan(experience):
             part = experience.select(micro_batch.rows)
-            rows = torch.tensor(micro_batch.rows, device=self.device)
+            rows = torch.tensor(micro_batch.rows, device=self.policy.device)
 
             def keep_scoring_part(local: Tensor, start: int, block: Tensor, rows: Tensor = rows) -> Tensor:
                 return keep_scoring(rows[local], start, block)
 
-            logprobs = block_logprobs(
-                self.policy, *part.inputs, keep_scoring_part, block_length, self.sampling.temperature
-            )
+            logprobs = block_logprobs(self.policy, part.inputs, keep_scoring_part, block_length, self.temperature)
             result[micro_batch.rows, : logprobs.shape[1]] = logprobs
         return result
 
     @torch.no_grad()
-    def token_values(self, critic: SeparateCritic, experience: Experience) -> Tensor:
-        """The critic's values of all response tokens, [N, R]."""
-        result = torch.zeros_like(experience.sampling_logprobs)
-        for micro_batch in self._plan(experience, list(range(experience.num_rows))):
-            part = experience.select(micro_batch.rows)
-            values = self._values(critic, part, micro_batch)
-            result[micro_batch.rows, : values.shape[1]] = values
-        release(critic)
-        return result
+    def show(self, observer: ForwardObserver, experience: Experience) -> None:
+        """Let an observer see the policy reading the given responses."""
+        for micro_batch in self.plan(experience):
+            self._forward(self.policy, experience.select(micro_batch.rows), micro_batch, observer)
+        release(self.policy)
 
-    def reference_logprobs(self, experience: Experience, rollouts: Rollouts) -> Tensor:
-        """Log-probs of all response tokens under the initial policy, [N, R]; those that are known are not computed again."""
-        known = [rollouts.known_row(row) for row in range(rollouts.num_rows)]
-        rows = [row for row, found in enumerate(known) if found is None or found.reference_logprobs is None]
-        if self.lora is None:
-            reference = self._frozen[0] if self.is_sharded else self._frozen[0].to(self.device)
-            result = self.token_statistics(reference, experience, rows).logprobs
-        else:
-            assert self.policy is not None
-            with self.policy.adapters_disabled():
-                result = self.token_statistics(self.policy, experience, rows).logprobs
-        for row, found in enumerate(known):
-            if found is not None and found.reference_logprobs is not None:
-                logprobs = torch.as_tensor(found.reference_logprobs, dtype=torch.float32, device=self.device)
-                result[row, : len(logprobs)] = logprobs
-        return result
+    def training_forward(self, part: Experience, micro_batch: MicroBatch) -> TokenStatistics:
+        """The forward pass of an update, with gradient; the observer sees it."""
+        return self._forward(self.policy, part, micro_batch, self.observer)
 
-    @property
-    def is_sharded(self) -> bool:
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+    def plan(self, experience: Experience, rows: list[int] | None = None) -> list[MicroBatch]:
+        """Micro-batches of the given rows, or of all.
 
-    def _plan(self, experience: Experience, rows: list[int]) -> list[MicroBatch]:
-        """Micro-batches of the given rows; sharded ranks, which meet in every layer of every pass, get equally many, of one pass each."""
-        plan = self._plan_rows(experience, rows)
+        Sharded ranks, which meet in every layer of every pass, get equally many micro-batches, of one pass each.
+        """
+        plan = self._plan_rows(experience, list(range(experience.num_rows)) if rows is None else rows)
         if self.is_sharded:
             spare = plan[-1] if plan else self._plan_rows(experience, [0])[0]
-            plan += [replace(spare, counts=False)] * (max_over_ranks(len(plan), self.device) - len(plan))
+            missing = max_over_ranks(len(plan), self.policy.device) - len(plan)
+            plan += [replace(spare, is_dummy=True)] * missing
         return plan
 
     def _plan_rows(self, experience: Experience, rows: list[int]) -> list[MicroBatch]:
-        assert self.policy is not None
         plan = plan_micro_batches(
             experience.prompt_index[rows].tolist(),
             experience.prompt_lengths[rows].tolist(),
@@ -174,14 +205,15 @@ class ScoringModule(RolloutModule):
         return [replace(part, rows=[rows[row] for row in part.rows]) for part in plan]
 
     def _forward(
-        self, policy: Policy, part: Experience, micro_batch: MicroBatch, teaching: CaptureSpec | None = None
+        self, policy: Policy, part: Experience, micro_batch: MicroBatch, observer: ForwardObserver | None = None
     ) -> TokenStatistics:
-        return policy(
-            *part.inputs,
-            temperature=self.sampling.temperature,
-            share_prompts=micro_batch.share_prompts,
-            teaching=teaching,
-        )
+        layers = None if observer is None or micro_batch.is_dummy else observer.layers(part)
+        options: dict[str, Any] = {}
+        if observer is not None and layers is not None:
+            look = partial(_look, observer, part, self.temperature)
+            options = {"observe": look, "observed_layers": layers}
+        return policy(*part.inputs, temperature=self.temperature, share_prompts=micro_batch.share_prompts, **options)
 
-    def _values(self, critic: SeparateCritic, part: Experience, micro_batch: MicroBatch) -> Tensor:
-        return critic(*part.inputs, share_prompts=micro_batch.share_prompts)
+
+def _look(observer: ForwardObserver, part: Experience, temperature: float, states: HiddenStates, head: Tensor) -> None:
+    observer.observe(part, states, head, temperature)

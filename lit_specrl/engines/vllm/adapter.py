@@ -421,7 +421,7 @@ def run(
                     finished.append(_finished_row(row, completion))
                     continue
                 num_unscored = len(job.token_ids) - job.num_scored
-                if output.num_cached_tokens >= num_unscored:  # the cache held a part of what was to be scored
+                if output.num_draft_tokens >= num_unscored:  # the cache held a part of what was to be scored
                     submit(row, scoring_job(job.token_ids, job.num_scored, read_cache=False))
                     continue
                 assert follow_up is not None

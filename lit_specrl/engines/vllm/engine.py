@@ -90,6 +90,7 @@ class VLLMEngine(RolloutEngine):
         self.enforce_eager, self.sleep_level = enforce_eager, sleep_level
         self.tensor_parallel_size, self.merge_adapters = tensor_parallel_size, merge_adapters
         self.can_verify = self.can_speculate = tensor_parallel_size == 1
+        self.takes_sharded_weights = True
         self.generates_together = tensor_parallel_size > 1
         self.options = dict(options or {})
         self.llm: Any = None

@@ -1,0 +1,100 @@
+"""Whether module, trainer and data fit each other, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from transformers import AutoConfig
+
+from lit_specrl.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lit_specrl.engines.base import RolloutEngine
+from lit_specrl.models.model_files import check_weights
+from lit_specrl.models.pretrained import check_model_exists
+from lit_specrl.types import SamplingConfig
+
+
+def check_run(trainer: L.Trainer, model: str, engine: RolloutEngine | None, max_length: int | None) -> None:
+    """Refuse what cannot work together.
+
+    Args:
+        trainer: of the run.
+        model: hub name or local folder of the policy.
+        engine: what generates; `None` for a `TransformersEngine`.
+        max_length: longest prompt plus response of the run, in tokens, where that is bounded.
+
+    Raises:
+        ValueError: the model cannot be had, or is not whole.
+        MisconfigurationException: module, trainer and data do not fit.
+    """
+    check_model_exists(model)
+    check_weights(model)
+    if isinstance(trainer.strategy, ModelParallelStrategy) and not (engine and engine.takes_sharded_weights):
+        name = "TransformersEngine" if engine is None else type(engine).__name__
+        raise MisconfigurationException(
+            f"{name} cannot generate with sharded weights; add SpeculativeRollout(engine=VLLMEngine()), or use "
+            "strategy='ddp'"
+        )
+    positions = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+    if max_length is not None and max_length > positions:
+        raise MisconfigurationException(
+            f"prompts and responses of up to {max_length} tokens do not fit the {positions} positions of {model}; lower "
+            "max_prompt_length or max_completion_length"
+        )
+    if trainer.precision == "16-mixed":
+        raise MisconfigurationException(
+            "precision='16-mixed' scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' or "
+            "'32-true'"
+        )
+
+
+def max_length_of_run(data: Any, *samplings: SamplingConfig) -> int | None:
+    """Longest prompt plus response, in tokens; `None` where the data does not bound its prompts.
+
+    Args:
+        data: the data module, or `None`.
+        samplings: of the module; those of the data count as well.
+    """
+    prompt_length = getattr(data, "max_prompt_length", None)
+    if prompt_length is None:
+        return None
+    everything = [*samplings, *getattr(data, "sampling", {}).values()]
+    return prompt_length + max(sampling.max_completion_length for sampling in everything if sampling)
+
+
+def write_atomic_checkpoints(strategy: Strategy) -> None:
+    """Let checkpoints be whole or absent, where the run says nothing else of how they are written."""
+    writer = strategy.checkpoint_io
+    if type(writer) is TorchCheckpointIO:  # the default
+        strategy.checkpoint_io = AtomicCheckpointIO()
+    elif isinstance(writer, AsyncCheckpointIO) and type(writer.checkpoint_io) is TorchCheckpointIO:
+        writer._checkpoint_io = AtomicCheckpointIO()  # its setter takes the first one alone
+
+
+def check_weights_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], model: str, their_model: str) -> None:
+    """Refuse a checkpoint whose weights have other names or shapes than those of the run.
+
+    Args:
+        own: state of the module.
+        weights: of the checkpoint, maybe none.
+        model: of the run.
+        their_model: of the checkpoint's run.
+    """
+    if not weights:
+        return
+    ours = {name: tuple(weight.shape) for name, weight in own.items()}
+    theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
+    differing = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    if differing:
+        name = differing[0]
+        raise MisconfigurationException(
+            f"the checkpoint is of a run with model {their_model!r}, and does not fit this one with model {model!r}: "
+            f"{len(differing)} weights differ, as {name}, {theirs.get(name, 'missing')} in the checkpoint and "
+            f"{ours.get(name, 'missing')} here; take the model, critic and lora of the checkpoint's run, or leave "
+            "ckpt_path out"
+        )
