@@ -243,8 +243,8 @@ class PrefixCache(RolloutCallback):
                 cached += [None] * size
                 continue
             control = control_samples(seeds, self.control_fraction)
-            cached = [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
-            cached += [row if row is not None and row.num_reuses < self.max_reuses else None for row in cached]
+            rows = [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
+            cached += [row if row is not None and row.num_reuses < self.max_reuses else None for row in rows]
         return cached
 
     def _record_missing_logprobs(self, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience) -> None:

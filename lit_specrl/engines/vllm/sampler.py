@@ -41,7 +41,7 @@ class CPUSampler:
         batch = self._runner.input_batch
         sampling = batch.sampling_metadata
         num_rows = batch.num_reqs
-        num_drafted = [0] * num_rows if metadata is None else metadata.num_cached_tokens
+        num_drafted = [0] * num_rows if metadata is None else metadata.num_draft_tokens
         drafts = torch.empty(0, dtype=torch.long) if metadata is None else metadata.draft_token_ids.long()
         probs = None if metadata is None else self._runner._get_spec_decode_draft_probs(metadata)
         rows = [row for row, count in enumerate(num_drafted) for _ in range(count + 1)]
@@ -142,7 +142,7 @@ class VerificationCounter(nn.Module):
         """As `RejectionSampler.forward`."""
         output = self.verifier(metadata, *arguments)
         self.drafted, self.accepted = _counts(
-            metadata.num_cached_tokens, (output.sampled_token_ids >= 0).sum(-1).tolist()
+            metadata.num_draft_tokens, (output.sampled_token_ids >= 0).sum(-1).tolist()
         )
         return output
 
