@@ -31,6 +31,9 @@ class Drafter(ABC):
         num_speculative_tokens: longest draft, K. `AdaptiveScheduler` chooses among 0 to K.
     """
 
+    reads_past_responses: bool = False
+    """Whether it looks into earlier responses to the prompt, which a `PrefixCache` keeps."""
+
     def __init__(self, num_speculative_tokens: int) -> None:
         if num_speculative_tokens < 1:
             raise ValueError(
