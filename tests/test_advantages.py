@@ -1,4 +1,4 @@
-"""Hand-countable cases; agreement with TRL and verl is in `losses/test_losses_parity.py`."""
+"""Hand-countable cases; agreement with TRL and verl is in `losses/test_parity.py`."""
 
 import pytest
 import torch

@@ -1,20 +1,12 @@
-import doctest
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from lit_specrl import metrics
 from lit_specrl.losses import ImportanceSampling, PolicyLoss, ValueClipStatistics, value_loss
 from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics, merge
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
-
-
-def test_examples_run():
-    outcome = doctest.testmod(metrics)
-    assert (outcome.attempted > 0, outcome.failed) == (True, 0)
-
 
 # ----------------------------------------------------------------------------------------------------------- rollouts
 

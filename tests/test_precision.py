@@ -4,7 +4,7 @@ from itertools import count
 
 import pytest
 import torch
-from test_module import arithmetic, grpo, make_trainer
+from training import arithmetic, grpo, make_trainer
 
 from lit_specrl import RunPlan, SpeculativeRollout, VLLMEngine, auto_precision, precision
 from lit_specrl.precision import Trainer, fast_dtype, warn_if_slow

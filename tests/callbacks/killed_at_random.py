@@ -16,6 +16,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 STEPS = "steps.txt"
 
 

@@ -9,6 +9,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import fit, grpo, questions, weights_of

@@ -1,4 +1,4 @@
-"""Record what TRL and verl compute on a small ragged batch, for `test_losses_parity.py` and its neighbours.
+"""Record what TRL and verl compute on a small ragged batch, for `test_parity.py` and its neighbours.
 
 The functions called are the installed libraries' own. TRL's live inside trainers, so they are called unbound, on an
 object that holds the attributes they read. Run it in an environment of its own, from the repository root::

@@ -1,0 +1,129 @@
+"""`lit-specrl drafter`: a drafter before the run, and what is wrong with its arguments."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import AutoModelForCausalLM
+
+from lit_specrl.cli.drafter import drafter_command, pretraining_configuration
+from lit_specrl.drafting.eagle3 import check_head
+from lit_specrl.drafting.networks import Eagle3Network
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(make_llama):
+    return make_llama(num_hidden_layers=3)
+
+
+@pytest.fixture
+def config(model, tmp_path):
+    """A run with everything that the command has to take away."""
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": f"{a} + {b}", "answer": str(a + b)} for a in range(3) for b in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model": {
+            "class_path": "GRPO",
+            "init_args": {
+                "model": model,
+                "rewards": [{"class_path": "ExactReward"}],
+                "num_generations": 4,
+                "max_completion_length": 12,
+            },
+        },
+        "data": {
+            "class_path": "PromptDataModule",
+            "init_args": {"train": str(path), "validation": str(path), "batch_size": 2, "max_prompt_length": 64},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "default_root_dir": str(tmp_path / "root"),
+            "callbacks": [
+                {
+                    "class_path": "SpeculativeRollout",
+                    "init_args": {
+                        "engine": {"class_path": "TransformersEngine"},
+                        "drafter": {"class_path": "Eagle3Drafter", "init_args": {"model": "not there yet"}},
+                    },
+                },
+                {"class_path": "DrafterDistillation"},
+                {"class_path": "RunSummary"},
+            ],
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return str(tmp_path / "run.yaml")
+
+
+SMALL = ["--num_rollouts=16", "--num_passes=2", "--num_speculative_tokens=2"]
+
+
+def test_a_new_head_learns_from_what_the_policy_says(config, model, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in Path(model).iterdir()}
+    drafter_command(["--config", config, "--output", str(tmp_path / "head"), "--vocabulary_size=40", *SMALL])
+    network = Eagle3Network.load(str(tmp_path / "head"))
+    check_head(str(tmp_path / "head"), AutoModelForCausalLM.from_pretrained(model).config)
+    assert len(network.vocabulary) == 40 and network.module.config.speculators_config.verifier.name_or_path == model
+    printed = capsys.readouterr().out
+    assert "the drafter learns" in printed and "are accepted" in printed
+    assert {path: path.stat().st_mtime_ns for path in Path(model).iterdir()} == before
+    assert not (tmp_path / "root").exists() or not list((tmp_path / "root").rglob("*.ckpt"))
+
+    weights = {name: weight.clone() for name, weight in network.weights()}
+    drafter_command(["--config", config, "--output", str(tmp_path / "better"), f"--head={tmp_path / 'head'}", *SMALL])
+    better = dict(Eagle3Network.load(str(tmp_path / "better")).weights())
+    assert any(not torch.equal(better[name], weights[name]) for name in weights)
+
+
+def test_a_small_model_learns_from_a_file(config, model, make_llama, tmp_path):
+    records = [{"prompt": "1 + 1", "completion": "2" * length, "finish_reason": "stop"} for length in range(2, 12)]
+    records += [{"prompt": "1 + 2", "completion": "?", "completion_ids": [20, 21, 22], "finish_reason": "length"}]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    small = make_llama(num_hidden_layers=1)
+    options = [f"--draft_model={small}", f"--rollouts={tmp_path / 'rollouts.jsonl'}", *SMALL]
+    drafter_command(["--config", config, "--output", str(tmp_path / "small"), *options])
+    trained, old = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "small", small))
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), old.parameters(), strict=True))
+
+
+def test_only_engine_and_training_of_the_drafter_are_left(config):
+    settings = yaml.safe_load(Path(config).read_text())
+    for callback in settings["trainer"]["callbacks"]:
+        callback["class_path"] = f"lit_specrl.callbacks.{callback['class_path']}"
+    options = {"output": "x", "head": None, "draft_model": "small", "learning_rate": 0.1, "rollouts": None}
+    callbacks = pretraining_configuration(settings, options)["trainer"]["callbacks"]
+    assert [callback["class_path"].rpartition(".")[-1] for callback in callbacks] == [
+        "SpeculativeRollout",
+        "DrafterPretraining",
+    ]
+    assert callbacks[0]["init_args"]["drafter"] is None
+    assert callbacks[1]["init_args"]["drafter"]["init_args"] == {"model": "small"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rollouts=nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),
+        (["--num_rollouts=0"], "num_rollouts must be at least 1, got 0"),
+        (["--head=nowhere"], "'nowhere' is no EAGLE-3 head"),
+    ],
+)
+def test_wrong_arguments_are_told(config, tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        drafter_command(["--config", config, "--output", str(tmp_path / "head"), *options])
+    assert not (tmp_path / "head").exists()
+
+
+def test_files_that_are_no_rollouts_are_told(config, tmp_path):
+    (tmp_path / "rollouts.jsonl").write_text('{"prompt": "1", "completion": "2"}\n{"question": "3"}\n')
+    with pytest.raises(MisconfigurationException, match="line 2: no completion and no prompt; found question"):
+        drafter_command(
+            ["--config", config, "--output", str(tmp_path / "head"), f"--rollouts={tmp_path / 'rollouts.jsonl'}"]
+        )
