@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lit_specrl.checkpoints.locks import ProcessFolder
 from lit_specrl.drafting.drafters import Drafter, DraftModel
+from lit_specrl.drafting.history import RowHistory
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
-from lit_specrl.engines.vllm.proposers import Following
 from lit_specrl.engines.vllm.sampler import CPUSampler, VerificationCounter, score_tokens
 from lit_specrl.engines.vllm.speculation import Speculation, repack_tied_head
 from lit_specrl.models.lora import Adapter
@@ -288,8 +288,8 @@ class Job(NamedTuple):
     token_ids: list[int]
     params: Any
     """`vllm.SamplingParams`."""
-    following: Following | None = None
-    """What `HistoryDrafter` proposes from."""
+    history: RowHistory | None = None
+    """Past responses, for a drafter that reads them."""
     num_scored: int = 0
     """Tokens at the end of `token_ids` whose log-probs are wanted; then what the job samples is thrown away. See `scoring_job`."""
 
@@ -384,8 +384,8 @@ def run(
         name = f"{prefix}{row}-{len(seen)}"
         engine.add_request(name, {"prompt_token_ids": job.token_ids}, job.params, lora_request=adapter)
         running[name], seen[name] = (row, job), 0
-        if speculation is not None and job.following is not None:
-            speculation.follow(name, job.following)
+        if speculation is not None and job.history is not None:
+            speculation.follow(name, job.history)
 
     try:
         for row, job in jobs.items():

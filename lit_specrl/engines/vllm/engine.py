@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_specrl.drafting.drafters import HistoryDrafter
-from lit_specrl.drafting.history import TextHistory
+from lit_specrl.drafting.history import RowHistory, TextHistory
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
 from lit_specrl.engines.vllm import adapter as vllm_adapter
-from lit_specrl.engines.vllm.proposers import Following
 from lit_specrl.engines.vllm.speculation import Speculation
 from lit_specrl.models.lora import adapter_ranks, named_adapters
 from lit_specrl.models.policy import Policy
@@ -209,7 +207,8 @@ class VLLMEngine(RolloutEngine):
     def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         self.wake_up()
         finished: dict[int, vllm_adapter.FinishedRow] = {}
-        self._histories = _histories(request) if isinstance(self.drafter, HistoryDrafter) else {}
+        reads = self.drafter is not None and self.drafter.reads_past_responses
+        self._histories = _histories(request) if reads else {}
         self._scored: dict[int, list[float]] = {}  # log-probs of drafts, as far as they are verified
         jobs = {row: self._first_job(request, row) for row in rows}
         own = {row: row for row in rows}
@@ -335,8 +334,8 @@ class VLLMEngine(RolloutEngine):
         return f"{vllm_adapter.check_version()}, {self.dtype_on(device)}, {place}{adapters}"
 
 
-def _histories(request: RolloutRequest) -> dict[int, Following]:
-    """What each row may read on in: the earlier responses to its prompt."""
+def _histories(request: RolloutRequest) -> dict[int, RowHistory]:
+    """By row, the earlier responses to its prompt."""
     size = request.sampling.num_generations
     found = {}
     for group, prompt in enumerate(request.prompts.prompt_ids):
@@ -345,7 +344,7 @@ def _histories(request: RolloutRequest) -> dict[int, Following]:
             continue
         history = TextHistory([request.past_responses[row] for row in rows])
         for row in range(group * size, (group + 1) * size):
-            found[row] = Following(history, rows.index(row) if row in rows else None, len(prompt))
+            found[row] = RowHistory(history, rows.index(row) if row in rows else None, len(prompt))
     return found
 
 

@@ -10,9 +10,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lit_specrl.drafting.drafters import Drafter
+from lit_specrl.drafting.drafters import Drafter, LookUpDrafter
+from lit_specrl.drafting.history import RowHistory
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
-from lit_specrl.engines.vllm.proposers import Following, LookUpProposer
+from lit_specrl.engines.vllm.proposers import LookUpProposer
 from lit_specrl.engines.vllm.sampler import CPUSampler, VerificationCounter
 
 
@@ -36,6 +37,7 @@ class Speculation:
         self._has_gap = False  # the drafter lacks KV of tokens that the policy has
         self._dictated: int | None = None
         if isinstance(self._drafter, LookUpProposer):
+            assert isinstance(drafter, LookUpDrafter)
             self._drafter.drafter, self._drafter.batch = drafter, runner.input_batch
         self.longest = max(self._table)
         self.length = self._previous_length = self.longest
@@ -108,9 +110,9 @@ class Speculation:
         finally:
             self._dictated = None
 
-    def follow(self, request: str, following: Following) -> None:
-        """Let `HistoryDrafter` propose for a request."""
-        self._drafter.follow(request, following)
+    def follow(self, request: str, history: RowHistory) -> None:
+        """Let the drafter read past responses beside a request."""
+        self._drafter.follow(request, history)
 
     def forget(self) -> None:
         """All requests have ended; what vLLM keeps of their prompts may still lack the drafter's part."""
