@@ -61,8 +61,7 @@ class SpeculativeRollout(RolloutCallback):
             self._check_drafter(trainer, self.drafter)
             self.drafter.check(AutoConfig.from_pretrained(module.model_name))
         module.engine, self.engine.drafter = self.engine, self.drafter
-        if isinstance(self.engine, VLLMEngine):
-            self.engine.check_run(trainer.world_size, module.max_length, trainer.strategy.root_device)
+        self.engine.check_run(trainer.world_size, module.max_length, trainer.strategy.root_device)
 
     def _check_drafter(self, trainer: L.Trainer, drafter: Drafter) -> None:
         if not self.engine.can_speculate:

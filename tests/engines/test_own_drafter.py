@@ -8,7 +8,7 @@ from colocated import Colocated
 from lit_specrl.cli.main import run as command_line
 from lit_specrl.engines import VLLMEngine
 
-OWN_DRAFTER = '''
+OWN_DRAFTER = """
 from lit_specrl.drafting import LookUpDrafter
 
 
@@ -21,7 +21,7 @@ class LastSeen(LookUpDrafter):
         ids = token_ids.tolist()
         places = [place for place in range(len(ids) - 1) if ids[place] == ids[-1]]
         return ids[places[-1] + 1 :][:length] if places else [self.default]
-'''
+"""
 PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51, 52]]
 
 

@@ -47,6 +47,8 @@ class VLLMEngine(RolloutEngine):
         options: further arguments of `vllm.LLM`.
     """
 
+    takes_sharded_weights = True
+
     def __init__(
         self,
         dtype: str = "auto",
@@ -101,16 +103,12 @@ class VLLMEngine(RolloutEngine):
         return fast_dtype(device).name if self.dtype == "auto" else self.dtype
 
     def check_run(self, num_ranks: int, max_length: int | None, device: torch.device) -> None:
-        """Whether the engine fits a run, before anything is loaded; warns of a dtype that the device emulates.
-
-        Args:
-            num_ranks: of the run.
-            max_length: longest prompt plus response, in tokens, if it is known.
-            device: that generates.
+        """As in `RolloutEngine`; warns of a dtype that the device emulates.
 
         Raises:
             ImportError: vLLM is missing, or a version that was not tried.
-            ValueError: the ranks cannot be divided among engines, the longest rollouts do not fit, or vLLM has no such option.
+            ValueError: the ranks cannot be divided among engines, the longest rollouts do not fit, or vLLM has no such
+                option.
         """
         vllm_adapter.check_version()
         vllm_adapter.check_options(self.options)
@@ -127,7 +125,7 @@ class VLLMEngine(RolloutEngine):
         warn_if_slow(f"VLLMEngine(dtype={self.dtype!r})", self.dtype_on(device), device)
 
     def memory(self, num_parameters: int, device: torch.device) -> int:
-        """Bytes that the engine will hold on a device while it generates; on a GPU what it was allotted, on a CPU weights and key-value cache."""
+        """On a GPU its share of the memory, on a CPU weights and key-value cache."""
         if device.type == "cuda":
             return int(self.gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory)
         weights = num_parameters * getattr(torch, self.dtype_on(device)).itemsize // self.tensor_parallel_size
