@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -19,15 +16,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
 from lit_specrl.algorithms.streak_warning import StreakWarning
-from lit_specrl.callbacks.rank_store import checkpoint_folder, checkpoints_are_recorded, sweep_rank_files
+from lit_specrl.callbacks.rank_store import RankStore
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
-from lit_specrl.checkpoints.rank_files import PREFIX_CACHE, RankFiles, load_ranks
+from lit_specrl.checkpoints.rank_files import PREFIX_CACHE
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.metrics import merge
-from lit_specrl.prefix_cache.acceptance import AcceptanceRule, FullReuse, NoReuse, RandomReuse, RatioAcceptance
+from lit_specrl.prefix_cache.acceptance import AcceptanceRule, acceptance_rule
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 from lit_specrl.prefix_cache.reuse import ReuseRound, control_samples
-from lit_specrl.prefix_cache.statistics import ReuseStatistics
+from lit_specrl.prefix_cache.statistics import ReuseStatistics, reward_outruns_accuracy
 from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 from lit_specrl.seeds import row_uniforms
 from lit_specrl.types import Experience, RolloutRequest, Rollouts
@@ -111,7 +108,7 @@ class PrefixCache(RolloutCallback):
             lenience = math.exp(log_lenience)
         if adaptive_lenience is not None:
             lenience = adaptive_lenience.value
-        self.rule = _rule(acceptance, lenience, drift_bound)
+        self.rule = acceptance_rule(acceptance, lenience, drift_bound)
         if adaptive_lenience is not None and self.rule.lenience is None:
             raise ValueError(
                 f"adaptive_lenience steers acceptance='ratio' or 'sequence', or a rule with a lenience, got {acceptance!r}"
@@ -131,7 +128,7 @@ class PrefixCache(RolloutCallback):
         self.verifier, self.block_length = verifier, block_length
         self._block_length = block_length or 128
         self.store = RolloutStore(max_bytes)
-        self._files = RankFiles(PREFIX_CACHE)
+        self._files = RankStore(PREFIX_CACHE)
         self._rounds: list[ReuseRound] = []
         self._trained: tuple[Rollouts, Experience]
         self._other_ranks_included = False
@@ -301,20 +298,7 @@ class PrefixCache(RolloutCallback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write each rank's cache into a file beside the checkpoints."""
         module = require_rlvr_module(self, pl_module)
-        folder = checkpoint_folder(trainer)
-        self._files.save(
-            folder,
-            self.store,
-            self._identity(module),
-            step=module.step,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            is_recorded=checkpoints_are_recorded(trainer),
-        )
-        checkpoint["prefix_cache"] = {
-            "folder": str(folder),
-            "step": module.step,
-            "world_size": trainer.world_size,
+        checkpoint["prefix_cache"] = self._files.save(trainer, self.store, self._identity(module), module.step) | {
             "model": module.model_name,
             "max_completion_length": module.sampling.max_completion_length,
             "rewards": module.rewards.identity(),
@@ -323,7 +307,7 @@ class PrefixCache(RolloutCallback):
         }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._files.close(checkpoint_folder(trainer), trainer.global_rank)
+        self._files.close(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -338,14 +322,15 @@ class PrefixCache(RolloutCallback):
             self.rule = self.rule.with_lenience(self.adaptive_lenience.value)
         self._block_length = self.block_length or state.get("block_length", self._block_length)  # older ones have none
         self._other_ranks_included = state["world_size"] != trainer.world_size
-        self.store = load_ranks(
-            [Path(str(trainer.ckpt_path)).parent, Path(state["folder"])],
-            range(state["world_size"]) if self._other_ranks_included else [trainer.global_rank],
-            self._identity(module),
-            step=state["step"],
-            world_size=state["world_size"],
-            max_bytes=self.store.max_bytes,
+        identity = self._identity(module)
+        stores = self._files.load(
+            trainer,
+            state,
+            lambda path: RolloutStore.load(path, identity),
+            "the prefix cache of rank {rank} cannot be used, its prompts are generated afresh once: {error}",
+            range(state["world_size"]) if self._other_ranks_included else None,
         )
+        self.store = RolloutStore.merge(stores, self.store.max_bytes)
         has_other_rewards = state.get("rewards") != module.rewards.identity()
         if has_other_rewards:
             rank_zero_info(
@@ -358,7 +343,7 @@ class PrefixCache(RolloutCallback):
             self.store.put([replace(row, reference_logprobs=None) for row in self.store])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
-        sweep_rank_files(self._files, trainer)
+        self._files.sweep(trainer)
         engine = pl_module.engine
         if self.verifier == "engine" and (engine is None or not engine.can_verify):
             found = "TransformersEngine" if engine is None else type(engine).__name__  # the module's default
@@ -373,7 +358,7 @@ class PrefixCache(RolloutCallback):
         self._other_ranks_included = False
 
     def _identity(self, module: RLVRModule) -> dict[str, str]:
-        """What log-probs and token ids mean: another architecture, tokenizer or temperature makes them worthless.
+        """What log-probs and token ids belong to: under another architecture, tokenizer or temperature they are worthless.
 
         The name of the model is no part of it: a folder may be moved, and the weights are the checkpoint's.
         """
@@ -390,48 +375,3 @@ class PrefixCache(RolloutCallback):
 def _digest(value: dict[str, Any]) -> str:
     """The same for the same content, in whatever order it was written."""
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
-
-
-def reward_outruns_accuracy(validations: Sequence[tuple[float, float]]) -> bool:
-    """Whether training reward rose, and validation accuracy fell, from each of the last three validations to the next.
-
-    Args:
-        validations: (mean training reward since the validation before, accuracy), in order.
-
-    Example:
-        >>> reward_outruns_accuracy([(0.5, 0.40), (0.6, 0.38), (0.7, 0.35)])
-        True
-    """
-    latest = validations[-3:]
-    return len(latest) == 3 and all(
-        reward > reward_before and accuracy < accuracy_before
-        for (reward_before, accuracy_before), (reward, accuracy) in pairwise(latest)
-    )
-
-
-def _rule(acceptance: str | AcceptanceRule, lenience: float | None, drift_bound: float | None) -> AcceptanceRule:
-    """The rule of a name, or the given one."""
-    if isinstance(acceptance, AcceptanceRule):
-        given = {"lenience": lenience if acceptance.lenience is None else None, "drift_bound": drift_bound}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name}={value} belongs to a named rule; give it to {type(acceptance).__name__}")
-        return acceptance if lenience is None else acceptance.with_lenience(lenience)
-    if acceptance in ("ratio", "sequence"):
-        level: Literal["token", "sequence"] = "token" if acceptance == "ratio" else "sequence"
-        return RatioAcceptance(1.0 if lenience is None else lenience, drift_bound, level)
-    if lenience not in (None, 1):
-        rank_zero_warn(
-            f"lenience={lenience} belongs to acceptance='ratio' or 'sequence' and is ignored by {acceptance!r}"
-        )
-    if drift_bound is not None:
-        raise ValueError(
-            f"drift_bound={drift_bound} belongs to acceptance='ratio' or 'sequence' and would be ignored by {acceptance!r}"
-        )
-    rules: dict[str, AcceptanceRule] = {"random": RandomReuse(), "full": FullReuse(), "off": NoReuse()}
-    if acceptance not in rules:
-        raise ValueError(
-            f"acceptance must be 'ratio', 'sequence', 'random', 'full' or 'off', got {acceptance!r}; a rule of one's own "
-            "is named by class_path"
-        )
-    return rules[acceptance]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 
@@ -257,6 +258,45 @@ class NoReuse(AcceptanceRule):
         uniforms: Tensor,
     ) -> Tensor:
         return torch.zeros(cached_mask.shape[0], dtype=torch.long, device=cached_mask.device)  # [N]
+
+
+def acceptance_rule(
+    acceptance: str | AcceptanceRule, lenience: float | None = None, drift_bound: float | None = None
+) -> AcceptanceRule:
+    """The rule of a name, or the given one.
+
+    Args:
+        acceptance: "ratio", "sequence", "random", "full" or "off"; or a rule.
+        lenience: of a rule that has one; `None` for 1, or for what the given rule has.
+        drift_bound: of "ratio" and "sequence".
+
+    Raises:
+        ValueError: an unknown name, or a setting that the rule does not have.
+    """
+    if isinstance(acceptance, AcceptanceRule):
+        given = {"lenience": lenience if acceptance.lenience is None else None, "drift_bound": drift_bound}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}={value} belongs to a named rule; give it to {type(acceptance).__name__}")
+        return acceptance if lenience is None else acceptance.with_lenience(lenience)
+    if acceptance in ("ratio", "sequence"):
+        level: Literal["token", "sequence"] = "token" if acceptance == "ratio" else "sequence"
+        return RatioAcceptance(1.0 if lenience is None else lenience, drift_bound, level)
+    if lenience not in (None, 1):
+        rank_zero_warn(
+            f"lenience={lenience} belongs to acceptance='ratio' or 'sequence' and is ignored by {acceptance!r}"
+        )
+    if drift_bound is not None:
+        raise ValueError(
+            f"drift_bound={drift_bound} belongs to acceptance='ratio' or 'sequence' and would be ignored by {acceptance!r}"
+        )
+    rules: dict[str, AcceptanceRule] = {"random": RandomReuse(), "full": FullReuse(), "off": NoReuse()}
+    if acceptance not in rules:
+        raise ValueError(
+            f"acceptance must be 'ratio', 'sequence', 'random', 'full' or 'off', got {acceptance!r}; a rule of one's own "
+            "is named by class_path"
+        )
+    return rules[acceptance]
 
 
 def num_leading_true(mask: Tensor) -> Tensor:
