@@ -16,7 +16,7 @@ from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
-from lit_specrl.engines.vllm.adapter import installed_version
+from lit_specrl.engines.vllm.version import installed_version
 from lit_specrl.types import Experience, Rollouts
 
 

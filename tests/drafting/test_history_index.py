@@ -45,9 +45,7 @@ def test_proposals_are_those_of_the_loop():
     generator = random.Random(0)
     for _ in range(200):
         vocabulary = generator.choice([2, 4, 50_000])
-        texts = [
-            [generator.randrange(vocabulary) for _ in range(generator.choice([0, 1, 2, 3, 40]))] for _ in range(4)
-        ]
+        texts = [[generator.randrange(vocabulary) for _ in range(generator.choice([0, 1, 2, 3, 40]))] for _ in range(4)]
         own_text = generator.choice([None, 0, 3])
         looped, indexed = (HistoryReader(kind(texts), own_text) for kind in (LoopedHistory, TextHistory))
         response = []

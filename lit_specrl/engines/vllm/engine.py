@@ -12,8 +12,13 @@ from torch import Tensor
 from lit_specrl.drafting.history import RowHistory, TextHistory
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
-from lit_specrl.engines.vllm import adapter as vllm_adapter
+from lit_specrl.engines.vllm.jobs import FinishedRow, Job, filler_job, jobs_of_all_ranks, run, scoring_job
 from lit_specrl.engines.vllm.speculation import Speculation
+from lit_specrl.engines.vllm.startup import build_llm, take_over_sampling
+from lit_specrl.engines.vllm.startup import shutdown as shutdown_llm
+from lit_specrl.engines.vllm.version import check_options, check_version
+from lit_specrl.engines.vllm.weights import adapter_options, load_adapters
+from lit_specrl.engines.vllm.weights import load_weights as load_llm_weights
 from lit_specrl.models.lora import adapter_ranks, named_adapters
 from lit_specrl.models.policy import Policy
 from lit_specrl.precision import fast_dtype, warn_if_slow
@@ -110,8 +115,8 @@ class VLLMEngine(RolloutEngine):
             ValueError: the ranks cannot be divided among engines, the longest rollouts do not fit, or vLLM has no such
                 option.
         """
-        vllm_adapter.check_version()
-        vllm_adapter.check_options(self.options)
+        check_version()
+        check_options(self.options)
         if num_ranks % self.tensor_parallel_size:
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} ranks hold one engine, which {num_ranks} ranks cannot be divided "
@@ -158,33 +163,33 @@ class VLLMEngine(RolloutEngine):
                 "enable_sleep_mode": self.sleep_level > 0,
             }
         if not self.merge_adapters:
-            options |= vllm_adapter.adapter_options(adapter_ranks(policy.model))
+            options |= adapter_options(adapter_ranks(policy.model))
         self._max_model_len: int = options["max_model_len"]
         if self.drafter is not None:
             self.drafter.prepare(model)
         with torch.autocast(policy.device.type, enabled=False):
             try:
-                self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
+                self.llm = build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
             except (RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError) as error:
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise RuntimeError(
                     f"vLLM does not start with {model!r}: {reason}; where memory is short, change gpu_memory_utilization, cpu_kv_cache_gib, "
                     "max_num_seqs or max_model_len"
                 ) from error
-            self._speculation = vllm_adapter.take_over_sampling(self.llm, self.drafter)
+            self._speculation = take_over_sampling(self.llm, self.drafter)
 
     def load_policy(self, policy: Policy, version: int) -> None:
         if self.merge_adapters:
             return super().load_policy(policy, version)
         self.wake_up()
-        self._adapter = vllm_adapter.load_adapters(self.llm, named_adapters(policy.model))
+        self._adapter = load_adapters(self.llm, named_adapters(policy.model))
         self.policy_version = version
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if not self.merge_adapters:
             raise RuntimeError("with merge_adapters=False the engine takes adapters, not weights; call load_policy")
         self.wake_up()
-        vllm_adapter.load_weights(self.llm, weights)
+        load_llm_weights(self.llm, weights)
         self.policy_version = version
 
     def load_drafter_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -204,19 +209,19 @@ class VLLMEngine(RolloutEngine):
 
     def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         self.wake_up()
-        finished: dict[int, vllm_adapter.FinishedRow] = {}
+        finished: dict[int, FinishedRow] = {}
         reads = self.drafter is not None and self.drafter.reads_past_responses
         self._histories = _histories(request) if reads else {}
         self._scored: dict[int, list[float]] = {}  # log-probs of drafts, as far as they are verified
         jobs = {row: self._first_job(request, row) for row in rows}
         own = {row: row for row in rows}
         if self.generates_together:
-            jobs, own = vllm_adapter.jobs_of_all_ranks(jobs)
+            jobs, own = jobs_of_all_ranks(jobs)
         control, steps = self.speculation_control, list[DecodeStep]()
         choose_length = None if control is None else control.length
         # the trainer's autocast would silently change the dtype of the engine's own arithmetic
         with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False):
-            for step in vllm_adapter.run(
+            for step in run(
                 self.llm,
                 jobs,
                 partial(self._after_verification, request),
@@ -254,16 +259,14 @@ class VLLMEngine(RolloutEngine):
         with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False), self._speculation.force_token(token=0):
             for batch in _profile_batches(min(num_rows, self.max_num_seqs)):
                 plan = iter([length for length in sorted({0, 1, longest}) for _ in range(_PROFILE_STEPS)])
-                jobs = {row: vllm_adapter.filler_job(_PROFILE_PROMPT, room, row) for row in range(batch)}
+                jobs = {row: filler_job(_PROFILE_PROMPT, room, row) for row in range(batch)}
                 # stops when the lengths are used up; the engine drops the requests then
-                for step in vllm_adapter.run(
-                    self.llm, jobs, None, self._speculation, partial(_next, plan), self._adapter
-                ):
+                for step in run(self.llm, jobs, None, self._speculation, partial(_next, plan), self._adapter):
                     if step.decoding is not None:
                         found.append(step.decoding)
         return found
 
-    def _first_job(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
+    def _first_job(self, request: RolloutRequest, row: int) -> Job:
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
         room = self._max_model_len - len(prompt) - 1  # less the token that vLLM samples after scoring
         if row not in request.cached_responses or room < 1:
@@ -272,14 +275,14 @@ class VLLMEngine(RolloutEngine):
         self._scored[row] = []
         return self._scoring(request, row)
 
-    def _scoring(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
+    def _scoring(self, request: RolloutRequest, row: int) -> Job:
         """Of the next block of a draft; fills the KV prefix cache, in which the blocks after it and the continuation find what is verified."""
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
         start = len(self._scored[row])
         block = request.cached_responses[row][start:][: request.verify_block_length]
-        return vllm_adapter.scoring_job(prompt + request.cached_responses[row][:start] + block, len(block))
+        return scoring_job(prompt + request.cached_responses[row][:start] + block, len(block))
 
-    def _after_verification(self, request: RolloutRequest, row: int, logprobs: list[float]) -> vllm_adapter.Job | None:
+    def _after_verification(self, request: RolloutRequest, row: int, logprobs: list[float]) -> Job | None:
         """Score on, or enter the verified prefix of a row; the row goes on at once, whatever the others do."""
         assert request.accept is not None
         draft = request.cached_responses[row]
@@ -290,7 +293,7 @@ class VLLMEngine(RolloutEngine):
         request.prefixes[row] = draft[:length]
         return None if self.finish_reason(request, row) else self._generation(request, row)
 
-    def _generation(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
+    def _generation(self, request: RolloutRequest, row: int) -> Job:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -307,7 +310,7 @@ class VLLMEngine(RolloutEngine):
             output_kind=RequestOutputKind.CUMULATIVE,
         )
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
-        return vllm_adapter.Job(prompt + prefix, params, self._histories.get(row))
+        return Job(prompt + prefix, params, self._histories.get(row))
 
     def sleep(self) -> None:
         if self.llm is not None and self._on_gpu and self.sleep_level and not self._asleep:
@@ -321,7 +324,7 @@ class VLLMEngine(RolloutEngine):
 
     def shutdown(self) -> None:
         if self.llm is not None:
-            vllm_adapter.shutdown(self.llm)
+            shutdown_llm(self.llm)
         self.llm = self._speculation = self._adapter = self.policy_version = self._drafter_fingerprint = None
         self.drafter_version = 0
         self._asleep = False
@@ -329,7 +332,7 @@ class VLLMEngine(RolloutEngine):
     def describe(self, device: torch.device) -> str:
         place = "in process" if self.tensor_parallel_size == 1 else f"over {self.tensor_parallel_size} ranks"
         adapters = "" if self.merge_adapters else ", adapters not merged"
-        return f"{vllm_adapter.check_version()}, {self.dtype_on(device)}, {place}{adapters}"
+        return f"{check_version()}, {self.dtype_on(device)}, {place}{adapters}"
 
 
 def _histories(request: RolloutRequest) -> dict[int, RowHistory]:
