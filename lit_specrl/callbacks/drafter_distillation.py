@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,11 +17,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
-from lit_specrl.callbacks.rank_store import checkpoint_folder, checkpoints_are_recorded, sweep_rank_files
+from lit_specrl.callbacks.rank_store import RankStore
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
-from lit_specrl.checkpoints.rank_files import DRAFTER_SAMPLES, RankFiles, rank_file
-from lit_specrl.checkpoints.tensor_file import RejectedFileError
+from lit_specrl.checkpoints.rank_files import DRAFTER_SAMPLES
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.distillation.buffer import DistillationBuffer, DistillationSample
@@ -134,7 +132,7 @@ class DrafterDistillation(RolloutCallback):
         self._has_new_samples = False
         self._step_s = 0.0
         self._restored: dict[str, Any] | None = None
-        self._files = RankFiles(DRAFTER_SAMPLES)
+        self._files = RankStore(DRAFTER_SAMPLES)
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
@@ -151,7 +149,7 @@ class DrafterDistillation(RolloutCallback):
         self.drafter = drafter
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
-        sweep_rank_files(self._files, trainer)
+        self._files.sweep(trainer)
         self.drafter.prepare(pl_module.model_name)
         self.network = self.drafter.network()
         self.network.module.to(pl_module.device)
@@ -307,20 +305,7 @@ class DrafterDistillation(RolloutCallback):
         if self.network is None:
             return
         module = require_rlvr_module(self, pl_module)
-        folder = checkpoint_folder(trainer)
-        self._files.save(
-            folder,
-            self.samples,
-            self._identity(),
-            step=module.step,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            is_recorded=checkpoints_are_recorded(trainer),
-        )
-        checkpoint["drafter_distillation"] = {
-            "folder": str(folder),
-            "step": module.step,
-            "world_size": trainer.world_size,
+        checkpoint["drafter_distillation"] = self._files.save(trainer, self.samples, self._identity(), module.step) | {
             "origin": self.drafter.origin(),
             "version": self.version,
             "newest_taught": self._newest_sample_version,
@@ -351,17 +336,17 @@ class DrafterDistillation(RolloutCallback):
         if state["world_size"] != trainer.world_size:
             rank_zero_info("the number of ranks has changed: the drafter begins with no kept responses")
             return
-        rank, world_size = trainer.global_rank, trainer.world_size
-        folders = [Path(str(trainer.ckpt_path)).parent.absolute(), Path(state["folder"])]
-        paths = [rank_file(folder / DRAFTER_SAMPLES, state["step"], rank, world_size) for folder in folders]
-        path = next((path for path in paths if path.exists()), paths[0])
-        try:
-            self.samples = DistillationBuffer.load(path, self._identity(), self.samples.max_bytes, self.samples.max_age)
-        except (OSError, RejectedFileError) as error:
-            rank_zero_warn(f"the responses that the drafter learns from cannot be used, it waits for new ones: {error}")
+        identity, kept = self._identity(), self.samples
+        found = self._files.load(
+            trainer,
+            state,
+            lambda path: DistillationBuffer.load(path, identity, kept.max_bytes, kept.max_age),
+            "the responses that the drafter of rank {rank} learns from cannot be used, it waits for new ones: {error}",
+        )
+        self.samples = found[0] if found else kept
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._files.close(checkpoint_folder(trainer), trainer.global_rank)
+        self._files.close(trainer)
         if self.output is not None and self.network is not None and trainer.is_global_zero:
             self.network.save(self.output)
 

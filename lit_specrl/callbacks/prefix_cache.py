@@ -1,14 +1,11 @@
-"""Rollouts that begin with what the policy said last time, as far as it would say it again."""
+"""Rollouts that begin with the verified prefix of an earlier response."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -19,23 +16,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
 from lit_specrl.algorithms.streak_warning import StreakWarning
-from lit_specrl.callbacks.rank_store import checkpoint_folder, checkpoints_are_recorded, sweep_rank_files
+from lit_specrl.callbacks.rank_store import RankStore
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
-from lit_specrl.checkpoints.rank_files import PREFIX_CACHE, RankFiles, load_ranks
+from lit_specrl.checkpoints.rank_files import PREFIX_CACHE
 from lit_specrl.distributed.collectives import gather_objects
-from lit_specrl.drafting import HistoryDrafter
-from lit_specrl.engines import TransformersEngine
 from lit_specrl.experience import Experience
 from lit_specrl.metrics import merge
-from lit_specrl.prefix_cache.acceptance import AcceptanceRule, FullReuse, NoReuse, RandomReuse, RatioAcceptance
+from lit_specrl.prefix_cache.acceptance import AcceptanceRule, acceptance_rule
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 from lit_specrl.prefix_cache.reuse import ReuseRound, control_samples
-from lit_specrl.prefix_cache.statistics import ReuseStatistics
+from lit_specrl.prefix_cache.statistics import ReuseStatistics, reward_outruns_accuracy
 from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 from lit_specrl.seeds import row_uniforms
 from lit_specrl.types import RolloutRequest, Rollouts
 
-Acceptance = Literal["ratio", "sequence", "random", "full", "off"]
 _NOT_OF_THE_ARCHITECTURE = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
@@ -45,48 +39,58 @@ _NOT_OF_THE_ARCHITECTURE = {
 class PrefixCache(RolloutCallback):
     """Starts each rollout with the verified prefix of the response that the same prompt got last time (SPEC-RL).
 
-    Liu et al. 2025, arXiv 2509.23232. Last epoch's response is scored once under today's policy; tokens are kept while `u < lenience * target /
-    draft`, and the policy goes on from the first that is not. Not exact, not even at lenience 1: see `RatioAcceptance`. Validation and test
-    always generate afresh.
+    Liu et al. 2025, arXiv 2509.23232. The cached response is scored once under today's policy. Its tokens are kept while
+    `u < lenience * target / previous`, and the policy goes on from the first that is rejected. Not exact, not even at
+    lenience 1: see `RatioAcceptance`. Validation and test always generate afresh.
 
-    Where the policy moves little between two visits of a prompt, a lenience above 1 keeps nearly everything, epoch after epoch, and the policy is
-    trained on the same few responses for ever. `max_reuses` renews them; as all prompts are visited equally often, they are renewed in the
-    same epoch, which costs less than a few long responses in every step (rows that a control group or `adaptive_lenience` has answered afresh
-    in between are renewed later than the others).
+    Where the policy moves little between two visits of a prompt, a lenience above 1 keeps nearly everything, epoch after
+    epoch, and the policy is trained on the same few responses again and again. `max_reuses` renews them. All prompts are
+    visited equally often, so that they are renewed in the same epoch, which costs less than a few long responses in every
+    step. (Rows that a control group or `adaptive_lenience` has generated afresh in between are renewed later.)
 
-    What the verification knows is not computed again: rows that were kept whole bring their rewards, log-probs and reference
-    log-probs along and never reach the engine.
+    What the verification knows is not computed again: rows that were kept whole bring their rewards, log-probs and
+    reference log-probs along and never reach the engine.
 
-    Departs from the paper: uniforms are fresh in every step; `drift_bound` ends the compounding of lenience over epochs, judging by sequence
-    that over the tokens of a response; a control group shows what reuse does to the reward.
+    Departs from the paper: uniforms are fresh in every step; `drift_bound` ends the compounding of lenience over epochs,
+    judging by sequence that over the tokens of a response; a control group shows what reuse does to the reward.
 
     Args:
-        lenience: factor on the ratio; 1 is the plain ratio test. The paper's best: e^0.5 = 1.65 (GRPO), e^0.3 = 1.35 (PPO),
-            e^0.15 = 1.16 (DAPO).
-        acceptance: "ratio" tests each token, as in the paper; "sequence" the whole response up to it, so that no text is kept more than `lenience`
-            times as often as the policy says it; the paper's baselines "random" (a uniformly random cut) and "full" (everything); or "off", where
-            responses are kept for a `HistoryDrafter` alone.
+        lenience: factor on the ratio; 1, the default, is the plain ratio test.
+        acceptance: the rule, or the name of one: "ratio" tests each token, as in the paper; "sequence" the whole response
+            up to it, so that no text is kept more than `lenience` times as often as the policy says it; the paper's
+            baselines "random" (a uniformly random cut) and "full" (everything); or "off", which keeps responses only for
+            a drafter that reads them. A rule of one's own derives from `AcceptanceRule`.
         drift_bound: a token is also rejected when it has lost more than this many nats since it was generated.
-        adaptive_lenience: chooses the lenience, and the share of groups that reuse, by how fast the policy moves; then `lenience` is unused.
-        max_reuses: how often in a row a response may be a draft before its prompt is answered afresh; `None` for ever.
-        control_fraction: share of each group that is generated afresh, to compare rewards with (`prefix_cache/reward_gap`).
-        reuse_rewards: take the rewards of rows that were kept whole from the cache. False for rewards that depend on the other rows of
-            the group, or are not the same for the same text.
-        verifier: "policy" scores cached by the forward pass that training uses; "engine" lets vLLM score them, where a row goes on as soon as it
-            is verified and finds its prefix in the engine's KV prefix cache. Temperature 1 only.
-        block_length: tokens that are verified at a time; a draft is not looked at beyond the block in which it is rejected. `None` for what has the
-            fewest tokens computed where cached are rejected as often as in the step before.
+        adaptive_lenience: chooses the lenience, and the share of groups that reuse, by how fast the policy moves; then
+            `lenience` is unused.
+        max_reuses: how often in a row a response is offered before its prompt is answered afresh; `None` for no limit.
+        control_fraction: share of each group that is generated afresh, for comparison (`prefix_cache/reward_gap`).
+        reuse_rewards: take the rewards of rows that were kept whole from the cache. False for rewards that depend on the
+            other rows of the group, or are not the same for the same text.
+        verifier: "policy" scores cached responses by the forward pass that training uses; "engine" lets vLLM score them.
+            There a row goes on as soon as it is verified and finds its prefix in the engine's KV prefix cache.
+            Temperature 1 only.
+        block_length: tokens that are verified at a time; scoring of a response ends with the block of the rejection.
+            `None` for the length that needs the fewest tokens, if rejections are as frequent as in the step before.
         max_bytes: most memory for cached responses on each rank; the oldest make room.
+        log_lenience: the logarithm of the lenience, in nats, in place of `lenience`. The paper's best: 0.5 (GRPO),
+            0.3 (PPO), 0.15 (DAPO).
 
     Raises:
         ValueError: an argument out of its range.
-        MisconfigurationException: from `setup`, for sampling with `top_p` or `top_k`, whose log-probs are not those of the ratio.
+        MisconfigurationException: from `setup`, for sampling with `top_p` or `top_k`, whose log-probs are not those of
+            the ratio.
+
+    Example::
+
+        PrefixCache(log_lenience=0.5, max_reuses=2)
+        PrefixCache(acceptance=RatioAcceptance(level="sequence"))
     """
 
     def __init__(
         self,
-        lenience: float = 1.0,
-        acceptance: Acceptance = "ratio",
+        lenience: float | None = None,
+        acceptance: str | AcceptanceRule = "ratio",
         drift_bound: float | None = None,
         adaptive_lenience: AdaptiveLenience | None = None,
         max_reuses: int | None = None,
@@ -95,44 +99,62 @@ class PrefixCache(RolloutCallback):
         verifier: Literal["policy", "engine"] = "policy",
         block_length: int | None = None,
         max_bytes: int = 2**30,
+        log_lenience: float | None = None,
     ) -> None:
+        if log_lenience is not None:
+            if lenience is not None:
+                raise ValueError(
+                    f"lenience={lenience} and log_lenience={log_lenience} say the same thing; leave one of them out"
+                )
+            lenience = math.exp(log_lenience)
         if adaptive_lenience is not None:
             lenience = adaptive_lenience.value
-        self.rule = _rule(acceptance, lenience, drift_bound)
-        if adaptive_lenience is not None and not isinstance(self.rule, RatioAcceptance):
-            raise ValueError(f"adaptive_lenience steers acceptance='ratio' or 'sequence', got {acceptance!r}")
+        self.rule = acceptance_rule(acceptance, lenience, drift_bound)
+        if adaptive_lenience is not None and self.rule.lenience is None:
+            raise ValueError(
+                f"adaptive_lenience steers acceptance='ratio' or 'sequence', or a rule with a lenience, got {acceptance!r}"
+            )
         if max_reuses is not None and max_reuses < 1:
             raise ValueError(f"max_reuses must be at least 1, got {max_reuses}; use acceptance='off' to reuse nothing")
         if not 0 <= control_fraction < 1:
             raise ValueError(f"control_fraction must lie in [0, 1), got {control_fraction}")
-        self.adaptive_lenience = adaptive_lenience
-        self.max_reuses = math.inf if max_reuses is None else max_reuses
-        self.control_fraction = control_fraction
-        self.reuse_rewards = reuse_rewards
         if block_length is not None and block_length < 1:
             raise ValueError(f"block_length must be at least 1 token, got {block_length}")
         if verifier not in ("policy", "engine"):
             raise ValueError(f"verifier must be 'policy' or 'engine', got {verifier!r}")
-        self.verifier = verifier
-        self.block_length = block_length
+        self.acceptance = acceptance if isinstance(acceptance, str) else type(acceptance).__name__
+        self.adaptive_lenience = adaptive_lenience
+        self.max_reuses = math.inf if max_reuses is None else max_reuses
+        self.control_fraction, self.reuse_rewards = control_fraction, reuse_rewards
+        self.verifier, self.block_length = verifier, block_length
         self._block_length = block_length or 128
         self.store = RolloutStore(max_bytes)
-        self._files = RankFiles(PREFIX_CACHE)
+        self._files = RankStore(PREFIX_CACHE)
         self._rounds: list[ReuseRound] = []
         self._trained: tuple[Rollouts, Experience]
         self._other_ranks_included = False
-        self._drafts_are_useless = StreakWarning(
+        self._reuse_is_rare = StreakWarning(
             5,
-            "PrefixCache kept less than 2 % of the cached tokens in {num_steps} steps: verification costs more than it saves. The policy moves "
-            "too far between two visits of a prompt; lower the learning rate, raise lenience, or leave PrefixCache out",
+            "PrefixCache kept less than 2 % of the cached tokens in {num_steps} steps: verification costs more than it "
+            "saves. The policy moves too far between two visits of a prompt; lower the learning rate, raise lenience, or "
+            "leave PrefixCache out",
         )
         self._responses_are_stale = StreakWarning(
             10,
-            "PrefixCache kept more than 98 % of all tokens in {num_steps} steps: the policy learns from the same responses again and again. Set "
-            "max_reuses to answer the prompts afresh now and then, or lower lenience",
+            "PrefixCache kept more than 98 % of all tokens in {num_steps} steps: the policy learns from the same responses "
+            "again and again. Set max_reuses to answer the prompts afresh now and then, or lower lenience",
         )
         self._rewards: list[float] = []  # of the steps since the last validation
         self._validations: list[tuple[float, float]] = []
+
+    def describe(self) -> str:
+        """Rule, lenience and exactness in one line, such as "prefix cache: ratio, lenience 1.65, approximate"."""
+        parts = [self.acceptance]
+        if self.adaptive_lenience is not None:
+            parts.append(f"lenience {self.adaptive_lenience.low:.3g} to {self.adaptive_lenience.high:.3g} (adaptive)")
+        elif self.rule.lenience is not None:
+            parts.append(f"lenience {self.rule.lenience:.3g}")
+        return f"prefix cache: {', '.join(parts)}, {'exact' if self.rule.is_exact else 'approximate'}"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         sampling = require_rlvr_module(self, pl_module).sampling
@@ -141,10 +163,10 @@ class PrefixCache(RolloutCallback):
             raise MisconfigurationException(
                 f"verifier='engine' scores at temperature 1, rollouts are sampled at {sampling.temperature}; use verifier='policy'"
             )
-        if sampling.is_truncated and isinstance(self.rule, RatioAcceptance):
+        if sampling.is_truncated and self.rule.needs_logprobs and not self.rule.allows_truncated_sampling:
             raise MisconfigurationException(
-                f"PrefixCache compares log-probs of the whole softmax, but rollouts are sampled with top_p={sampling.top_p} and "
-                f"top_k={sampling.top_k}; use top_p=1.0 without top_k, or acceptance='off'"
+                "PrefixCache compares log-probs of the whole softmax, but rollouts are sampled with "
+                f"top_p={sampling.top_p} and top_k={sampling.top_k}; use top_p=1.0 without top_k, or acceptance='off'"
             )
 
     def on_train_batch_start(
@@ -153,10 +175,11 @@ class PrefixCache(RolloutCallback):
         self._rounds = []
 
     def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
-        keeps_history = isinstance(getattr(pl_module.engine, "drafter", None), HistoryDrafter)
-        if not trainer.training or (isinstance(self.rule, NoReuse) and not keeps_history):
+        drafter = None if pl_module.engine is None else pl_module.engine.drafter
+        drafter_reads = drafter is not None and drafter.reads_past_responses
+        if not trainer.training or (self.rule.keeps_nothing and not drafter_reads):
             return
-        if keeps_history:
+        if drafter_reads:
             request.past_responses = self._past_responses(request)
         current = ReuseRound(request, self._find_cached(request), self.rule)
         if self.verifier == "engine" and self.rule.needs_logprobs:
@@ -189,7 +212,7 @@ class PrefixCache(RolloutCallback):
             pl_module.step_metrics["prefix_cache/block_length"] = float(self._block_length)
         if self.block_length is None and statistics.num_cached:
             self._block_length = statistics.block_length
-        self._drafts_are_useless.update(
+        self._reuse_is_rare.update(
             statistics.num_cached_tokens > 0 and statistics.num_reused_tokens < 0.02 * statistics.num_cached_tokens
         )
         self._responses_are_stale.update(statistics.num_reused_tokens > 0.98 * statistics.num_tokens)
@@ -219,8 +242,8 @@ class PrefixCache(RolloutCallback):
         self._rewards = []
         if reward_outruns_accuracy(self._validations):
             rank_zero_warn(
-                "training reward rises while validation accuracy falls: the reused rollouts may flatter the policy. Lower lenience, set "
-                "drift_bound, or compare with fresh rollouts by control_fraction"
+                "training reward rises while validation accuracy falls: the reused rollouts may flatter the policy. Lower "
+                "lenience, set drift_bound, or compare with fresh rollouts by control_fraction"
             )
             self._validations = []
 
@@ -234,7 +257,7 @@ class PrefixCache(RolloutCallback):
 
     def _find_cached(self, request: RolloutRequest) -> list[CachedRollout | None]:
         size = request.sampling.num_generations
-        if isinstance(self.rule, NoReuse):
+        if self.rule.keeps_nothing:
             return [None] * request.num_rows
         fraction = self.adaptive_lenience.fraction if self.adaptive_lenience else 1.0
         cached: list[CachedRollout | None] = []
@@ -244,12 +267,12 @@ class PrefixCache(RolloutCallback):
                 cached += [None] * size
                 continue
             control = control_samples(seeds, self.control_fraction)
-            found = [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
-            cached += [row if row is not None and row.num_reuses < self.max_reuses else None for row in found]
+            rows = [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
+            cached += [row if row is not None and row.num_reuses < self.max_reuses else None for row in rows]
         return cached
 
     def _record_missing_logprobs(self, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience) -> None:
-        """Score what no other pass of this step will: rows that the update skips, and groups that were dropped."""
+        """Score the rows that no other pass of this step scores: those that the update skips, and dropped groups."""
         assert experience.recorded_logprobs is not None
         unknown = experience.recorded_logprobs.isnan().any(-1)  # [N]
         unknown[pl_module.trained_rows(experience)] = False
@@ -261,39 +284,22 @@ class PrefixCache(RolloutCallback):
             current.score_dropped_rows(pl_module.scorer.response_logprobs, trained)
 
     def _lenience_metrics(self, statistics: ReuseStatistics) -> dict[str, float]:
-        if not isinstance(self.rule, RatioAcceptance):
+        if self.rule.lenience is None:
             return {}
         metrics = {"prefix_cache/lenience": self.rule.lenience}
         if self.adaptive_lenience is None:
             return metrics
         metrics["prefix_cache/cached_fraction"] = self.adaptive_lenience.fraction
         self.adaptive_lenience.update(statistics.kl_sum, statistics.num_scored)
-        self._set_lenience(self.adaptive_lenience.value)
+        self.rule = self.rule.with_lenience(self.adaptive_lenience.value)
         return metrics
-
-    def _set_lenience(self, lenience: float) -> None:
-        assert isinstance(self.rule, RatioAcceptance)
-        self.rule = replace(self.rule, lenience=lenience)
 
     # ---------------------------------------------------------------------------------------------------------- resume
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write each rank's cache into a file beside the checkpoints."""
         module = require_rlvr_module(self, pl_module)
-        folder = checkpoint_folder(trainer)
-        self._files.save(
-            folder,
-            self.store,
-            self._identity(module),
-            step=module.step,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            is_recorded=checkpoints_are_recorded(trainer),
-        )
-        checkpoint["prefix_cache"] = {
-            "folder": str(folder),
-            "step": module.step,
-            "world_size": trainer.world_size,
+        checkpoint["prefix_cache"] = self._files.save(trainer, self.store, self._identity(module), module.step) | {
             "model": module.model_name,
             "max_completion_length": module.sampling.max_completion_length,
             "rewards": module.worker.rewards.identity(),
@@ -302,7 +308,7 @@ class PrefixCache(RolloutCallback):
         }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._files.close(checkpoint_folder(trainer), trainer.global_rank)
+        self._files.close(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -314,21 +320,23 @@ class PrefixCache(RolloutCallback):
         module = require_rlvr_module(self, pl_module)
         if self.adaptive_lenience is not None and state["adaptive_lenience"] is not None:
             self.adaptive_lenience.load_state_dict(state["adaptive_lenience"])
-            self._set_lenience(self.adaptive_lenience.value)
+            self.rule = self.rule.with_lenience(self.adaptive_lenience.value)
         self._block_length = self.block_length or state.get("block_length", self._block_length)  # older ones have none
         self._other_ranks_included = state["world_size"] != trainer.world_size
-        self.store = load_ranks(
-            [Path(str(trainer.ckpt_path)).parent, Path(state["folder"])],
-            range(state["world_size"]) if self._other_ranks_included else [trainer.global_rank],
-            self._identity(module),
-            step=state["step"],
-            world_size=state["world_size"],
-            max_bytes=self.store.max_bytes,
+        identity = self._identity(module)
+        stores = self._files.load(
+            trainer,
+            state,
+            lambda path: RolloutStore.load(path, identity),
+            "the prefix cache of rank {rank} cannot be used, its prompts are generated afresh once: {error}",
+            range(state["world_size"]) if self._other_ranks_included else None,
         )
+        self.store = RolloutStore.merge(stores, self.store.max_bytes)
         has_other_rewards = state.get("rewards") != module.worker.rewards.identity()
         if has_other_rewards:
             rank_zero_info(
-                "the rewards, or their settings, are not those of the checkpoint: kept responses are scored again when they are reused"
+                "the rewards, or their settings, are not those of the checkpoint: kept responses are scored again when they "
+                "are reused"
             )
         if has_other_rewards or state["max_completion_length"] != module.sampling.max_completion_length:
             self.store.put([replace(row, reward=None, reward_values=None) for row in self.store])
@@ -336,12 +344,13 @@ class PrefixCache(RolloutCallback):
             self.store.put([replace(row, reference_logprobs=None) for row in self.store])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
-        sweep_rank_files(self._files, trainer)
-        engine = pl_module.engine or TransformersEngine()  # what the module takes where it was given none
-        if self.verifier == "engine" and not engine.can_verify:
+        self._files.sweep(trainer)
+        engine = pl_module.engine
+        if self.verifier == "engine" and (engine is None or not engine.can_verify):
+            found = "TransformersEngine" if engine is None else type(engine).__name__  # the module's default
             raise MisconfigurationException(
-                f"verifier='engine' needs SpeculativeRollout(engine=VLLMEngine()) with tensor_parallel_size=1, found {type(engine).__name__}; "
-                "use verifier='policy'"
+                "verifier='engine' needs SpeculativeRollout(engine=VLLMEngine()) with tensor_parallel_size=1, "
+                f"found {found}; use verifier='policy'"
             )
         uids = getattr(trainer.train_dataloader, "uids", None)
         if self._other_ranks_included and uids is not None:
@@ -350,7 +359,7 @@ class PrefixCache(RolloutCallback):
         self._other_ranks_included = False
 
     def _identity(self, module: RLVRModule) -> dict[str, str]:
-        """What log-probs and token ids mean: another architecture, tokenizer or temperature makes them worthless.
+        """What log-probs and token ids belong to: under another architecture, tokenizer or temperature they are worthless.
 
         The name of the model is no part of it: a folder may be moved, and the weights are the checkpoint's.
         """
@@ -367,37 +376,3 @@ class PrefixCache(RolloutCallback):
 def _digest(value: dict[str, Any]) -> str:
     """The same for the same content, in whatever order it was written."""
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
-
-
-def reward_outruns_accuracy(validations: Sequence[tuple[float, float]]) -> bool:
-    """Whether training reward rose, and validation accuracy fell, from each of the last three validations to the next.
-
-    Args:
-        validations: (mean training reward since the validation before, accuracy), in order.
-
-    Example:
-        >>> reward_outruns_accuracy([(0.5, 0.40), (0.6, 0.38), (0.7, 0.35)])
-        True
-    """
-    latest = validations[-3:]
-    return len(latest) == 3 and all(
-        reward > reward_before and accuracy < accuracy_before
-        for (reward_before, accuracy_before), (reward, accuracy) in pairwise(latest)
-    )
-
-
-def _rule(acceptance: Acceptance, lenience: float, drift_bound: float | None) -> AcceptanceRule:
-    if acceptance in ("ratio", "sequence"):
-        return RatioAcceptance(lenience, drift_bound, "token" if acceptance == "ratio" else "sequence")
-    if lenience != 1:
-        rank_zero_warn(
-            f"lenience={lenience} belongs to acceptance='ratio' or 'sequence' and is ignored by {acceptance!r}"
-        )
-    if drift_bound is not None:
-        raise ValueError(
-            f"drift_bound={drift_bound} belongs to acceptance='ratio' or 'sequence' and would be ignored by {acceptance!r}"
-        )
-    rules: dict[str, AcceptanceRule] = {"random": RandomReuse(), "full": FullReuse(), "off": NoReuse()}
-    if acceptance not in rules:
-        raise ValueError(f"acceptance must be 'ratio', 'sequence', 'random', 'full' or 'off', got {acceptance!r}")
-    return rules[acceptance]

@@ -13,10 +13,10 @@ from lit_specrl.algorithms.streak_warning import StreakWarning
 from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
 from lit_specrl.distributed.collectives import gather_objects
-from lit_specrl.drafting import Drafter, HistoryDrafter
+from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
-from lit_specrl.engines.vllm.adapter import installed_version
+from lit_specrl.engines.vllm.version import installed_version
 from lit_specrl.experience import Experience
 from lit_specrl.types import Rollouts
 
@@ -62,8 +62,7 @@ class SpeculativeRollout(RolloutCallback):
             self._check_drafter(trainer, self.drafter)
             self.drafter.check(AutoConfig.from_pretrained(module.model_name))
         module.engine, self.engine.drafter = self.engine, self.drafter
-        if isinstance(self.engine, VLLMEngine):
-            self.engine.check_run(trainer.world_size, module.max_length, trainer.strategy.root_device)
+        self.engine.check_run(trainer.world_size, module.max_length, trainer.strategy.root_device)
 
     def _check_drafter(self, trainer: L.Trainer, drafter: Drafter) -> None:
         if not self.engine.can_speculate:
@@ -72,10 +71,10 @@ class SpeculativeRollout(RolloutCallback):
                 "tensor_parallel_size=1, or leave the drafter out"
             )
         caches = any(isinstance(callback, PrefixCache) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if isinstance(drafter, HistoryDrafter) and not caches:
+        if drafter.reads_past_responses and not caches:
             raise MisconfigurationException(
-                "HistoryDrafter looks for tokens in the responses that a PrefixCache keeps; add PrefixCache(), or PrefixCache(acceptance='off') to "
-                "draft from them without reusing them"
+                f"{type(drafter).__name__} looks for tokens in the responses that a PrefixCache keeps; add PrefixCache(), or "
+                "PrefixCache(acceptance='off') to draft from them without reusing them"
             )
 
     def on_rollout_end(self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts) -> None:

@@ -1,20 +1,21 @@
-"""What each rank keeps, as files beside the checkpoints."""
+"""The stores of each rank as files beside the checkpoints."""
 
 from __future__ import annotations
 
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from lit_specrl.checkpoints.atomic_files import atomic_file
 from lit_specrl.checkpoints.locks import hold, is_held, let_go, sweep
 from lit_specrl.checkpoints.tensor_file import RejectedFileError
-from lit_specrl.prefix_cache.store import RolloutStore
+
+S = TypeVar("S")
 
 PREFIX_CACHE, DRAFTER_SAMPLES = "prefix_cache", "drafter_lessons"
 """Folders of the files."""
@@ -37,10 +38,11 @@ class Store(Protocol):
 
 
 class RankFiles:
-    """Writes what a rank keeps beside checkpoints, and deletes what no checkpoint needs.
+    """Writes the files of a rank beside checkpoints, and deletes those that no checkpoint needs.
 
-    A checkpoint says which files it needs. Those in the folder are read for it; of one that lies elsewhere, the files keep a record (see `record`). A file is
-    written just before its checkpoint, and held by the process until a checkpoint needs it, so that another run in the folder leaves it alone.
+    A checkpoint says which files it needs. Checkpoints in the folder are read for it; of one that lies elsewhere, the files
+    keep a record (see `record`). A file is written just before its checkpoint, and held by the process until a checkpoint
+    needs it, so that another run in the folder leaves it alone.
 
     Args:
         name: of the folder of the files, beside the checkpoints.
@@ -71,7 +73,8 @@ class RankFiles:
             step: training step.
             rank: this rank; the first one deletes.
             world_size: number of ranks.
-            is_recorded: whether `record` will be told where the checkpoint lies; otherwise the file stays until one in this folder has needed it.
+            is_recorded: whether `record` will learn where the checkpoint lies; otherwise the file stays until a
+                checkpoint in this folder has needed it.
         """
         self.sweep(folder, rank)
         path = rank_file(folder / self.name, step, rank, world_size)
@@ -87,7 +90,7 @@ class RankFiles:
     def sweep(self, folder: Path, rank: int) -> None:
         """Delete the files that no checkpoint needs and no living process has just written.
 
-        Of a checkpoint that cannot be read nobody knows what it needs: nothing that is older than it is deleted.
+        What an unreadable checkpoint needs is unknown: no file that is older than it is deleted.
         """
         needed, unreadable_at = self._needed(folder)
         for path in [path for path in self._held if _place(path) in needed]:
@@ -121,13 +124,13 @@ class RankFiles:
             let_go(descriptor)
 
     def _needed(self, folder: Path) -> tuple[set[Place], int]:
-        """What checkpoints need, and when the last of those changed that cannot be read."""
+        """What checkpoints need, and when the newest unreadable one was changed."""
         records = list(_records(folder / self.name))
         near, unreadable_at = self._needed_by(set(folder.absolute().glob("*.ckpt")))
         far, unreadable_elsewhere_at = self._needed_by({Path(path) for _, path in records if "://" not in path})
         for place in {place for place, path in records if path == _SOMEWHERE} & near:  # that was it
             _record_file(folder / self.name, place).unlink(missing_ok=True)
-        # an address, where nobody looks, or a folder that is gone, perhaps with its disk
+        # an address, which is not looked up, or a folder that is gone, perhaps with its disk
         addressed = {place for place, path in records if "://" in path or not Path(path).parent.is_dir()}
         return near | far | addressed, max(unreadable_at, unreadable_elsewhere_at)
 
@@ -146,7 +149,7 @@ class RankFiles:
 
 
 def record(checkpoint: dict[str, Any], path: Path | str) -> None:
-    """Tell the files that a checkpoint needs where it lies, if that is not beside them; before it lies there.
+    """Note beside the files that a checkpoint needs where it will lie, if that is elsewhere.
 
     Args:
         checkpoint: its content.
@@ -200,34 +203,31 @@ def _place(path: Path) -> Place | None:
 def load_ranks(
     folders: Sequence[Path],
     ranks: Sequence[int],
-    identity: dict[str, str],
+    read: Callable[[Path], S],
+    complaint: str,
     *,
     step: int,
     world_size: int,
-    max_bytes: int | None,
-) -> RolloutStore:
-    """Read the caches of several ranks into one; what is missing or damaged is warned about and left out.
+) -> list[S]:
+    """Read the files of several ranks; a missing or damaged one is warned about and left out.
 
     Args:
-        folders: of checkpoints, where to look, in this order.
-        ranks: whose caches.
-        identity: what they must belong to.
+        folders: of files, searched in this order.
+        ranks: whose files.
+        read: reads one of them.
+        complaint: the warning, with places for `{rank}` and `{error}`.
         step: training step that they were written in.
         world_size: number of ranks at that time.
-        max_bytes: of the new store.
     """
-    stores = []
+    found = []
     for rank in ranks:
-        paths = [rank_file(folder / PREFIX_CACHE, step, rank, world_size) for folder in folders]
+        paths = [rank_file(folder, step, rank, world_size) for folder in folders]
         path = next((path for path in paths if path.exists()), paths[0])
         try:
-            stores.append(RolloutStore.load(path, identity))
+            found.append(read(path))
         except (OSError, RejectedFileError) as error:
-            warnings.warn(
-                f"the prefix cache of rank {rank} cannot be used, its prompts are generated afresh once: {error}",
-                stacklevel=2,
-            )
-    return RolloutStore.merge(stores, max_bytes)
+            warnings.warn(complaint.format(rank=rank, error=error), stacklevel=2)
+    return found
 
 
 def rank_file(folder: Path, step: int, rank: int, world_size: int) -> Path:

@@ -1,10 +1,12 @@
-"""Who proposes tokens to the engine."""
+"""Drafters: what proposes tokens to the engine."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,17 +21,22 @@ from lit_specrl.drafting.eagle3 import (
     draft_vocabulary,
     save_head,
 )
+from lit_specrl.drafting.history import HistoryReader, RowHistory
 from lit_specrl.drafting.networks import CausalNetwork, DraftNetwork, Eagle3Network
+from lit_specrl.drafting.ngram import PromptLookup
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.pretrained import check_model_exists, load_pretrained
 
 
 class Drafter(ABC):
-    """Proposes tokens that the engine verifies; exact, whatever is proposed.
+    """Proposes tokens, which the engine accepts or rejects; exact, whatever is proposed.
 
     Args:
         num_speculative_tokens: longest draft, K. `AdaptiveScheduler` chooses among 0 to K.
     """
+
+    reads_past_responses: bool = False
+    """Whether it looks into earlier responses to the prompt, which a `PrefixCache` keeps."""
 
     def __init__(self, num_speculative_tokens: int) -> None:
         if num_speculative_tokens < 1:
@@ -43,21 +50,23 @@ class Drafter(ABC):
         """What `vllm.LLM` takes as `speculative_config`, without the number of tokens."""
 
     def check(self, policy: PretrainedConfig) -> None:
-        """Whether it can draft for a policy of this configuration, before anything is generated.
+        """Refuse a policy that it cannot draft for, by its configuration, before anything is generated.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: the drafter does not fit.
         """
 
     def prepare(self, model: str) -> None:
-        """Make what the engine will load, where it is made from the policy; called before the engine starts, and maybe again.
+        """Make the files that the engine will load, where they are made from the policy.
+
+        Called before the engine starts, and maybe again. The files do not depend on how far the policy has been trained.
 
         Args:
-            model: hub name or folder that the policy was built from. What is made is the same, however far the policy has been trained.
+            model: hub name or folder that the policy was built from.
         """
 
     def origin(self) -> dict[str, Any]:
-        """The class, as `kind`, and the arguments that make the same network again, as it was before any training."""
+        """The class, as `kind`, and the arguments that make the same untrained network again."""
         return {"kind": type(self).__name__}
 
     def network(self) -> DraftNetwork:
@@ -67,11 +76,62 @@ class Drafter(ABC):
             ValueError: there is none.
         """
         raise ValueError(
-            f"{type(self).__name__} has no weights that could learn; take Eagle3Drafter or DraftModel, or leave DrafterDistillation out"
+            f"{type(self).__name__} has no weights that could learn; take Eagle3Drafter or DraftModel, or leave "
+            "DrafterDistillation out"
         )
 
 
-class NGramDrafter(Drafter):
+class TokenReader(Protocol):
+    """Proposes tokens for one row while it is generated."""
+
+    def propose(self, token_ids: Sequence[int], length: int) -> Sequence[int]:
+        """Tokens that may follow; see `LookUpDrafter.propose`."""
+
+
+class LookUpDrafter(Drafter):
+    """A drafter without weights: it looks tokens up in what it is shown.
+
+    A drafter of one's own needs `propose` alone, and is chosen by its `class_path`. Override `reader` where a row keeps a
+    state from step to step, such as an index of its tokens.
+
+    Args:
+        num_speculative_tokens: longest draft.
+
+    Example: repeat the last token.
+
+        >>> class Stutter(LookUpDrafter):
+        ...     def propose(self, token_ids, length):
+        ...         return [token_ids[-1]] * length
+        >>> Stutter(num_speculative_tokens=2).propose([5, 6], 2)
+        [6, 6]
+    """
+
+    def __init__(self, num_speculative_tokens: int = 3) -> None:
+        super().__init__(num_speculative_tokens)
+
+    @abstractmethod
+    def propose(self, token_ids: Sequence[int], length: int) -> Sequence[int]:
+        """Up to `length` tokens that may follow; empty where there is nothing to go by.
+
+        Args:
+            token_ids: [T] prompt and response of one row so far; in the engine a numpy array, to be read only.
+            length: tokens wanted.
+        """
+
+    def reader(self, history: RowHistory | None) -> TokenReader:
+        """What proposes for one row until its response ends.
+
+        Args:
+            history: earlier responses to the row's prompt, for drafters that say `reads_past_responses`; `None` where
+                there are none.
+        """
+        return self
+
+    def vllm_config(self) -> dict[str, Any]:
+        return {"method": "custom_class", "model": "lit_specrl.engines.vllm.proposers.LookUpProposer"}
+
+
+class NGramDrafter(LookUpDrafter):
     """Looks up the last words in prompt and response, and proposes what followed them there.
 
     Args:
@@ -86,25 +146,39 @@ class NGramDrafter(Drafter):
             raise ValueError(f"1 <= min_match <= max_match is needed, got {min_match} and {max_match}")
         self.min_match, self.max_match = min_match, max_match
 
-    def vllm_config(self) -> dict[str, Any]:
-        return {"method": "custom_class", "model": "lit_specrl.engines.vllm.proposers.NGramProposer"}
+    def propose(self, token_ids: Sequence[int], length: int) -> list[int]:
+        return self.reader().propose(token_ids, length)
+
+    def reader(self, history: RowHistory | None = None) -> _NGramReader:
+        return _NGramReader(PromptLookup(self.min_match, self.max_match))
 
 
-class HistoryDrafter(Drafter):
+class HistoryDrafter(LookUpDrafter):
     """Proposes what the prompt's earlier responses said after the same words; see `TextHistory`.
 
-    A row first reads on in its own last response (behind the verified prefix, where there is a `PrefixCache`), after a rejection where
-    a response of its group agrees best with its last 16 tokens; a few of these may differ.
+    A row first reads on in its own last response (behind the verified prefix, where there is a `PrefixCache`). After a
+    rejection it reads on where a response of its group agrees best with its last 16 tokens; a few of these may differ.
+
+    RhymeRL (He et al. 2025, arXiv 2508.18588) drafts from earlier responses in the same spirit: its HistoSpec keeps a tree
+    of suffixes of the earlier responses to a prompt. Here the texts are searched by their last two tokens, and the best
+    agreement over 16 decides.
 
     Args:
         num_speculative_tokens: longest draft.
     """
 
+    reads_past_responses = True
+
     def __init__(self, num_speculative_tokens: int = 4) -> None:
         super().__init__(num_speculative_tokens)
 
-    def vllm_config(self) -> dict[str, Any]:
-        return {"method": "custom_class", "model": "lit_specrl.engines.vllm.proposers.HistoryProposer"}
+    def propose(self, token_ids: Sequence[int], length: int) -> list[int]:
+        return []  # a row without history
+
+    def reader(self, history: RowHistory | None) -> TokenReader:
+        if history is None:
+            return self
+        return _ResponseReader(HistoryReader(history.history, history.own_text), history.prompt_length)
 
 
 class DraftModel(Drafter):
@@ -113,8 +187,9 @@ class DraftModel(Drafter):
     Args:
         model: hub name or folder in the transformers format.
         num_speculative_tokens: longest draft.
-        sampled: its proposals are samples, accepted with probability `min(1, target / draft)`. False: they are its most likely tokens; at a temperature of 1 fewer are
-            accepted, but on a CPU the rollouts are then those without drafts, up to rounding (see `SpeculativeRollout`).
+        sampled: drafted tokens are samples, accepted with probability `min(1, target / draft)`. False: they are the most
+            likely tokens. At a temperature of 1 fewer are accepted, but on a CPU the rollouts are then those without
+            drafts, up to rounding (see `SpeculativeRollout`).
     """
 
     def __init__(self, model: str, num_speculative_tokens: int = 3, sampled: bool = True) -> None:
@@ -147,10 +222,11 @@ class Eagle3Drafter(Drafter):
     Needs `pip install 'lit_specrl[eagle3]'`.
 
     Args:
-        model: hub name or folder of a head, such as `lit-specrl drafter` makes; `None` for a new one, which proposes nothing of use until
-            `DrafterDistillation` has trained it.
+        model: hub name or folder of a head, such as `lit-specrl drafter` makes; `None` for a new one, whose drafts are
+            useless until `DrafterDistillation` has trained it.
         num_speculative_tokens: longest draft.
-        vocabulary_size: tokens that a new head can draft; `None` for 4096. Those with the lowest ids, unless `build` is told of counts.
+        vocabulary_size: tokens that a new head can draft; `None` for 4096. Those with the lowest ids, unless `build` is
+            given counts.
         sampled: as that of `DraftModel`.
 
     Example::
@@ -228,6 +304,28 @@ class Eagle3Drafter(Drafter):
     def network(self) -> DraftNetwork:
         assert self.model is not None, "`prepare` makes it"
         return Eagle3Network.load(self.model)
+
+
+@dataclass
+class _NGramReader:
+    """Keeps the index of a growing text."""
+
+    text: PromptLookup
+
+    def propose(self, token_ids: Sequence[int], length: int) -> list[int]:
+        self.text.extend([int(token) for token in token_ids[len(self.text) :]])
+        return self.text.propose(length)
+
+
+@dataclass
+class _ResponseReader:
+    """Shows a `HistoryReader` the response without its prompt."""
+
+    reader: HistoryReader
+    prompt_length: int
+
+    def propose(self, token_ids: Sequence[int], length: int) -> list[int]:
+        return self.reader.propose(token_ids[self.prompt_length :], length)
 
 
 def _draft_sampling(sampled: bool) -> str:

@@ -1,4 +1,4 @@
-"""What the module asks of an engine."""
+"""What the module and its callbacks ask of an engine."""
 
 from __future__ import annotations
 
@@ -29,32 +29,38 @@ class Continuation:
 
 
 class SpeculationControl(Protocol):
-    """Who decides how many tokens are drafted."""
+    """Decides how many tokens are drafted."""
 
     def length(self, num_active: int, age: float) -> int:
-        """Tokens to draft for each of the active rows, which have generated `age` tokens on average; asked before every step."""
+        """Tokens to draft for each active row; asked before every step.
+
+        Args:
+            num_active: rows in this step.
+            age: tokens that they have generated, on average.
+        """
 
     def observe(self, step: DecodeStep) -> None:
-        """Told of every step that has only decoded."""
+        """Receives every step that has only decoded."""
 
 
 class RolloutEngine(ABC):
     """Generates responses with the weights it was last given.
 
-    The order of calls is `start`, then `load_policy` before the first `generate` and after every change of the policy,
-    `sleep` and `wake_up` in between where memory is tight, `shutdown` at the end.
+    The order of calls is `check_run`, `start`, then `load_policy` before the first `generate` and after every change of
+    the policy, `sleep` and `wake_up` in between where memory is tight, `shutdown` at the end. An engine of one's own needs
+    `start`, `load_weights` and `continue_rows`; the attributes say what else it can do.
     """
 
     policy_version: int | None = None
     """Version of the weights that generate; `None` before the first `load_weights`."""
     can_verify: bool = False
-    """Whether `generate` verifies the drafts of a request."""
+    """Whether `generate` verifies the cached responses of a request."""
     can_speculate: bool = False
     """Whether a drafter may propose tokens to it."""
     takes_sharded_weights: bool = False
-    """Whether it generates with weights that are sharded over ranks (FSDP2)."""
+    """Whether it can generate for a policy that FSDP2 has sharded, with whole weights from `load_weights`."""
     generates_together: bool = False
-    """Whether several ranks hold one engine, and all of them must ask when one does."""
+    """Whether several ranks hold one engine, so that all of them must call `generate` when one does."""
     drafter: Drafter | None = None
     """Proposes tokens; set before `start`."""
     drafter_version: int = 0
@@ -65,6 +71,28 @@ class RolloutEngine(ABC):
     """Steps of the latest `generate` that have only decoded, from engines with a drafter."""
     stop_token_ids: frozenset[int] = frozenset()
     """Token ids that end a response; set by `start`."""
+
+    def check_run(self, num_ranks: int, max_length: int | None, device: torch.device) -> None:
+        """Refuse a run that the engine does not fit, before anything is loaded.
+
+        Args:
+            num_ranks: of the run.
+            max_length: longest prompt plus response, in tokens, if it is known.
+            device: that generates.
+
+        Raises:
+            ImportError: a package is missing, or a version that was not tried.
+            ValueError: the settings of the engine do not fit the run.
+        """
+
+    def memory(self, num_parameters: int, device: torch.device) -> int:
+        """Bytes that the engine will hold on a device while it generates, beyond the policy, as far as that is known.
+
+        Args:
+            num_parameters: of the policy.
+            device: that generates.
+        """
+        return 0
 
     @abstractmethod
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
@@ -94,19 +122,22 @@ class RolloutEngine(ABC):
     def generate(self, request: RolloutRequest, on_progress: ProgressListener | None = None) -> Rollouts:
         """Sample one response for every row of the request, in the order of the rows.
 
-        A row goes on from its prefix; one whose prefix ends in a stop token, or is as long as a response may be, is complete and
-        costs nothing. Drafts of the request are verified first, where the engine can, and become prefixes.
+        A row goes on from its prefix. A row whose prefix ends in a stop token, or is as long as a response may be, is
+        complete and costs nothing. Cached responses of the request are verified first, where the engine can, and what is
+        kept of them becomes the prefix.
 
         Raises:
             RuntimeError: the engine holds other weights than the request asks for.
-            ValueError: a prefix longer than a response may be, or drafts for an engine that cannot verify.
+            ValueError: a prefix longer than a response may be, or cached responses for an engine that cannot verify.
         """
         self._check_version(request)
         if request.cached_responses and not self.can_verify:
-            raise ValueError(f"{type(self).__name__} cannot verify drafts; verify with the policy, or use VLLMEngine")
+            raise ValueError(
+                f"{type(self).__name__} cannot verify cached responses; verify with the policy, or use VLLMEngine"
+            )
         if request.cached_responses and not request.prefixes:
             request.prefixes = [[] for _ in range(request.num_rows)]
-        self.decode_steps = ()  # where all rows are complete no engine is asked, and nothing of the call before must stay
+        self.decode_steps = ()  # also where all rows are complete and none is generated
         rows = [row for row in range(request.num_rows) if self.finish_reason(request, row) is None]
         if request.expected_lengths:
             rows.sort(key=lambda row: -request.expected_lengths[row])
@@ -136,14 +167,14 @@ class RolloutEngine(ABC):
         Args:
             request: what is generated.
             rows: rows that are not complete.
-            meter: to be told of every token and finished row.
+            meter: counts every token and finished row.
         """
 
     def load_drafter_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace the weights of the drafter while the engine stands ready.
 
         Args:
-            weights: (name in the drafter's folder, tensor) pairs; what is not named stays.
+            weights: (name in the drafter's folder, tensor) pairs; weights that are not named stay.
             version: of these weights.
 
         Raises:
@@ -152,15 +183,15 @@ class RolloutEngine(ABC):
         raise RuntimeError(f"{type(self).__name__} has no drafter whose weights could be replaced")
 
     def drafter_is_intact(self) -> bool:
-        """Whether the drafter still computes what it did when its weights were last loaded."""
+        """Whether the drafter still computes the same as when its weights were last loaded."""
         return True
 
     def profile(self, num_rows: int) -> list[DecodeStep]:
-        """Time a few steps with and without drafts at batches of up to `num_rows`; none on engines that cannot speculate."""
+        """Time a few steps with and without drafts at batches of up to `num_rows`; none without a drafter."""
         return []
 
     def finish_reason(self, request: RolloutRequest, row: int) -> FinishReason | None:
-        """Why the prefix of a row is a whole response, or `None` where it is not."""
+        """Why the prefix of a row is already a whole response, or `None` where it is not."""
         prefix, limit = request.prefix(row), request.sampling.max_completion_length
         if len(prefix) > limit:
             raise ValueError(
@@ -192,7 +223,7 @@ class RolloutEngine(ABC):
 
 
 class ProgressMeter:
-    """Counts finished rows and generated tokens and tells the listener at most every `interval_s` seconds."""
+    """Counts finished rows and generated tokens, and reports them at most every `interval_s` seconds."""
 
     def __init__(self, num_rows: int, listener: ProgressListener | None, interval_s: float = 0.5):
         self.num_rows, self.listener, self.interval_s = num_rows, listener, interval_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -132,3 +133,20 @@ def _reward_gap(cached: Sequence[CachedRollout | None], rewards: Sequence[float 
     reused = [reward for draft, reward in pairs if draft is not None and reward is not None]
     fresh = [reward for draft, reward in pairs if draft is None and reward is not None]
     return sum(reused) / len(reused) - sum(fresh) / len(fresh) if reused and fresh else None
+
+
+def reward_outruns_accuracy(validations: Sequence[tuple[float, float]]) -> bool:
+    """Whether training reward rose, and validation accuracy fell, from each of the last three validations to the next.
+
+    Args:
+        validations: (mean training reward since the validation before, accuracy), in order.
+
+    Example:
+        >>> reward_outruns_accuracy([(0.5, 0.40), (0.6, 0.38), (0.7, 0.35)])
+        True
+    """
+    latest = validations[-3:]
+    return len(latest) == 3 and all(
+        reward > reward_before and accuracy < accuracy_before
+        for (reward_before, accuracy_before), (reward, accuracy) in pairwise(latest)
+    )

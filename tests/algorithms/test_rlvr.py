@@ -455,7 +455,7 @@ def test_an_empty_data_file_is_found_before_the_model_is_loaded(fit, tmp_path, t
 
 @pytest.mark.usefixtures("no_policy")
 def test_a_vllm_outside_the_window_is_refused_before_the_model_is_loaded(fit, monkeypatch):
-    monkeypatch.setattr("lit_specrl.engines.vllm.adapter.installed_version", lambda: ("vllm", "0.31.0"))
+    monkeypatch.setattr("lit_specrl.engines.vllm.version.installed_version", lambda: ("vllm", "0.31.0"))
     with pytest.raises(ImportError, match=r"works with vllm==0\.32\.\*, found 0\.31\.0"):
         fit(callbacks=[SpeculativeRollout(VLLMEngine())])
 

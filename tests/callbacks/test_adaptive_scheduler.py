@@ -23,7 +23,11 @@ def test_a_run_in_which_no_draft_paid_is_resumed_and_exported(tiny_model, tmp_pa
         scheduler = AdaptiveScheduler()
         scheduler.schedule = LengthSchedule(3)
         scheduler.schedule.profile(
-            [DecodeStep(8, length, 100.0 if length else 1e-4, 8) for length in (0, 1, 3) for _ in range(16)]
+            [
+                DecodeStep(num_active=8, length=length, seconds=100.0 if length else 1e-4, num_tokens=8)
+                for length in (0, 1, 3)
+                for _ in range(16)
+            ]
         )
         saver = ModelCheckpoint(
             tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True

@@ -12,7 +12,7 @@ from lit_specrl.callbacks import DrafterDistillation, SpeculativeRollout
 from lit_specrl.cli.export import export_checkpoint
 from lit_specrl.drafting import DraftModel, Eagle3Drafter
 from lit_specrl.engines import VLLMEngine
-from lit_specrl.engines.vllm.adapter import build_llm, shutdown
+from lit_specrl.engines.vllm.startup import build_llm, shutdown
 
 PROMPTS = [[5, 20, 30, 31], [7, 50, 51, 52, 9]]
 ADAM = partial(torch.optim.AdamW, lr=3e-3)

@@ -630,7 +630,7 @@ def test_adaptive_lenience_follows_the_kl_that_is_reported(run, target):
         if "prefix_cache/kl" in metrics:
             allowance = target / metrics["prefix_cache/kl"]
             expected = min(max(allowance, 1.0), math.exp(0.5)), min(max(allowance, 0.3), 1.0)
-    assert len(set(trace.of_cache("lenience" if target == 0.4 else "draft_fraction"))) > 2
+    assert len(set(trace.of_cache("lenience" if target == 0.4 else "cached_fraction"))) > 2
 
 
 def test_a_policy_that_moves_too_fast_reuses_in_few_groups(run):
@@ -640,7 +640,7 @@ def test_a_policy_that_moves_too_fast_reuses_in_few_groups(run):
     hits = trace.of_cache("hit_fraction")[STEPS:]
     assert {0.0, 0.5} < set(hits) <= {0.0, 0.5, 1.0}
     assert sum(hits) / len(hits) == pytest.approx(0.5, abs=0.2)
-    assert set(trace.of_cache("draft_fraction")) == {0.5}
+    assert set(trace.of_cache("cached_fraction")) == {0.5}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,12 @@ def constant(max_length, drafting_costs):
     schedule = LengthSchedule(max_length, probe_fraction=0.0)
     schedule.profile(
         [
-            DecodeStep(batch, length, (1e6 if drafting_costs else 1e-6) if length else 1.0, batch)
+            DecodeStep(
+                num_active=batch,
+                length=length,
+                seconds=(1e6 if drafting_costs else 1e-6) if length else 1.0,
+                num_tokens=batch,
+            )
             for batch in (1, 16)
             for length in (0, 1, max_length)
             for _ in range(50)
@@ -207,7 +212,10 @@ def test_values_out_of_range():
 
 def test_metrics_of_ragged_steps():
     """Two rows that draft two and one tokens; then one row that drafts nothing."""
-    steps = [DecodeStep(2, 2, 0.3, 4, [2, 1], [1, 1]), DecodeStep(1, 0, 0.1, 1)]
+    steps = [
+        DecodeStep(num_active=2, length=2, seconds=0.3, num_tokens=4, drafted=[2, 1], accepted=[1, 1]),
+        DecodeStep(num_active=1, length=0, seconds=0.1, num_tokens=1),
+    ]
     assert speculation_metrics(steps) == {
         "speculation/length": 1.0,
         "speculation/acceptance_length": pytest.approx(5 / 3),
@@ -223,7 +231,11 @@ def test_drafts_that_are_never_accepted_are_warned_about_once(recwarn):
     rollout = SpeculativeRollout(TransformersEngine())
     module = SimpleNamespace(step_metrics={})
     for accepted in [1] * 9 + [40] + [1] * 15:  # of 100; the good step starts the count anew
-        rollout._steps = [DecodeStep(100, 1, 0.1, 100 + accepted, [100], [accepted])]
+        rollout._steps = [
+            DecodeStep(
+                num_active=100, length=1, seconds=0.1, num_tokens=100 + accepted, drafted=[100], accepted=[accepted]
+            )
+        ]
         rollout.on_experience_end(None, module, None, None)
     (warning,) = [warning for warning in recwarn if "less than 5 % of the drafted tokens" in str(warning.message)]
     assert "Add AdaptiveScheduler" in str(warning.message)

@@ -25,7 +25,15 @@ def save(cached):
 
 
 def load(folders, ranks=(0, 1), step=3, world_size=2, max_bytes=None):
-    return load_ranks(folders, ranks, IDENTITY, step=step, world_size=world_size, max_bytes=max_bytes)
+    stores = load_ranks(
+        [folder / "prefix_cache" for folder in folders],
+        ranks,
+        lambda path: RolloutStore.load(path, IDENTITY),
+        "the prefix cache of rank {rank} cannot be used: {error}",
+        step=step,
+        world_size=world_size,
+    )
+    return RolloutStore.merge(stores, max_bytes)
 
 
 def uids(store):

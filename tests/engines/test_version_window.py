@@ -5,7 +5,8 @@ from importlib import metadata
 
 import pytest
 
-from lit_specrl.engines.vllm.adapter import build_llm, check_version, installed_version
+from lit_specrl.engines.vllm.startup import build_llm
+from lit_specrl.engines.vllm.version import check_version, installed_version
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from lit_specrl import GRPO, PromptDataModule
 from lit_specrl.data import ArithmeticSource
 from lit_specrl.drafting import DraftModel, NGramDrafter
 from lit_specrl.engines import TransformersEngine, VLLMEngine
-from lit_specrl.engines.vllm.adapter import adapter_options
+from lit_specrl.engines.vllm.weights import adapter_options
 from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config
 from lit_specrl.models.policy import Policy
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig

@@ -33,7 +33,7 @@ def speed_gains(seconds: NDArray[np.float64], emitted_tokens: NDArray[np.float64
     return gains
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecodeStep:
     """One step of the engine in which all requests decoded and none was prefilled."""
 

@@ -1,1 +1,1 @@
-"""The vLLM engine in this process; names that vLLM keeps private are in `adapter` alone."""
+"""The vLLM engine in this process; names that vLLM keeps private are in this folder alone."""

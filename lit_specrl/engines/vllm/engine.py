@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_specrl.drafting.drafters import HistoryDrafter
-from lit_specrl.drafting.history import TextHistory
+from lit_specrl.drafting.history import RowHistory, TextHistory
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
-from lit_specrl.engines.vllm import adapter as vllm_adapter
-from lit_specrl.engines.vllm.proposers import Following
+from lit_specrl.engines.vllm.jobs import FinishedRow, Job, filler_job, jobs_of_all_ranks, run, scoring_job
 from lit_specrl.engines.vllm.speculation import Speculation
+from lit_specrl.engines.vllm.startup import build_llm, take_over_sampling
+from lit_specrl.engines.vllm.startup import shutdown as shutdown_llm
+from lit_specrl.engines.vllm.version import check_options, check_version
+from lit_specrl.engines.vllm.weights import adapter_options, load_adapters
+from lit_specrl.engines.vllm.weights import load_weights as load_llm_weights
 from lit_specrl.models.lora import adapter_ranks, named_adapters
 from lit_specrl.models.policy import Policy
 from lit_specrl.precision import fast_dtype, warn_if_slow
@@ -48,6 +51,8 @@ class VLLMEngine(RolloutEngine):
             adapters away; but each step of the engine multiplies with both (vLLM's LoRA).
         options: further arguments of `vllm.LLM`.
     """
+
+    takes_sharded_weights = True
 
     def __init__(
         self,
@@ -90,7 +95,6 @@ class VLLMEngine(RolloutEngine):
         self.enforce_eager, self.sleep_level = enforce_eager, sleep_level
         self.tensor_parallel_size, self.merge_adapters = tensor_parallel_size, merge_adapters
         self.can_verify = self.can_speculate = tensor_parallel_size == 1
-        self.takes_sharded_weights = True
         self.generates_together = tensor_parallel_size > 1
         self.options = dict(options or {})
         self.llm: Any = None
@@ -104,19 +108,15 @@ class VLLMEngine(RolloutEngine):
         return fast_dtype(device).name if self.dtype == "auto" else self.dtype
 
     def check_run(self, num_ranks: int, max_length: int | None, device: torch.device) -> None:
-        """Whether the engine fits a run, before anything is loaded; warns of a dtype that the device emulates.
-
-        Args:
-            num_ranks: of the run.
-            max_length: longest prompt plus response, in tokens, if it is known.
-            device: that generates.
+        """As in `RolloutEngine`; warns of a dtype that the device emulates.
 
         Raises:
             ImportError: vLLM is missing, or a version that was not tried.
-            ValueError: the ranks cannot be divided among engines, the longest rollouts do not fit, or vLLM has no such option.
+            ValueError: the ranks cannot be divided among engines, the longest rollouts do not fit, or vLLM has no such
+                option.
         """
-        vllm_adapter.check_version()
-        vllm_adapter.check_options(self.options)
+        check_version()
+        check_options(self.options)
         if num_ranks % self.tensor_parallel_size:
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} ranks hold one engine, which {num_ranks} ranks cannot be divided "
@@ -130,7 +130,7 @@ class VLLMEngine(RolloutEngine):
         warn_if_slow(f"VLLMEngine(dtype={self.dtype!r})", self.dtype_on(device), device)
 
     def memory(self, num_parameters: int, device: torch.device) -> int:
-        """Bytes that the engine will hold on a device while it generates; on a GPU what it was allotted, on a CPU weights and key-value cache."""
+        """On a GPU its share of the memory, on a CPU weights and key-value cache."""
         if device.type == "cuda":
             return int(self.gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory)
         weights = num_parameters * getattr(torch, self.dtype_on(device)).itemsize // self.tensor_parallel_size
@@ -163,33 +163,33 @@ class VLLMEngine(RolloutEngine):
                 "enable_sleep_mode": self.sleep_level > 0,
             }
         if not self.merge_adapters:
-            options |= vllm_adapter.adapter_options(adapter_ranks(policy.model))
+            options |= adapter_options(adapter_ranks(policy.model))
         self._max_model_len: int = options["max_model_len"]
         if self.drafter is not None:
             self.drafter.prepare(model)
         with torch.autocast(policy.device.type, enabled=False):
             try:
-                self.llm = vllm_adapter.build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
+                self.llm = build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
             except (RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError) as error:
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise RuntimeError(
                     f"vLLM does not start with {model!r}: {reason}; where memory is short, change gpu_memory_utilization, cpu_kv_cache_gib, "
                     "max_num_seqs or max_model_len"
                 ) from error
-            self._speculation = vllm_adapter.take_over_sampling(self.llm, self.drafter)
+            self._speculation = take_over_sampling(self.llm, self.drafter)
 
     def load_policy(self, policy: Policy, version: int) -> None:
         if self.merge_adapters:
             return super().load_policy(policy, version)
         self.wake_up()
-        self._adapter = vllm_adapter.load_adapters(self.llm, named_adapters(policy.model))
+        self._adapter = load_adapters(self.llm, named_adapters(policy.model))
         self.policy_version = version
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if not self.merge_adapters:
             raise RuntimeError("with merge_adapters=False the engine takes adapters, not weights; call load_policy")
         self.wake_up()
-        vllm_adapter.load_weights(self.llm, weights)
+        load_llm_weights(self.llm, weights)
         self.policy_version = version
 
     def load_drafter_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -209,18 +209,19 @@ class VLLMEngine(RolloutEngine):
 
     def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         self.wake_up()
-        finished: dict[int, vllm_adapter.FinishedRow] = {}
-        self._histories = _histories(request) if isinstance(self.drafter, HistoryDrafter) else {}
+        finished: dict[int, FinishedRow] = {}
+        reads = self.drafter is not None and self.drafter.reads_past_responses
+        self._histories = _histories(request) if reads else {}
         self._scored: dict[int, list[float]] = {}  # log-probs of drafts, as far as they are verified
         jobs = {row: self._first_job(request, row) for row in rows}
         own = {row: row for row in rows}
         if self.generates_together:
-            jobs, own = vllm_adapter.jobs_of_all_ranks(jobs)
+            jobs, own = jobs_of_all_ranks(jobs)
         control, steps = self.speculation_control, list[DecodeStep]()
         choose_length = None if control is None else control.length
         # the trainer's autocast would silently change the dtype of the engine's own arithmetic
         with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False):
-            for step in vllm_adapter.run(
+            for step in run(
                 self.llm,
                 jobs,
                 partial(self._after_verification, request),
@@ -258,16 +259,14 @@ class VLLMEngine(RolloutEngine):
         with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False), self._speculation.force_token(token=0):
             for batch in _profile_batches(min(num_rows, self.max_num_seqs)):
                 plan = iter([length for length in sorted({0, 1, longest}) for _ in range(_PROFILE_STEPS)])
-                jobs = {row: vllm_adapter.filler_job(_PROFILE_PROMPT, room, row) for row in range(batch)}
+                jobs = {row: filler_job(_PROFILE_PROMPT, room, row) for row in range(batch)}
                 # stops when the lengths are used up; the engine drops the requests then
-                for step in vllm_adapter.run(
-                    self.llm, jobs, None, self._speculation, partial(_next, plan), self._adapter
-                ):
+                for step in run(self.llm, jobs, None, self._speculation, partial(_next, plan), self._adapter):
                     if step.decoding is not None:
                         found.append(step.decoding)
         return found
 
-    def _first_job(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
+    def _first_job(self, request: RolloutRequest, row: int) -> Job:
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
         room = self._max_model_len - len(prompt) - 1  # less the token that vLLM samples after scoring
         if row not in request.cached_responses or room < 1:
@@ -276,14 +275,14 @@ class VLLMEngine(RolloutEngine):
         self._scored[row] = []
         return self._scoring(request, row)
 
-    def _scoring(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
+    def _scoring(self, request: RolloutRequest, row: int) -> Job:
         """Of the next block of a draft; fills the KV prefix cache, in which the blocks after it and the continuation find what is verified."""
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
         start = len(self._scored[row])
         block = request.cached_responses[row][start:][: request.verify_block_length]
-        return vllm_adapter.scoring_job(prompt + request.cached_responses[row][:start] + block, len(block))
+        return scoring_job(prompt + request.cached_responses[row][:start] + block, len(block))
 
-    def _after_verification(self, request: RolloutRequest, row: int, logprobs: list[float]) -> vllm_adapter.Job | None:
+    def _after_verification(self, request: RolloutRequest, row: int, logprobs: list[float]) -> Job | None:
         """Score on, or enter the verified prefix of a row; the row goes on at once, whatever the others do."""
         assert request.accept is not None
         draft = request.cached_responses[row]
@@ -294,7 +293,7 @@ class VLLMEngine(RolloutEngine):
         request.prefixes[row] = draft[:length]
         return None if self.finish_reason(request, row) else self._generation(request, row)
 
-    def _generation(self, request: RolloutRequest, row: int) -> vllm_adapter.Job:
+    def _generation(self, request: RolloutRequest, row: int) -> Job:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -311,7 +310,7 @@ class VLLMEngine(RolloutEngine):
             output_kind=RequestOutputKind.CUMULATIVE,
         )
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
-        return vllm_adapter.Job(prompt + prefix, params, self._histories.get(row))
+        return Job(prompt + prefix, params, self._histories.get(row))
 
     def sleep(self) -> None:
         if self.llm is not None and self._on_gpu and self.sleep_level and not self._asleep:
@@ -325,7 +324,7 @@ class VLLMEngine(RolloutEngine):
 
     def shutdown(self) -> None:
         if self.llm is not None:
-            vllm_adapter.shutdown(self.llm)
+            shutdown_llm(self.llm)
         self.llm = self._speculation = self._adapter = self.policy_version = self._drafter_fingerprint = None
         self.drafter_version = 0
         self._asleep = False
@@ -333,11 +332,11 @@ class VLLMEngine(RolloutEngine):
     def describe(self, device: torch.device) -> str:
         place = "in process" if self.tensor_parallel_size == 1 else f"over {self.tensor_parallel_size} ranks"
         adapters = "" if self.merge_adapters else ", adapters not merged"
-        return f"{vllm_adapter.check_version()}, {self.dtype_on(device)}, {place}{adapters}"
+        return f"{check_version()}, {self.dtype_on(device)}, {place}{adapters}"
 
 
-def _histories(request: RolloutRequest) -> dict[int, Following]:
-    """What each row may read on in: the earlier responses to its prompt."""
+def _histories(request: RolloutRequest) -> dict[int, RowHistory]:
+    """By row, the earlier responses to its prompt."""
     size = request.sampling.num_generations
     found = {}
     for group, prompt in enumerate(request.prompts.prompt_ids):
@@ -346,7 +345,7 @@ def _histories(request: RolloutRequest) -> dict[int, Following]:
             continue
         history = TextHistory([request.past_responses[row] for row in rows])
         for row in range(group * size, (group + 1) * size):
-            found[row] = Following(history, rows.index(row) if row in rows else None, len(prompt))
+            found[row] = RowHistory(history, rows.index(row) if row in rows else None, len(prompt))
     return found
 
 

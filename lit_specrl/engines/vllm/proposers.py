@@ -1,41 +1,34 @@
-"""Drafters that look tokens up, inside vLLM: loaded by it under the names of these classes."""
+"""Drafters that look tokens up, inside vLLM; it loads the class by its name."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
-from lit_specrl.drafting.drafters import Drafter, NGramDrafter
-from lit_specrl.drafting.history import HistoryReader, TextHistory
-from lit_specrl.drafting.ngram import PromptLookup
+from lit_specrl.drafting.drafters import LookUpDrafter, TokenReader
+from lit_specrl.drafting.history import RowHistory
 
 
-@dataclass(frozen=True)
-class Following:
-    """What a row may read on in, for `HistoryDrafter`."""
+class LookUpProposer:
+    """vLLM's interface of a custom proposer (`speculative_config` with `method="custom_class"`), for a `LookUpDrafter`.
 
-    history: TextHistory
-    own_text: int | None
-    """The row's own last response among the texts."""
-    prompt_length: int
-
-
-class LookUpProposer(ABC):
-    """vLLM's interface of a custom proposer (`speculative_config` with `method="custom_class"`).
+    N-grams come from here, too: vLLM's own are compiled by numba, which keeps vLLM 0.32 from starting a second engine in
+    the process.
 
     Args:
         vllm_config: of the engine.
     """
 
-    drafter: Drafter
-    """What it shall do; set before the first step."""
+    drafter: LookUpDrafter
+    """What proposes; set before the first step."""
     batch: Any
-    """vLLM's input batch, which knows the request behind each row; set before the first step."""
+    """vLLM's input batch, which knows the request of each row; set before the first step."""
 
     def __init__(self, vllm_config: Any) -> None:
         self.length: int = vllm_config.speculative_config.num_speculative_tokens
         """Tokens to propose; vLLM tells other proposers in each step, but not these."""
+        self._vocabulary_size: int = vllm_config.model_config.get_vocab_size()
+        self._histories: dict[str, RowHistory] = {}  # by the name that a request was added under
+        self._readers: dict[str, TokenReader] = {}  # by vLLM's name of a request
 
     def load_model(self, *arguments: Any, **options: Any) -> None:
         """Nothing to load."""
@@ -43,71 +36,39 @@ class LookUpProposer(ABC):
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, **options: Any
     ) -> list[list[int]]:
-        """Drafts for each row of the batch; empty for rows that are still prefilled or have nothing to go by.
+        """Drafts for each row of the batch; empty for rows that are still prefilled, or where nothing is found.
 
         Args:
-            sampled_token_ids: [N] ragged, what the step has emitted.
+            sampled_token_ids: [N] ragged, tokens that the step has emitted.
             num_tokens_no_spec: [N] tokens of prompt and response, with these.
             token_ids_cpu: [N, max_model_len] the tokens.
             options: more that vLLM hands over.
+
+        Raises:
+            ValueError: a token that the policy does not have.
         """
         return [
-            self.propose_for(self.batch.req_ids[row], token_ids_cpu[row, : num_tokens_no_spec[row]]) if emitted else []
+            self._propose_for(self.batch.req_ids[row], token_ids_cpu[row, : num_tokens_no_spec[row]]) if emitted else []
             for row, emitted in enumerate(sampled_token_ids)
         ]
 
-    @abstractmethod
-    def propose_for(self, request: str, token_ids: Any) -> list[int]:
-        """Up to `length` tokens that may follow.
+    def _propose_for(self, request: str, token_ids: Any) -> list[int]:
+        if request not in self._readers:
+            name, _, _ = request.rpartition("-")  # vLLM has appended a suffix of its own
+            self._readers[request] = self.drafter.reader(self._histories.get(name))
+        drafted = [int(token) for token in self._readers[request].propose(token_ids, self.length)[: self.length]]
+        unknown = [token for token in drafted if not 0 <= token < self._vocabulary_size]
+        if unknown:
+            raise ValueError(
+                f"{type(self.drafter).__name__} proposes token {unknown[0]}; token ids are 0 to {self._vocabulary_size - 1}"
+            )
+        return drafted
 
-        Args:
-            request: vLLM's name of the request.
-            token_ids: [T] its prompt and response.
-        """
+    def follow(self, request: str, history: RowHistory) -> None:
+        """Let the drafter read past responses beside a request."""
+        self._histories[request] = history
 
-    @abstractmethod
     def forget(self) -> None:
         """All requests have ended."""
-
-
-class NGramProposer(LookUpProposer):
-    """`NGramDrafter`. vLLM's own is compiled by numba, which keeps vLLM 0.32 from starting a second engine in the process."""
-
-    def __init__(self, vllm_config: Any) -> None:
-        super().__init__(vllm_config)
-        self._texts: dict[str, PromptLookup] = {}
-
-    def propose_for(self, request: str, token_ids: Any) -> list[int]:
-        text = self._texts.get(request)
-        if text is None:
-            assert isinstance(self.drafter, NGramDrafter)
-            text = self._texts[request] = PromptLookup(self.drafter.min_match, self.drafter.max_match)
-        text.extend(token_ids[len(text) :].tolist())
-        return text.propose(self.length)
-
-    def forget(self) -> None:
-        self._texts.clear()
-
-
-class HistoryProposer(LookUpProposer):
-    """`HistoryDrafter`."""
-
-    def __init__(self, vllm_config: Any) -> None:
-        super().__init__(vllm_config)
-        self._followers: dict[
-            str, tuple[HistoryReader, int]
-        ] = {}  # request -> (who reads beside it, length of its prompt)
-
-    def follow(self, request: str, following: Following) -> None:
-        """Read on in a history beside a request."""
-        self._followers[request] = HistoryReader(following.history, following.own_text), following.prompt_length
-
-    def propose_for(self, request: str, token_ids: Any) -> list[int]:
-        name, _, _ = request.rpartition("-")  # vLLM has appended a suffix of its own
-        if name not in self._followers:
-            return []
-        follower, prompt_length = self._followers[name]
-        return follower.propose(token_ids[prompt_length:], self.length)
-
-    def forget(self) -> None:
-        self._followers.clear()
+        self._histories.clear()
+        self._readers.clear()

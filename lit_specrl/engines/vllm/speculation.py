@@ -10,10 +10,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lit_specrl.drafting.drafters import Drafter
+from lit_specrl.drafting.drafters import Drafter, LookUpDrafter
+from lit_specrl.drafting.history import RowHistory
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
-from lit_specrl.engines.vllm.proposers import Following, LookUpProposer
+from lit_specrl.engines.vllm.proposers import LookUpProposer
 from lit_specrl.engines.vllm.sampler import CPUSampler, VerificationCounter
+from lit_specrl.engines.vllm.weights import repack_tied_head
 
 
 class Speculation:
@@ -36,6 +38,7 @@ class Speculation:
         self._has_gap = False  # the drafter lacks KV of tokens that the policy has
         self._dictated: int | None = None
         if isinstance(self._drafter, LookUpProposer):
+            assert isinstance(drafter, LookUpDrafter)
             self._drafter.drafter, self._drafter.batch = drafter, runner.input_batch
         self.longest = max(self._table)
         self.length = self._previous_length = self.longest
@@ -108,9 +111,9 @@ class Speculation:
         finally:
             self._dictated = None
 
-    def follow(self, request: str, following: Following) -> None:
-        """Let `HistoryDrafter` propose for a request."""
-        self._drafter.follow(request, following)
+    def follow(self, request: str, history: RowHistory) -> None:
+        """Let the drafter read past responses beside a request."""
+        self._drafter.follow(request, history)
 
     def forget(self) -> None:
         """All requests have ended; what vLLM keeps of their prompts may still lack the drafter's part."""
@@ -122,7 +125,15 @@ class Speculation:
         drafted, accepted = self._sampler.drafted, self._sampler.accepted
         self._sampler.drafted, self._sampler.accepted = [], []
         is_steady = self.length == self._previous_length
-        return DecodeStep(num_active, len(drafted), seconds, num_tokens, drafted, accepted, is_steady)
+        return DecodeStep(
+            num_active=num_active,
+            length=len(drafted),
+            seconds=seconds,
+            num_tokens=num_tokens,
+            drafted=drafted,
+            accepted=accepted,
+            is_steady=is_steady,
+        )
 
     def _propose_if_wanted(self, scheduler_output: Any, sampled_token_ids: Any, *arguments: Any) -> Any:
         num_rows = len(sampled_token_ids)
@@ -132,14 +143,3 @@ class Speculation:
             self._has_gap = self._has_weights
             return [[] for _ in range(num_rows)]
         return self._propose(scheduler_output, sampled_token_ids, *arguments)
-
-
-def repack_tied_head(model: Any) -> None:
-    """Rebuild the head's packed copy of a tied embedding.
-
-    On a CPU vLLM 0.32 multiplies with a copy of the head's weight that it packs when the head is loaded. A tied head is
-    never loaded, so after a reload it would go on with the previous weights: fluent text, from another policy.
-    """
-    head = getattr(model, "lm_head", None)
-    if head is not None and getattr(model.config, "tie_word_embeddings", False):
-        head.quant_method.process_weights_after_loading(head)

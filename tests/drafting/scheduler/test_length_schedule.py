@@ -43,7 +43,7 @@ def test_the_schedule_finds_the_same_from_timed_steps():
     schedule.acceptance().observe([10000] * 5, [round(10000 * chance) for chance in VLLM_ACCEPTED])
     schedule.profile(
         [
-            DecodeStep(batch, length, ms / 1000, num_tokens=batch)
+            DecodeStep(num_active=batch, length=length, seconds=ms / 1000, num_tokens=batch)
             for batch, row in VLLM_MS.items()
             for length, ms in zip((0, 1, 3, 5), row, strict=True)
             for _ in range(8)
@@ -80,7 +80,14 @@ class Engine:
         hits = (self.random.random((batch, length)) < self.conditional).cumprod(axis=1).sum(axis=0)
         seconds = self.seconds(batch, length) * np.exp(0.05 * self.random.standard_normal())
         seconds *= 10 if self.random.random() < 0.02 else 1
-        return DecodeStep(batch, length, float(seconds), batch + int(hits.sum()), [batch] * length, hits.tolist())
+        return DecodeStep(
+            num_active=batch,
+            length=length,
+            seconds=float(seconds),
+            num_tokens=batch + int(hits.sum()),
+            drafted=[batch] * length,
+            accepted=hits.tolist(),
+        )
 
 
 class Outcome:

@@ -1,0 +1,147 @@
+"""Starting and stopping vLLM in this process."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lit_specrl.checkpoints.locks import ProcessFolder
+from lit_specrl.drafting.drafters import Drafter, DraftModel
+from lit_specrl.engines.vllm.sampler import CPUSampler, VerificationCounter, score_tokens
+from lit_specrl.engines.vllm.speculation import Speculation
+from lit_specrl.engines.vllm.version import check_version
+
+# Read by vLLM when it is imported or started. The engine runs in this process, so that weights are handed over by reference.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise the trainer loses a thread and is pinned to vLLM's cores
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+_KEPT_ENGINES: list[Any] = []  # see `shutdown`
+
+
+def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = None, **options: Any) -> Any:
+    """Construct a `vllm.LLM` in this process, with empty weights.
+
+    Args:
+        model: hub name or folder; only its configuration is read.
+        cpu_kv_cache_gib: size of the key-value cache on a machine without GPU, in GiB.
+        drafter: proposes tokens; `None` for an engine that cannot speculate.
+        options: arguments of `vllm.LLM`, `max_num_seqs` among them.
+    """
+    check_version()
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    if drafter is not None:
+        # on GPUs the second generation of vLLM's model runner is another code path than the one tested
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(int(cpu_kv_cache_gib))
+    from vllm import LLM
+
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        # one engine per rank, in the ranks' process group; vLLM reads what torchrun would have set
+        options["distributed_executor_backend"] = "external_launcher"
+        os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
+        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+        if options.get("tensor_parallel_size", 1) > 1:
+            _leave_shared_memory_alone()
+    own_options: dict[str, Any] = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # sampling is decided by the request alone
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+        "enable_prefix_caching": True,
+    }
+    folder = _meeting_folder()
+    llm: Any = LLM(model=model, **(own_options | options | _speculative_options(drafter, options)))
+    llm.meeting_folder = folder
+    return llm
+
+
+def _meeting_folder() -> ProcessFolder:
+    """Where the workers of the next engine find each other; vLLM 0.32 takes the folder for temporary files and leaves a file there for ever."""
+    from vllm.v1.executor import uniproc_executor
+
+    folder, executor = ProcessFolder("engine"), cast(Any, uniproc_executor)
+    executor.get_file_store_init_method = lambda: f"file://{folder.name}/workers"
+    return folder
+
+
+def _leave_shared_memory_alone() -> None:
+    """Let the ranks of a CPU engine talk through the process group.
+
+    vLLM 0.32 takes shared memory, whose name is the same for all runs of a machine under an external launcher: none can start where one has left it behind.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    communicator: Any = CpuCommunicator
+    communicator._all_group_ranks_share_shm_group_name = lambda self: False
+
+
+def take_over_sampling(llm: Any, drafter: Drafter | None) -> Speculation | None:
+    """Let the engine sample as `CPUSampler` does, where it runs on a CPU.
+
+    Returns:
+        The control of its speculation, if there is a drafter.
+    """
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    sampler: CPUSampler | VerificationCounter
+    if runner.device.type == "cpu":
+        sampler = CPUSampler(runner, _draft_vocabulary(runner))
+        runner._sample = sampler.sample
+        runner.sampler.compute_logprobs, runner.sampler.gather_logprobs = (lambda logits: logits), score_tokens
+        if getattr(drafter, "sampled", False):
+            runner.drafter._sample_from_logits = sampler.sample_draft
+    elif drafter is not None:
+        runner.rejection_sampler = sampler = VerificationCounter(runner.rejection_sampler)
+    return None if drafter is None else Speculation(llm, runner, sampler, drafter)
+
+
+def _draft_vocabulary(runner: Any) -> Tensor | None:
+    """[V'] token ids that the drafter can draft, where they are ascending and not all."""
+    offsets = getattr(getattr(getattr(runner, "drafter", None), "model", None), "draft_id_to_target_id", None)
+    if offsets is None:
+        return None
+    token_ids = offsets.detach() + torch.arange(len(offsets), device=offsets.device)
+    return token_ids if bool((token_ids.diff() > 0).all()) else None
+
+
+def _speculative_options(drafter: Drafter | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    if drafter is None:
+        return {}
+    longest = drafter.num_speculative_tokens
+    # vLLM reads the speculation length from a table in each step, if it was given one; `Speculation` rewrites it
+    table = [(1, options["max_num_seqs"], longest)]
+    config: dict[str, Any] = {"num_speculative_tokens": longest, "num_speculative_tokens_per_batch_size": table}
+    from vllm.config.load import LoadConfig
+
+    config["draft_load_config"] = LoadConfig()  # the policy begins with empty weights, a drafter with its own
+    # vLLM 0.32 loads a draft model in the policy's way, whatever it is told
+    load_format = {"load_format": "auto"} if isinstance(drafter, DraftModel) else {}
+    return {"speculative_config": drafter.vllm_config() | config} | load_format
+
+
+def shutdown(llm: Any) -> None:
+    """Stop the engine and give its memory back.
+
+    When vLLM stops, or is collected, it destroys the process group. One of several ranks belongs to the trainer, which still needs
+    it: there the engine is kept until the process ends.
+    """
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        _KEPT_ENGINES.append(llm)
+        return
+    llm.llm_engine.engine_core.shutdown()
+    destroy_model_parallel()
+    destroy_distributed_environment()
+    llm.meeting_folder.cleanup()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
