@@ -81,7 +81,7 @@ def test_a_prompt_is_computed_once_for_its_drafts_and_no_logprob_is_lost_by_it(c
 
     def spied():
         outputs = step()
-        cached.extend(output.num_draft_tokens for output in outputs if output.finished)
+        cached.extend(output.num_cached_tokens for output in outputs if output.finished)
         return outputs
 
     monkeypatch.setattr(colocated.engine.llm.llm_engine, "step", spied)
