@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from tiny_models import SHAPE, save_model
+from training import with_many_stops, write_questions
 from transformers import LlamaConfig, Qwen3Config
 
 from lit_specrl.allocator import give_back_freed_memory
@@ -57,3 +58,15 @@ def make_qwen(tmp_path_factory):
 def tiny_qwen(make_qwen) -> str:
     """Folder of a two-layer Qwen3 with tied embeddings."""
     return make_qwen()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny_model, tmp_path_factory) -> str:
+    """Folder of the tiny model whose responses differ in length."""
+    return with_many_stops(tiny_model, tmp_path_factory.mktemp("stops") / "model")
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> str:
+    """The four questions, with 5 for all answers."""
+    return write_questions(tmp_path_factory.mktemp("questions") / "questions.jsonl")

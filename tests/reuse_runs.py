@@ -1,34 +1,17 @@
 """Short training runs whose prompts come back, and a plain account of what each step asked for and was given."""
 
-import json
-import shutil
 from functools import partial
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers import GenerationConfig
+from training import QUESTIONS, make_trainer, small_tokens, without_clock, write_questions
 
 from lit_specrl import GRPO, PromptDataModule
 from lit_specrl.callbacks import RolloutCallback
 
-QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
 GROUP, MAX_LENGTH = 4, 12
 STEPS = len(QUESTIONS) // 2  # an epoch, of two prompts each
 SGD = partial(torch.optim.SGD, lr=0.1)
 FROZEN = partial(torch.optim.SGD, lr=0.0)
-
-
-def with_many_stops(model, folder):
-    """A copy of the model with so many end-of-text tokens that responses differ in length."""
-    shutil.copytree(model, folder)
-    GenerationConfig(eos_token_id=list(range(2, 14))).save_pretrained(folder)
-    return str(folder)
-
-
-def small_tokens(completion_ids, **columns):
-    """Share of tokens below 64."""
-    return [sum(token < 64 for token in ids) / len(ids) for ids in completion_ids]
 
 
 def spread_but_why(prompts, completion_ids, **columns):
@@ -44,9 +27,8 @@ def grpo(model, rewards=(small_tokens,), **options):
 
 def questions(folder, texts=QUESTIONS, **options):
     """The texts as data, with 5 for all answers."""
-    path = folder / f"{len(list(folder.glob('*.jsonl')))}.jsonl"
-    path.write_text("".join(json.dumps({"question": text, "answer": "5"}) + "\n" for text in texts))
-    return PromptDataModule(str(path), **{"batch_size": 2, "max_prompt_length": 64, "shuffle": False} | options)
+    path = write_questions(folder / f"{len(list(folder.glob('*.jsonl')))}.jsonl", texts)
+    return PromptDataModule(path, **{"batch_size": 2, "max_prompt_length": 64, "shuffle": False} | options)
 
 
 class Trace(RolloutCallback):
@@ -74,14 +56,7 @@ class Trace(RolloutCallback):
     @property
     def learned(self):
         """The metrics without what the clock says."""
-        return [
-            {
-                name: value
-                for name, value in metrics.items()
-                if not name.startswith("timing_s/") and not name.endswith("_per_s")
-            }
-            for metrics in self.metrics
-        ]
+        return [without_clock(metrics) for metrics in self.metrics]
 
     def of_cache(self, name):
         """A metric of the cache in every step."""
@@ -107,25 +82,6 @@ def last_responses(trace, num_steps=None):
 def fit(module, data, *callbacks, ckpt_path=None, **options):
     """Train; returns what happened."""
     trace = Trace()
-    defaults = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-    }
     torch.manual_seed(0)  # of adapters
-    trainer = L.Trainer(callbacks=[*callbacks, trace], **defaults | options)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    make_trainer(*callbacks, trace, **options).fit(module, datamodule=data, ckpt_path=ckpt_path)
     return trace
-
-
-def weights_of(module):
-    return {name: weight.detach().clone() for name, weight in module.policy.state_dict().items()}
-
-
-def assert_identical(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

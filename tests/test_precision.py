@@ -71,7 +71,7 @@ def test_emulated_bfloat16_is_warned_of_with_its_factor(processor, monkeypatch, 
         ),
         pytest.raises(pytest.exit.Exception, match="loaded"),
     ):
-        make_trainer(tmp_path, *callbacks, **options).fit(module, datamodule=arithmetic())
+        make_trainer(*callbacks, default_root_dir=tmp_path, **options).fit(module, datamodule=arithmetic())
 
 
 @pytest.mark.parametrize(("instructions", "dtype"), [(["avx2"], "float32"), (["avx512_bf16"], "bfloat16")])
@@ -93,7 +93,7 @@ def test_a_run_is_warned_once(processor, monkeypatch, tiny_model, tmp_path, recw
     processor("avx2")
     factors = count(20)  # another text each time, for equal ones are shown once
     monkeypatch.setattr(precision, "bfloat16_slowdown", lambda device: next(factors))
-    make_trainer(tmp_path, RunPlan(), precision="bf16-mixed", limit_train_batches=0).fit(
+    make_trainer(RunPlan(), default_root_dir=tmp_path, precision="bf16-mixed", limit_train_batches=0).fit(
         grpo(tiny_model, max_completion_length=24), datamodule=arithmetic()
     )
     assert len([warning for warning in recwarn.list if "bf16 instructions" in str(warning.message)]) == 1

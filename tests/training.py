@@ -1,14 +1,18 @@
-"""Runs of a few steps on questions of arithmetic, and what they report."""
+"""Runs of a few steps on a CPU, and what they report."""
 
+import json
+import shutil
 from functools import partial
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import GenerationConfig
 
 from lit_specrl import GRPO, PromptDataModule
 from lit_specrl.data import ArithmeticSource
 
+QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
 PROMPTS_PER_EPOCH, BATCH_SIZE, GROUP = 8, 2, 4  # four steps an epoch
 
 
@@ -31,6 +35,32 @@ def arithmetic(**options):
     return PromptDataModule(**defaults | options)
 
 
+def small_tokens(completion_ids, **columns):
+    """Share of tokens below 64."""
+    return [sum(token < 64 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def with_many_stops(model, folder, end=14):
+    """A copy of the model with so many end-of-text tokens, from 2 up to `end`, that responses differ in length."""
+    shutil.copytree(model, folder)
+    GenerationConfig(eos_token_id=list(range(2, end))).save_pretrained(folder)
+    return str(folder)
+
+
+def write_questions(path, texts=QUESTIONS):
+    """The texts as a file, with 5 for all answers."""
+    path.write_text("".join(json.dumps({"question": text, "answer": "5"}) + "\n" for text in texts))
+    return str(path)
+
+
+def without_clock(metrics):
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not name.startswith("timing_s/") and not name.endswith("_per_s")
+    }
+
+
 class History(L.Callback):
     """What the run learned, without what the clock says."""
 
@@ -38,23 +68,29 @@ class History(L.Callback):
         self.steps, self.evaluations = {}, []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.steps[pl_module.step] = {
-            name: value
-            for name, value in pl_module.step_metrics.items()
-            if not name.startswith("timing_s/") and not name.endswith("_per_s")
-        } | {"uids": batch.uids}
+        self.steps[pl_module.step] = without_clock(pl_module.step_metrics) | {"uids": batch.uids}
 
     def on_validation_end(self, trainer, pl_module):
         self.evaluations.append((pl_module.step, pl_module.evaluation))
 
 
-def make_trainer(folder, *callbacks, **options):
+class EveryStep(L.Callback):
+    """Saves after each step, also where the policy was not updated."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"{pl_module.step}.ckpt")
+
+
+def make_trainer(*callbacks, **options):
+    """An epoch on the CPU that writes nothing but what its callbacks do."""
     defaults = {
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 1,
         "logger": False,
-        "default_root_dir": folder,
         "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -65,8 +101,8 @@ def make_trainer(folder, *callbacks, **options):
 
 
 def weights_of(module):
-    return {name: weight.clone() for name, weight in module.policy.state_dict().items()}
+    return {name: weight.detach().clone() for name, weight in module.policy.state_dict().items()}
 
 
 def assert_identical(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

@@ -25,13 +25,13 @@ Everything that is not an option of this command is one of `lit-specrl fit`."""
 def drafter_command(arguments: list[str]) -> None:
     """`lit-specrl drafter --config FILE --output FOLDER [options of the command and of fit]`."""
     options, fit_arguments = _parser().parse_known_args(arguments)
-    from lit_specrl.cli.main import run  # here, because the command line imports this file
+    from lit_specrl.cli.fit import train  # imports torch, which the help need not wait for
 
     configuration = pretraining_configuration(fit_configuration(fit_arguments), vars(options))
     with ProcessFolder("configuration") as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(configuration), "utf-8")
-        run(["fit", "--config", str(path)])
+        train(["fit", "--config", str(path)])
 
 
 def pretraining_configuration(configuration: Configuration, options: dict[str, Any]) -> Configuration:

@@ -23,9 +23,10 @@ from lit_specrl.algorithms.rlvr import RLVRModule  # noqa: E402
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
 from lit_specrl.checkpoints.integrity import naming  # noqa: E402
 from lit_specrl.cli.configuration_files import in_short  # noqa: E402
-from lit_specrl.cli.diagnosis import Failure, explain, explain_failure  # noqa: E402
+from lit_specrl.cli.diagnosis import explain  # noqa: E402
 from lit_specrl.cli.early_checks import check_settings  # noqa: E402
 from lit_specrl.cli.messages import ConfigurationError  # noqa: E402
+from lit_specrl.cli.refusals import Failure, explain_failure  # noqa: E402
 from lit_specrl.data import PromptDataModule  # noqa: E402
 from lit_specrl.precision import Trainer  # noqa: E402
 

@@ -19,14 +19,14 @@ Configuration = dict[str, Any]
 
 def fit_configuration(arguments: Sequence[str]) -> Configuration:
     """What `lit-specrl fit` makes of its arguments. Wrong ones end the program, with the message of `fit`."""
-    from lit_specrl.cli.main import run  # here, because the command line imports the benchmarks
+    from lit_specrl.cli.fit import train  # imports torch, which the help of a command need not wait for
 
     if not arguments:
         raise ConfigurationError("a configuration is missing; give one by --config, such as recipes/quickstart.yaml")
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
-            run(["fit", *arguments, "--print_config"])
+            train(["fit", *arguments, "--print_config"])
     except SystemExit as end:
         if end.code:
             raise

@@ -5,12 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from lit_specrl.cli.messages import ConfigurationError, told, wants_debug
-
-if TYPE_CHECKING:
-    from lit_specrl.cli.fit import LitSpecRLCLI
 
 _TRAINING = {
     "fit": "train a policy",
@@ -47,17 +43,6 @@ def main() -> None:
         _call(arguments)
 
 
-def run(arguments: list[str] | None = None) -> LitSpecRLCLI:
-    """Do what the command line of `fit`, `validate`, `test` or `predict` says.
-
-    Args:
-        arguments: command line without the program's name; by default that of the process.
-    """
-    from lit_specrl.cli.fit import train
-
-    return train(arguments)
-
-
 def _call(arguments: list[str]) -> None:
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
@@ -78,7 +63,9 @@ def _call(arguments: list[str]) -> None:
         drafter_command(arguments[1:])
     elif name in _TRAINING or name.startswith("-"):
         _check_files(arguments)
-        run(arguments)
+        from lit_specrl.cli.fit import train
+
+        train(arguments)
     else:
         similar = difflib.get_close_matches(name, _TRAINING | _OTHERS, 1)
         hint = f"did you mean {similar[0]}?" if similar else f"expected one of {', '.join(_TRAINING | _OTHERS)}"

@@ -19,6 +19,7 @@ DEBUG = "LIT_SPECRL_DEBUG"
 _MOST_LINES = 8  # of a message, without the user's own frames and the place of the traceback
 _WIDTH = 160  # characters
 _CONFIGURATION = ("ValueError", "TypeError", "ImportError", "ModuleNotFoundError", "MisconfigurationException")
+_PACKAGE = Path(__file__).parents[1]
 _TRAINING = "_run_stage"  # the function of Lightning behind all set-up
 
 
@@ -100,13 +101,13 @@ def _about_files(error: OSError) -> str:
 
 def _raised_in_library(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
 
 
 def own_frames(error: BaseException) -> list[str]:
     """Where the user's own code took part, innermost last: three lines at most."""
     installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    installed += [Path(__file__).parent, Path(sys.argv[0] or ".").absolute()]
+    installed += [_PACKAGE, Path(sys.argv[0] or ".").absolute()]
     found: list[str] = []
     for cause in _causes(error):
         for frame in traceback.extract_tb(cause.__traceback__):

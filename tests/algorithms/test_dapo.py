@@ -1,7 +1,6 @@
 """DAPO in a real Trainer: which prompts it trains on, and what of them."""
 
 import json
-import shutil
 from functools import partial
 
 import lightning as L
@@ -9,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig
+from training import EveryStep, make_trainer, weights_of, without_clock
 
 from lit_specrl import DAPO, GRPO, OverlongReward, PromptBatch, PromptDataModule
 from lit_specrl.callbacks import RolloutCallback
@@ -18,15 +17,6 @@ from lit_specrl.models.policy import Policy
 
 NUM_GENERATIONS, MAX_LENGTH = 4, 8
 SGD = partial(torch.optim.SGD, lr=0.1)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tiny_model, tmp_path_factory):
-    """The tiny model with so many end-of-text tokens that responses differ in length."""
-    folder = tmp_path_factory.mktemp("dapo") / "model"
-    shutil.copytree(tiny_model, folder)
-    GenerationConfig(eos_token_id=list(range(2, 14))).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -87,13 +77,7 @@ class Rounds(RolloutCallback):
         self.experiences.append((rollouts, experience))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.metrics.append(
-            {
-                name: value
-                for name, value in pl_module.step_metrics.items()
-                if not name.startswith("timing_s/") and not name.endswith("_per_s")
-            }
-        )
+        self.metrics.append(without_clock(pl_module.step_metrics))
 
 
 def numbers(rollouts):
@@ -103,21 +87,8 @@ def numbers(rollouts):
 def fit(module, data, *callbacks, ckpt_path=None, **options):
     """Train; returns what happened."""
     rounds = Rounds()
-    defaults = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = L.Trainer(callbacks=[rounds, *callbacks], **defaults | options)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    make_trainer(rounds, *callbacks, **options).fit(module, datamodule=data, ckpt_path=ckpt_path)
     return rounds
-
-
-def weights_of(module):
-    return {name: weight.detach().clone() for name, weight in module.policy.named_parameters()}
 
 
 # ---------------------------------------------------------------------------------------------------- dynamic sampling
@@ -223,14 +194,6 @@ def test_rewards_and_lengths_are_reported_of_everything_that_was_generated(model
     assert metrics["completions/min_length"] == min(lengths)
     assert metrics["completions/max_length"] == max(lengths)
     assert metrics["completions/clipped_ratio"] == pytest.approx(sum(truncated) / len(truncated))
-
-
-class EveryStep(L.Callback):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.save_checkpoint(self.folder / f"{pl_module.step}.ckpt")
 
 
 def test_resumed_run_equals_the_uninterrupted_one(model_folder, data, tmp_path):

@@ -1,14 +1,12 @@
 """Estimators, penalties and losses that `RLVRModule` can be set to, each against its formula row by row."""
 
 import copy
-import json
-import shutil
 from functools import partial
 
-import lightning as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from training import QUESTIONS, EveryStep, make_trainer, small_tokens
+from transformers import AutoModelForCausalLM
 
 from lit_specrl import GRPO, PromptDataModule, RLVRModule, SeparateCritic, SharedTrunkCritic
 from lit_specrl.callbacks import RolloutCallback
@@ -18,29 +16,7 @@ from lit_specrl.models.micro_batches import MicroBatch
 from lit_specrl.models.policy import Policy
 
 NUM_GENERATIONS, MAX_LENGTH = 3, 8
-QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
 SGD = torch.optim.SGD
-
-
-@pytest.fixture(scope="module")
-def model_folder(tiny_model, tmp_path_factory):
-    """The tiny model with so many end-of-text tokens that responses differ in length."""
-    folder = tmp_path_factory.mktemp("estimators") / "model"
-    shutil.copytree(tiny_model, folder)
-    GenerationConfig(eos_token_id=list(range(2, 14))).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("estimators") / "questions.jsonl"
-    path.write_text("".join(json.dumps({"question": question, "answer": "5"}) + "\n" for question in QUESTIONS))
-    return str(path)
-
-
-def small_tokens(completion_ids, **columns):
-    """Share of tokens below 64."""
-    return [sum(token < 64 for token in ids) / len(ids) for ids in completion_ids]
 
 
 class Spy(RolloutCallback):
@@ -77,17 +53,8 @@ def grpo(model_folder, **options):
 def fit(module, data_file, *callbacks, batch_size=len(QUESTIONS), ckpt_path=None, **options):
     """Train; returns what the spy saw."""
     spy = Spy()
-    defaults = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     data = PromptDataModule(data_file, batch_size=batch_size, max_prompt_length=128)
-    trainer = L.Trainer(callbacks=[spy, *callbacks], **defaults | options)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    make_trainer(spy, *callbacks, **options).fit(module, datamodule=data, ckpt_path=ckpt_path)
     return spy
 
 
@@ -260,14 +227,6 @@ def test_a_penalty_in_the_reward_is_not_in_the_loss_besides(model_folder, data_f
         changes.append(max(float((after - before).abs().max()) for after, before in pairs))
     assert changes[0] == 0
     assert changes[1] > 1e-3
-
-
-class EveryStep(L.Callback):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.save_checkpoint(self.folder / f"{pl_module.step}.ckpt")
 
 
 @pytest.mark.parametrize("kl_target", [1e-3, 10.0], ids=["above the target", "below"])

@@ -1,48 +1,25 @@
 """PPO in a real Trainer; its step against the formulas written down once more, row by row."""
 
 import copy
-import json
-import shutil
 from functools import partial
 
 import lightning as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from training import QUESTIONS, EveryStep, make_trainer, small_tokens
+from transformers import AutoModelForCausalLM
 
 from lit_specrl import PPO, PromptDataModule, SeparateCritic, SharedTrunkCritic
 from lit_specrl.callbacks import RolloutCallback
 
 NUM_GENERATIONS, MAX_LENGTH = 3, 8
-QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
 CRITICS = [SeparateCritic, SharedTrunkCritic]
 SGD = torch.optim.SGD
 
 
-@pytest.fixture(scope="module")
-def model_folder(tiny_model, tmp_path_factory):
-    """The tiny model with so many end-of-text tokens that responses differ in length."""
-    folder = tmp_path_factory.mktemp("ppo") / "model"
-    shutil.copytree(tiny_model, folder)
-    GenerationConfig(eos_token_id=list(range(2, 14))).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("ppo") / "questions.jsonl"
-    path.write_text("".join(json.dumps({"question": question, "answer": "5"}) + "\n" for question in QUESTIONS))
-    return str(path)
-
-
-def small_tokens(prompts, completion_ids, **columns):
-    """Share of tokens below 64."""
-    return [sum(token < 64 for token in ids) / len(ids) for ids in completion_ids]
-
-
 def small_tokens_but_why(prompts, completion_ids, **columns):
     """The same, for all questions but "Why?"."""
-    scores = small_tokens(prompts, completion_ids)
+    scores = small_tokens(completion_ids)
     return [None if "Why?" in prompt else score for prompt, score in zip(prompts, scores, strict=True)]
 
 
@@ -61,18 +38,6 @@ class Spy(RolloutCallback):
     def on_experience_end(self, trainer, pl_module, rollouts, experience):
         self.rollouts = rollouts
         self.start = Learner(copy.deepcopy(pl_module.policy), copy.deepcopy(pl_module.critic))
-
-
-def make_trainer(*callbacks, **options):
-    defaults = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return L.Trainer(callbacks=list(callbacks), **defaults | options)
 
 
 def ppo(model_folder, critic, rewards=(small_tokens,), **options):
@@ -382,16 +347,6 @@ def test_metrics_of_the_critic_are_there(model_folder, data_file):
         assert names <= set(module.step_metrics)
     assert {"timing_s/values", "timing_s/update_critic"} <= set(separate.step_metrics)
     assert not {"timing_s/values", "timing_s/update_critic"} & set(shared.step_metrics)
-
-
-class EveryStep(L.Callback):
-    """Saves after each step, also where the policy was not updated."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.save_checkpoint(self.folder / f"{pl_module.step}.ckpt")
 
 
 @pytest.mark.parametrize("critic_class", CRITICS)

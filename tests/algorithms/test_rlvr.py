@@ -38,7 +38,7 @@ def fit(tmp_path, tiny_model):
 
     def fit(module=None, data=None, callbacks=(), ckpt_path=None, **trainer_options):
         module, history = module or grpo(tiny_model), History()
-        trainer = make_trainer(tmp_path, *callbacks, history, **trainer_options)
+        trainer = make_trainer(*callbacks, history, default_root_dir=tmp_path, **trainer_options)
         trainer.fit(module, datamodule=data or arithmetic(), ckpt_path=ckpt_path)
         return module, history
 
@@ -368,7 +368,7 @@ def test_speculative_rollout_refuses_other_modules(tmp_path):
     with pytest.raises(
         MisconfigurationException, match="SpeculativeRollout works with an RLVRModule such as GRPO, got BoringModel"
     ):
-        make_trainer(tmp_path, SpeculativeRollout(TransformersEngine())).fit(BoringModel())
+        make_trainer(SpeculativeRollout(TransformersEngine()), default_root_dir=tmp_path).fit(BoringModel())
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -427,7 +427,7 @@ def test_minibatches_that_do_not_divide_the_batch_are_refused(fit, tiny_model):
 
 @pytest.mark.usefixtures("no_policy")
 def test_float16_is_refused(tiny_model, tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(default_root_dir=tmp_path)
     monkeypatch.setattr(type(trainer), "precision", "16-mixed")  # Lightning itself refuses it on a CPU
     with pytest.raises(MisconfigurationException, match=r"precision='16-mixed' scales the loss.*'32-true'"):
         trainer.fit(grpo(tiny_model), datamodule=arithmetic())

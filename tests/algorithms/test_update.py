@@ -1,43 +1,22 @@
 """What a training step does to the weights, against the formulas written down once more, row by row."""
 
 import copy
-import json
-import shutil
 
-import lightning as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from reuse_runs import spread_but_why
+from training import QUESTIONS, make_trainer, with_many_stops
+from transformers import AutoModelForCausalLM
 
 from lit_specrl import GRPO, PromptDataModule
 from lit_specrl.callbacks import RolloutCallback
 
 NUM_GENERATIONS, MAX_LENGTH = 3, 8
-QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
 
 
 @pytest.fixture(scope="module")
 def model_folder(tiny_model, tmp_path_factory):
-    """The tiny model with so many end-of-text tokens that responses differ in length."""
-    folder = tmp_path_factory.mktemp("update") / "model"
-    shutil.copytree(tiny_model, folder)
-    GenerationConfig(eos_token_id=list(range(2, 18))).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("update") / "questions.jsonl"
-    path.write_text("".join(json.dumps({"question": question, "answer": "5"}) + "\n" for question in QUESTIONS))
-    return str(path)
-
-
-def small_tokens(prompts, completion_ids, **columns):
-    """Share of tokens below 64; the same for all rows of the question "Why?", which then has no advantage."""
-    return [
-        0.5 if "Why?" in prompt else sum(token < 64 for token in ids) / len(ids)
-        for prompt, ids in zip(prompts, completion_ids, strict=True)
-    ]
+    return with_many_stops(tiny_model, tmp_path_factory.mktemp("update") / "model", end=18)
 
 
 class Spy(RolloutCallback):
@@ -58,23 +37,15 @@ def train(model_folder, data_file, lr, max_grad_norm=1e9, **settings):
     spy = Spy()
     module = GRPO(
         model_folder,
-        [small_tokens],
+        [spread_but_why],
         num_generations=NUM_GENERATIONS,
         max_completion_length=MAX_LENGTH,
         max_grad_norm=max_grad_norm,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
         **settings,
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        callbacks=[spy],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, datamodule=PromptDataModule(data_file, batch_size=len(QUESTIONS), max_prompt_length=128))
+    data = PromptDataModule(data_file, batch_size=len(QUESTIONS), max_prompt_length=128)
+    make_trainer(spy).fit(module, datamodule=data)
     return module, spy
 
 
@@ -94,7 +65,7 @@ def expected_updates(
     """Apply the updates of a step to `model`; returns the mean of their losses. GRPO, clipped at 0.2, row by row."""
     with torch.no_grad():
         old = all_logprobs(model, rollouts, temperature)  # also those of the reference: nothing was learned before
-    rewards = torch.tensor(rollouts.rewards["small_tokens"]).view(-1, NUM_GENERATIONS)
+    rewards = torch.tensor(rollouts.rewards["spread_but_why"]).view(-1, NUM_GENERATIONS)
     advantages = ((rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)).flatten()
     takes_part = [not (masked and truncated) for truncated in rollouts.truncated]
     size = rollouts.num_rows // num_minibatches

@@ -1,8 +1,9 @@
 import itertools
 import json
+from functools import partial
 
-import lightning as L
 import pytest
+import training
 
 from lit_specrl import GRPO, PromptDataModule
 from lit_specrl.data import FileSource
@@ -46,20 +47,4 @@ def module(tiny_model):
 @pytest.fixture
 def make_trainer(tmp_path):
     """A trainer on the CPU that logs every step."""
-
-    def make(*callbacks, **options):
-        defaults = {
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "logger": False,
-            "default_root_dir": tmp_path,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 0,
-        }
-        return L.Trainer(callbacks=list(callbacks), **(defaults | options))
-
-    return make
+    return partial(training.make_trainer, default_root_dir=tmp_path, limit_val_batches=0)

@@ -13,7 +13,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from reuse_runs import fit, grpo, questions, weights_of
+from reuse_runs import fit, grpo, questions
+from training import weights_of
 
 from lit_specrl.callbacks import DrafterDistillation, SpeculativeRollout
 from lit_specrl.drafting import Eagle3Drafter

@@ -4,7 +4,8 @@ import random
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from reuse_runs import fit, grpo, questions, with_many_stops
+from reuse_runs import fit, grpo, questions
+from training import with_many_stops
 
 from lit_specrl.callbacks import AdaptiveScheduler, SpeculativeRollout
 from lit_specrl.cli.export import export_checkpoint

@@ -13,7 +13,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from reuse_runs import STEPS, assert_identical, fit, grpo, questions, weights_of, with_many_stops
+from reuse_runs import STEPS, fit, grpo, questions
+from training import assert_identical, weights_of, with_many_stops
 
 from lit_specrl.callbacks import (
     AdaptiveScheduler,

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from reuse_runs import assert_identical, fit, grpo, questions
+from reuse_runs import fit, grpo, questions
+from training import assert_identical
 from transformers import AutoModelForCausalLM
 
 from lit_specrl.callbacks import DrafterDistillation, SpeculativeRollout

@@ -9,23 +9,8 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from reuse_runs import (
-    FROZEN,
-    GROUP,
-    SGD,
-    STEPS,
-    Trace,
-    assert_identical,
-    fit,
-    grpo,
-    last_responses,
-    questions,
-    rows_of,
-    small_tokens,
-    spread_but_why,
-    weights_of,
-    with_many_stops,
-)
+from reuse_runs import FROZEN, GROUP, SGD, STEPS, Trace, fit, grpo, last_responses, questions, rows_of, spread_but_why
+from training import assert_identical, small_tokens, weights_of, with_many_stops
 
 from lit_specrl import DAPO, GRPO, PPO, PromptDataModule, SeparateCritic, SharedTrunkCritic
 from lit_specrl.callbacks import PrefixCache, RolloutCallback, SpeculativeRollout
@@ -39,11 +24,6 @@ from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 EVERYTHING = math.inf  # a lenience
 NUM_ROWS = 2 * GROUP  # of a step
 SETTLED = [0.0] * STEPS + [1.0] * 2 * STEPS  # a fraction that is 1 from the second epoch on
-
-
-@pytest.fixture(scope="module")
-def model_folder(tiny_model, tmp_path_factory):
-    return with_many_stops(tiny_model, tmp_path_factory.mktemp("reuse") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from reuse_runs import (
-    GROUP,
-    MAX_LENGTH,
-    QUESTIONS,
-    STEPS,
-    fit,
-    grpo,
-    questions,
-    rows_of,
-    spread_but_why,
-    with_many_stops,
-)
+from reuse_runs import GROUP, MAX_LENGTH, STEPS, fit, grpo, questions, rows_of, spread_but_why
+from training import QUESTIONS, with_many_stops
 
 from lit_specrl import DAPO
 from lit_specrl.callbacks import PrefixCache, RolloutCallback, SpeculativeRollout

@@ -12,23 +12,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from reuse_runs import (
-    FROZEN,
-    GROUP,
-    MAX_LENGTH,
-    QUESTIONS,
-    STEPS,
-    assert_identical,
-    fit,
-    grpo,
-    last_responses,
-    questions,
-    rows_of,
-    small_tokens,
-    spread_but_why,
-    weights_of,
-    with_many_stops,
-)
+from reuse_runs import FROZEN, GROUP, MAX_LENGTH, STEPS, fit, grpo, last_responses, questions, rows_of, spread_but_why
+from training import QUESTIONS, assert_identical, small_tokens, weights_of
 
 from lit_specrl import DAPO, PPO, SeparateCritic
 from lit_specrl.callbacks import PrefixCache, RolloutCallback
@@ -40,11 +25,6 @@ from lit_specrl.rewards import MathReward, RewardFunction
 EVERYTHING = float("inf")  # a lenience
 ADAM = partial(torch.optim.AdamW, lr=3e-3)
 COMMON = {"num_generations": GROUP, "max_completion_length": MAX_LENGTH, "optimizer": ADAM}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tiny_model, tmp_path_factory):
-    return with_many_stops(tiny_model, tmp_path_factory.mktemp("resume") / "model")
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import reuse_runs
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from reuse_runs import STEPS, assert_identical, fit, questions, weights_of, with_many_stops
+from reuse_runs import STEPS, fit, questions
+from training import assert_identical, weights_of, with_many_stops
 
 from lit_specrl.callbacks import AdaptiveScheduler, PrefixCache, SpeculativeRollout
 from lit_specrl.callbacks.speculative_rollout import speculation_metrics
-from lit_specrl.cli.main import run as command_line
+from lit_specrl.cli.fit import train as command_line
 from lit_specrl.drafting import DraftModel, HistoryDrafter, NGramDrafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule
 from lit_specrl.engines import TransformersEngine, VLLMEngine

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_specrl.cli import main as cli
-from lit_specrl.cli.main import run
+from lit_specrl.cli.fit import train as run
 from lit_specrl.cli.messages import ConfigurationError
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 import torch
 from forked_ranks import Ranks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from reuse_runs import QUESTIONS, fit, grpo, questions
+from reuse_runs import fit, grpo, questions
+from training import QUESTIONS
 
 from lit_specrl.callbacks import AdaptiveScheduler, DrafterDistillation, PrefixCache, SpeculativeRollout
 from lit_specrl.drafting import Eagle3Drafter

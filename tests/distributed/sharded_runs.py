@@ -14,7 +14,8 @@ import torch
 from forked_ranks import Ranks
 from killed_while_training import learned
 from lightning.pytorch.callbacks import ModelCheckpoint
-from reuse_runs import GROUP, MAX_LENGTH, fit, grpo, questions, rows_of, small_tokens
+from reuse_runs import GROUP, MAX_LENGTH, fit, grpo, questions, rows_of
+from training import small_tokens
 
 from lit_specrl import DAPO, PPO, SeparateCritic
 from lit_specrl.callbacks import PrefixCache, SpeculativeRollout

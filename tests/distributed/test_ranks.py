@@ -4,7 +4,6 @@ Run as a script, this file is what the two processes do.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed as dist
-from transformers import GenerationConfig
+from training import QUESTIONS, make_trainer, with_many_stops
 
 from lit_specrl import DAPO, GRPO, PPO, PromptDataModule, SeparateCritic
 from lit_specrl.callbacks import PrefixCache
@@ -30,7 +29,6 @@ from lit_specrl.distributed.collectives import (
 )
 from lit_specrl.models.policy import Policy
 
-QUESTIONS = ["Hi", "What is 2 + 3?", "Why?", "Name a colour of the sky, please."]
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
@@ -112,17 +110,8 @@ class History(L.Callback):
 def train(name, model, questions=QUESTIONS, **trainer_options):
     """A run whose every step sees all questions; returns the weights and what the steps reported."""
     history = History()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=NUM_STEPS[name],
-        logger=False,
-        callbacks=[history, *([PrefixCache(1.5)] if "cached" in name else [])],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **trainer_options,
-    )
+    callbacks = [history, *([PrefixCache(1.5)] if "cached" in name else [])]
+    trainer = make_trainer(*callbacks, max_epochs=NUM_STEPS[name], **trainer_options)
     module = RUNS[name](model)
     validation = Questions(QUESTIONS[:3])
     data = PromptDataModule(
@@ -174,18 +163,18 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def model_folder(tiny_model, tmp_path_factory):
-    """The tiny model with so many end-of-text tokens that responses differ in length."""
-    folder = tmp_path_factory.mktemp("ranks") / "model"
-    shutil.copytree(tiny_model, folder)
-    GenerationConfig(eos_token_id=list(range(2, 18))).save_pretrained(folder)
-    return str(folder)
+    return with_many_stops(tiny_model, tmp_path_factory.mktemp("ranks") / "model", end=18)
 
 
 @pytest.fixture(scope="module")
 def both_ranks(model_folder, tmp_path_factory):
     """What each of two processes found, `RUNS` one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
+    }
     command = [sys.executable, "-X", "faulthandler", __file__, model_folder, str(folder)]
     subprocess.run(command, env=environment, check=True, timeout=240, cwd=folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]

@@ -145,7 +145,7 @@ def saved(kind, name, folder):
 def test_it_trains_on_the_logprobs_that_it_samples_with(kind, name, tmp_path):
     """Prompts of unequal length, several rows a prompt, responses that end at different tokens."""
     module, history = grpo(saved(kind, name, tmp_path / "model"), max_completion_length=24), History()
-    make_trainer(tmp_path, history, limit_train_batches=2).fit(module, datamodule=arithmetic())
+    make_trainer(history, default_root_dir=tmp_path, limit_train_batches=2).fit(module, datamodule=arithmetic())
     assert module.policy_version == 2
     for metrics in history.steps.values():
         assert metrics["sampling/sampling_logp_difference/max"] < 1e-3
@@ -159,6 +159,6 @@ def test_a_critic_whose_cache_cannot_be_repeated_reads_whole_rows(tiny_model, tm
         max_completion_length=24,
         critic=critic,
     )
-    make_trainer(tmp_path, limit_train_batches=1).fit(module, datamodule=arithmetic())
+    make_trainer(default_root_dir=tmp_path, limit_train_batches=1).fit(module, datamodule=arithmetic())
     assert module.policy.can_share_prompts
     assert module.policy_version == 1
