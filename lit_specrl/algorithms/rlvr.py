@@ -513,6 +513,11 @@ class RLVRModule(L.LightningModule):
         self.worker.engine = engine
 
     @property
+    def rewards(self) -> RewardSet:
+        """What is rewarded."""
+        return self.worker.rewards
+
+    @property
     def tokenizer(self) -> Any:
         """Tokenizer of the policy."""
         return self.worker.tokenizer

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
+
+from lit_specrl.checkpoints.atomic_files import replace_atomically
 
 
 class CompletionWriter(BasePredictionWriter):
@@ -39,4 +40,4 @@ class CompletionWriter(BasePredictionWriter):
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        os.replace(self._partial, self._target)
+        replace_atomically(self._partial, self._target)

@@ -302,7 +302,7 @@ class PrefixCache(RolloutCallback):
         checkpoint["prefix_cache"] = self._files.save(trainer, self.store, self._identity(module), module.step) | {
             "model": module.model_name,
             "max_completion_length": module.sampling.max_completion_length,
-            "rewards": module.worker.rewards.identity(),
+            "rewards": module.rewards.identity(),
             "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
             "block_length": self._block_length,
         }
@@ -332,7 +332,7 @@ class PrefixCache(RolloutCallback):
             range(state["world_size"]) if self._other_ranks_included else None,
         )
         self.store = RolloutStore.merge(stores, self.store.max_bytes)
-        has_other_rewards = state.get("rewards") != module.worker.rewards.identity()
+        has_other_rewards = state.get("rewards") != module.rewards.identity()
         if has_other_rewards:
             rank_zero_info(
                 "the rewards, or their settings, are not those of the checkpoint: kept responses are scored again when they "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import lightning as L
 
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
+from lit_specrl.checkpoints.atomic_files import atomic_file
 from lit_specrl.experience import Experience
 from lit_specrl.types import Rollouts
 
@@ -45,16 +45,17 @@ class RolloutRecorder(RolloutCallback):
         self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
     ) -> None:
         path = self.folder / f"step-{pl_module.step:08d}{self._rank}.{self.file_format}"
-        partial = path.with_name(path.name + ".partial")
         records = rollout_records(rollouts, experience, pl_module.step)
-        if self.file_format == "jsonl":
-            partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
-        else:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+        with atomic_file(path) as partial:
+            if self.file_format == "jsonl":
+                partial.write_text(
+                    "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8"
+                )
+            else:
+                import pyarrow as pa
+                import pyarrow.parquet as pq
 
-            pq.write_table(pa.Table.from_pylist(records), partial)
-        os.replace(partial, path)
+                pq.write_table(pa.Table.from_pylist(records), partial)
         self._delete_oldest()
 
     def _delete_oldest(self) -> None:

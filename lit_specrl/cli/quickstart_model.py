@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lit_specrl.checkpoints.atomic_files import partial_folder
+from lit_specrl.checkpoints.atomic_files import partial_folder, replace_atomically
 
 
 def default_folder() -> Path:
@@ -42,11 +42,8 @@ def convert_embedded_model(folder: Path | None = None) -> Path:
     gguf_file = next(Path(spec.origin).parent.glob("*.gguf"))
     with partial_folder(folder) as partial:
         _convert(gguf_file, partial / folder.name)
-        try:
-            (partial / folder.name).rename(folder)
-        except OSError:
-            if not (folder / "config.json").exists():  # otherwise another process was faster
-                raise
+        if not (folder / "config.json").exists():  # otherwise another process was faster, and its files may be in use
+            replace_atomically(partial / folder.name, folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Drafters as networks that can be trained on what the policy says about its responses."""
+"""Drafters as networks that can be trained on the policy's outputs."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ class DraftNetwork(ABC):
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor], vocabulary: Tensor | None) -> None:
-        """Take over what `weights` gave once.
+        """Load what `weights` has returned.
 
         Args:
             weights: by name, on any device.
-            vocabulary: [V'] of the drafter that they are of.
+            vocabulary: [V'] of the drafter that they belong to.
 
         Raises:
             ValueError: they are of another drafter.
@@ -178,7 +178,8 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _places(samples: Sequence[DistillationSample], first: int) -> tuple[Tensor, Tensor]:
-    """DistillationSample and place of all response tokens from the place `first` on."""
-    rows = [row for row, sample in enumerate(samples) for _ in range(first, sample.num_response_tokens)]
-    places = [place for sample in samples for place in range(first, sample.num_response_tokens)]
-    return torch.tensor(rows, dtype=torch.long), torch.tensor(places, dtype=torch.long)
+    """Row among the samples [T], and place [T], of all response tokens from the place `first` on."""
+    counts = torch.tensor([max(0, sample.num_response_tokens - first) for sample in samples], dtype=torch.long)
+    rows = torch.arange(len(counts)).repeat_interleave(counts)  # [T]
+    starts = counts.cumsum(0) - counts
+    return rows, torch.arange(len(rows)) - starts[rows] + first

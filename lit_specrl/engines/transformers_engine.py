@@ -21,8 +21,8 @@ _COMPACT_BELOW = 0.75  # drop finished rows from the cache when fewer than this 
 class TransformersEngine(RolloutEngine):
     """Batched sampling with the training model and a key-value cache.
 
-    Slower than vLLM and free of its start-up, its memory and its kernels: sampled log-probs differ from the policy's only by the rounding
-    of incremental decoding.
+    Slower than vLLM, but without its start-up, its memory and its kernels: sampled log-probs differ from the policy's only
+    by the rounding of incremental decoding.
 
     Args:
         max_rows: most responses decoded at once; further rows wait. Bounds the key-value cache.
@@ -56,38 +56,32 @@ class TransformersEngine(RolloutEngine):
         assert self.policy is not None
         model, device, sampling = self.policy.model, self.policy.device, request.sampling
         stop_token_ids = torch.tensor(sorted(self.stop_token_ids), dtype=torch.long, device=device)
-        responses = [Continuation() for _ in rows]
-        uniforms = row_uniforms(
-            [request.seeds[row] for row in rows], sampling.max_completion_length, "sampling"
-        )  # [n, R]
-        budgets = torch.tensor([sampling.max_completion_length - len(request.prefix(row)) for row in rows])  # [n]
+        seeds = [request.seeds[row] for row in rows]
+        uniforms = row_uniforms(seeds, sampling.max_completion_length, "sampling").to(device)  # [n, R]
+        rooms = [sampling.max_completion_length - len(request.prefix(row)) for row in rows]
+        budgets = torch.tensor(rooms, device=device)  # [n]
         logits, cache, mask = self._prefill(request, rows)  # [n, V], n rows of keys and values, [n, L]
         positions = mask.long().sum(-1)  # [n]
         slots = torch.arange(len(rows), device=device)  # response that each cache row belongs to
         active = torch.ones_like(slots, dtype=torch.bool)
-        budgets = budgets.to(device)
+        responses = _Responses(len(rows), max(rooms), device, meter)
+        interval = _steps_between_checks(device)
 
-        for step in range(int(budgets.max())):
-            tokens, logprobs = _sample(logits.float(), uniforms[slots.cpu(), step].to(device), sampling)  # [n], [n]
-            stopped = torch.isin(tokens, stop_token_ids)
-            for slot, token, logprob, is_active in zip(
-                slots.tolist(), tokens.tolist(), logprobs.tolist(), active.tolist(), strict=True
-            ):
-                if is_active:
-                    responses[slot].token_ids.append(token)
-                    responses[slot].logprobs.append(logprob)
-            for slot in slots[active & stopped].tolist():
-                responses[slot].finish_reason = "stop"
-            ended = stopped | (budgets[slots] == step + 1)
-            meter.advance(int(active.sum()), int((active & ended).sum()))
-            active &= ~ended
-            if not active.any():
-                break
-            if self.policy.keeps_cache_by_row and active.float().mean() < _COMPACT_BELOW:
-                keep = active.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
-                slots, tokens, mask, positions = slots[keep], tokens[keep], mask[keep], positions[keep]
-                active = torch.ones_like(slots, dtype=torch.bool)
+        for step in range(max(rooms)):
+            tokens, logprobs = _sample(logits.float(), uniforms[slots, step], sampling)  # [n], [n]
+            stopped = active & torch.isin(tokens, stop_token_ids)
+            responses.write(step, slots, active, tokens, logprobs, stopped)
+            active = active & ~stopped & (budgets[slots] > step + 1)
+            if (step + 1) % interval == 0 or step + 1 == max(rooms):
+                num_active = int(active.sum())
+                responses.report(num_active)
+                if num_active == 0:
+                    break
+                if self.policy.keeps_cache_by_row and num_active < _COMPACT_BELOW * len(active):
+                    keep = active.nonzero().squeeze(-1)
+                    cache.batch_select_indices(keep)
+                    slots, tokens, mask, positions = slots[keep], tokens[keep], mask[keep], positions[keep]
+                    active = torch.ones_like(slots, dtype=torch.bool)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # [n, P + step + 1]
             logits = model(
                 input_ids=tokens[:, None],
@@ -97,14 +91,14 @@ class TransformersEngine(RolloutEngine):
                 use_cache=True,
             ).logits[:, -1]
             positions = positions + 1
-        return responses
+        return responses.read()
 
     def _prefill(self, request: RolloutRequest, rows: list[int]) -> tuple[Tensor, Any, Tensor]:
-        """Logits of the first token to sample, keys and values of prompt and prefix, and which of them are real.
+        """Logits of the first token to sample, keys and values of prompt and prefix, and the mask of those that are real.
 
-        Each prompt is computed once for all of its rows, unless there are prefixes, or the model's cache cannot be repeated. Then every
-        row is computed by itself: padding between prompt and continuation would take up the window of models that attend to the last
-        tokens only.
+        Each prompt is computed once for all of its rows, unless there are prefixes, or the model's cache cannot be
+        repeated. Then every row is computed by itself: padding between prompt and continuation would take up the window of
+        models that attend to the last tokens only.
         """
         assert self.policy is not None
         owners = [request.prompt_index(row) for row in rows]
@@ -131,6 +125,51 @@ class TransformersEngine(RolloutEngine):
         if spread != list(range(len(beginnings))):
             cache.batch_select_indices(index)
         return prefill.logits[index, -1], cache, mask[index]
+
+
+class _Responses:
+    """Sampled tokens of n rows on the device, where they stay until all rows have ended.
+
+    Args:
+        num_rows: n.
+        length: most tokens of a row, R.
+        device: of the policy.
+        meter: counts tokens and finished rows.
+    """
+
+    def __init__(self, num_rows: int, length: int, device: torch.device, meter: ProgressMeter) -> None:
+        self._token_ids = torch.zeros(num_rows, length, dtype=torch.long, device=device)
+        self._logprobs = torch.zeros(num_rows, length, device=device)
+        self._lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self._stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._meter, self._num_reported, self._num_active = meter, 0, num_rows
+
+    def write(
+        self, step: int, slots: Tensor, active: Tensor, tokens: Tensor, logprobs: Tensor, stopped: Tensor
+    ) -> None:
+        """Enter the tokens [m] of a step, for the rows `slots` [m]; those that are not `active` have ended before."""
+        self._token_ids[slots, step], self._logprobs[slots, step] = tokens, logprobs
+        self._lengths[slots] += active.long()
+        self._stopped[slots] |= stopped
+
+    def report(self, num_active: int) -> None:
+        """Count the tokens, and the rows that have ended, since the last report; `num_active` rows go on."""
+        num_tokens = int(self._lengths.sum())
+        self._meter.advance(num_tokens - self._num_reported, self._num_active - num_active)
+        self._num_reported, self._num_active = num_tokens, num_active
+
+    def read(self) -> list[Continuation]:
+        """All rows, on the host."""
+        columns = self._token_ids.tolist(), self._logprobs.tolist(), self._lengths.tolist(), self._stopped.tolist()
+        return [
+            Continuation(token_ids[:length], logprobs[:length], "stop" if stopped else "length")
+            for token_ids, logprobs, length, stopped in zip(*columns, strict=True)
+        ]
+
+
+def _steps_between_checks(device: torch.device) -> int:
+    """Steps after which the host looks which rows have ended; on a GPU it waits for the device each time."""
+    return 1 if device.type == "cpu" else 16
 
 
 def _sample(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:

@@ -59,10 +59,9 @@ class ReuseRound:
             self.target_logprobs = dict(zip(self._rows, scored, strict=True))
             target_logprobs, _ = _padded([logprobs.numpy() for logprobs in scored])
         lengths = self._accepted(torch.arange(len(self._rows)), target_logprobs).tolist()
-        kept = dict(zip(self._rows, zip(self._ids, lengths, strict=True), strict=True))
-        self.request.prefixes = [
-            kept[row][0][: kept[row][1]] if row in kept else [] for row in range(self.request.num_rows)
-        ]
+        self.request.prefixes = [[] for _ in range(self.request.num_rows)]
+        for row, token_ids, length in zip(self._rows, self._ids, lengths, strict=True):
+            self.request.prefixes[row] = token_ids[:length]
 
     def verify_in_engine(self, block_length: int) -> None:
         """Let the engine verify, so many tokens of a draft at a time, and go on with each row as soon as it is verified."""

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from training import EveryStep, make_trainer, weights_of, without_clock
 
-from lit_specrl import DAPO, GRPO, OverlongReward, PromptBatch, PromptDataModule
+from lit_specrl import DAPO, GRPO, DynamicSampling, OverlongReward, PromptBatch, PromptDataModule
 from lit_specrl.callbacks import RolloutCallback
 from lit_specrl.losses import LOSS_TYPES
 from lit_specrl.models.policy import Policy
@@ -100,7 +100,7 @@ def test_groups_without_spread_are_replaced_by_the_prompts_that_come_next(model_
     Step 2 finds all it needs. Step 3 lacks one of four, draws two, and both are useful. Step 4 runs out of rounds.
     """
     prompts = data("+--+-++-+++++++-++-----+--+---++", batch_size=4)
-    rounds = fit(dapo(model_folder, max_generation_rounds=3), prompts, limit_train_batches=4)
+    rounds = fit(dapo(model_folder, dynamic_sampling=DynamicSampling(max_rounds=3)), prompts, limit_train_batches=4)
     assert rounds.generated == [
         [[0, 1, 2, 3], [4, 5, 6, 7]],
         [[8, 9, 10, 11]],
@@ -137,7 +137,7 @@ def test_rows_of_a_round_stay_with_their_prompts(model_folder, data):
 
 @pytest.mark.parametrize("max_generation_rounds", [1, 3])
 def test_rounds_end_where_no_prompt_is_useful_and_nothing_is_learned(model_folder, data, max_generation_rounds):
-    module = dapo(model_folder, max_generation_rounds=max_generation_rounds, beta=0.1)
+    module = dapo(model_folder, dynamic_sampling=DynamicSampling(max_rounds=max_generation_rounds), beta=0.1)
     rounds = fit(module, data("-" * 8, batch_size=2), limit_train_batches=1)
     assert len(rounds.generated[0]) == max_generation_rounds
     assert rounds.trained == [[0, 1]]
@@ -155,7 +155,7 @@ def test_groups_that_stay_without_spread_do_not_dilute_the_gradient(model_folder
         "num_iterations": 2,
         "optimizer": partial(torch.optim.SGD, lr=0.01),
     }
-    filled = dapo(model_folder, (small_tokens,), max_generation_rounds=1, **options)
+    filled = dapo(model_folder, (small_tokens,), dynamic_sampling=DynamicSampling(max_rounds=1), **options)
     rounds = fit(filled, data("+--+", batch_size=4))
     assert rounds.trained == [[0, 1, 2, 3]]
     alone = GRPO(
@@ -227,8 +227,8 @@ def test_a_loader_that_cannot_draw_is_refused(model_folder):
 def test_dynamic_sampling_of_single_rows_is_refused():
     with pytest.raises(ValueError, match="compares the rollouts of a prompt, got num_generations=1"):
         dapo("no model is loaded", num_generations=1)
-    with pytest.raises(ValueError, match="max_generation_rounds must be at least 1, got 0"):
-        dapo("no model is loaded", max_generation_rounds=0)
+    with pytest.raises(ValueError, match="max_rounds must be at least 1, got 0"):
+        dapo("no model is loaded", dynamic_sampling=DynamicSampling(max_rounds=0))
 
 
 # ----------------------------------------------------------------------------------------------------- overlong, clips
@@ -272,13 +272,13 @@ def test_defaults_are_those_of_the_paper():
     module = DAPO("no model is loaded", [alternating])
     loss = module.objective.policy_loss
     assert (loss.epsilon, loss.epsilon_high) == (0.2, 0.28)
-    assert (module.aggregation, module.dynamic_sampling, module.kl_coefficient.value) == ("token", True, 0.0)
+    assert (loss.aggregation, module.dynamic_sampling, module.kl_coefficient.value) == ("token", DynamicSampling(), 0.0)
     assert not module.mask_truncated_completions
     assert DAPO("no model is loaded", [alternating], epsilon_high=0.4).objective.policy_loss.epsilon_high == 0.4
 
 
 def test_truncated_rows_are_masked_besides_groups_without_spread(model_folder, data):
-    module = dapo(model_folder, mask_truncated_completions=True, max_generation_rounds=1)
+    module = dapo(model_folder, mask_truncated_completions=True, dynamic_sampling=DynamicSampling(max_rounds=1))
     rounds = fit(module, data("+-+-", batch_size=4))
     rollouts, experience = rounds.experiences[0]
     useful = [number % 2 == 0 for number in numbers(rollouts) for _ in range(NUM_GENERATIONS)]

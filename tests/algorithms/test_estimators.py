@@ -8,7 +8,7 @@ import torch
 from training import QUESTIONS, EveryStep, make_trainer, small_tokens
 from transformers import AutoModelForCausalLM
 
-from lit_specrl import GRPO, PromptDataModule, RLVRModule, SeparateCritic, SharedTrunkCritic
+from lit_specrl import GAE, GRPO, KLPenalty, PromptDataModule, RLVRModule, SeparateCritic, SharedTrunkCritic
 from lit_specrl.callbacks import RolloutCallback
 from lit_specrl.data.order import even_chunks
 from lit_specrl.losses import LOSS_TYPES, KLCoefficient, PolicyLoss
@@ -133,7 +133,7 @@ ESTIMATORS = {
 def test_a_step_follows_the_formula_of_the_estimator(model_folder, data_file, case, beta, kl_estimator):
     """On-policy, so that the ratios are 1. The penalty is beta times the sum over the row, before groups are compared."""
     options, advantages_of = ESTIMATORS[case]
-    module = grpo(model_folder, beta=beta, kl_in_reward=True, kl_estimator=kl_estimator, **options)
+    module = grpo(model_folder, beta=beta, kl=KLPenalty(kl_estimator, in_reward=True), **options)
     spy = fit(module, data_file)
     reference, model = AutoModelForCausalLM.from_pretrained(model_folder), copy.deepcopy(spy.starts[0])
     with torch.no_grad():
@@ -162,20 +162,17 @@ def test_a_step_follows_the_formula_of_the_estimator(model_folder, data_file, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"advantage_estimator": "ppo"}, "advantage_estimator must be 'grpo', 'rloo' or 'gae', got 'ppo'"),
+        (
+            {"advantage_estimator": "ppo"},
+            "advantage_estimator must be 'grpo', 'rloo', 'gae' or an AdvantageEstimator by class_path, got 'ppo'",
+        ),
         ({"advantage_estimator": "gae"}, r"'gae' needs a critic; 'gae' goes with critic=SeparateCritic\(\)"),
         ({"critic": SeparateCritic()}, "'grpo' does not use its critic; 'gae' goes with critic=.* and 'rloo' without"),
         (
             {"advantage_estimator": "rloo", "scale_rewards": "none", "critic": SharedTrunkCritic()},
             "'rloo' does not use its critic",
         ),
-        ({"gamma": 0.9}, r"gamma=0.9 and gae_lambda=1.0 are of 'gae' and would be ignored by 'grpo'"),
-        ({"gae_lambda": 0.9}, r"gamma=1.0 and gae_lambda=0.9 are of 'gae' and would be ignored by 'grpo'"),
-        ({"advantage_estimator": "gae", "critic": SeparateCritic(), "gamma": 1.1}, r"gamma must lie in \[0, 1\], got"),
-        (
-            {"advantage_estimator": "gae", "critic": SeparateCritic(), "gae_lambda": -0.1},
-            r"gae_lambda must lie in \[0, 1\], got -0.1",
-        ),
+        ({"advantage_estimator": GAE()}, r"advantage_estimator=GAE needs a critic"),
         (
             {"num_generations": 1},
             "'grpo' compares the rollouts .*, got num_generations=1; use at least 2, or 'gae' with",
@@ -186,9 +183,8 @@ def test_a_step_follows_the_formula_of_the_estimator(model_folder, data_file, ca
         ),
         ({"advantage_estimator": "rloo"}, "'rloo' takes scale_rewards='none' or 'batch', got 'group'"),
         ({"scale_rewards": "row"}, "scale_rewards must be 'group', 'batch' or 'none', got 'row'"),
-        ({"kl_target": 0.1, "beta": 0.1}, "kl_target=0.1 adapts a penalty in the reward; set kl_in_reward=True"),
-        ({"kl_target": 0.1, "kl_in_reward": True}, "kl_target=0.1 needs a positive beta to begin with, got 0"),
-        ({"kl_target": -1.0, "kl_in_reward": True, "beta": 0.1}, "kl_target must be positive, got -1.0"),
+        ({"kl": KLPenalty(in_reward=True, target=0.1)}, "the KL target 0.1 needs a positive beta to begin with, got 0"),
+        ({"kl": KLPenalty(in_reward=True, target=-1.0), "beta": 0.1}, "the KL target must be positive, got -1.0"),
         ({"delta": 2.0, "clip_ratio_c": 3.0}, "delta and clip_ratio_c both bound the loss of negative advantages"),
         ({"loss_type": "cispo"}, "surrogate='cispo' needs epsilon_high"),
     ],
@@ -198,6 +194,20 @@ def test_settings_that_do_not_go_together_are_refused(options, message):
         grpo("no model is loaded", **options)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(GAE, gamma=1.1), r"gamma must lie in \[0, 1\], got 1.1"),
+        (partial(GAE, lam=-0.1), r"lam must lie in \[0, 1\], got -0.1"),
+        (partial(KLPenalty, target=0.1), "target=0.1 adapts a KL penalty in the reward; set in_reward=True"),
+        (partial(KLPenalty, "k9"), "the KL estimator must be one of k1, .*, got 'k9'"),
+    ],
+)
+def test_a_part_refuses_what_it_cannot_do(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 # ------------------------------------------------------------------------------------------------------------- penalty
 
 
@@ -205,10 +215,10 @@ def test_a_penalty_without_weight_loads_no_reference_and_costs_no_pass(model_fol
     built = []
     build = Policy.build
     monkeypatch.setattr(Policy, "build", lambda *inputs, **options: built.append(inputs) or build(*inputs, **options))
-    spy = fit(grpo(model_folder, kl_in_reward=True), data_file)
+    spy = fit(grpo(model_folder, kl=KLPenalty(in_reward=True)), data_file)
     assert len(built) == 1
     assert not {"timing_s/ref", "timing_s/old_log_prob", "kl", "actor/reward_kl_penalty"} & set(spy.metrics[0])
-    fit(grpo(model_folder, kl_in_reward=True, beta=0.1), data_file)
+    fit(grpo(model_folder, kl=KLPenalty(in_reward=True), beta=0.1), data_file)
     assert len(built) == 3
 
 
@@ -221,7 +231,7 @@ def test_a_penalty_in_the_reward_is_not_in_the_loss_besides(model_folder, data_f
 
     changes = []
     for kl_in_reward in (True, False):
-        module = grpo(model_folder, beta=0.5, kl_in_reward=kl_in_reward)
+        module = grpo(model_folder, beta=0.5, kl=KLPenalty(in_reward=kl_in_reward))
         spy = fit(module, data_file, NoAdvantages())
         pairs = zip(module.policy.model.parameters(), spy.starts[0].parameters(), strict=True)
         changes.append(max(float((after - before).abs().max()) for after, before in pairs))
@@ -234,7 +244,7 @@ def test_the_weight_of_the_penalty_follows_its_target_and_survives_a_checkpoint(
     model_folder, data_file, tmp_path, kl_target
 ):
     def module():
-        return grpo(model_folder, beta=0.2, kl_in_reward=True, kl_target=kl_target, kl_horizon=60)
+        return grpo(model_folder, beta=0.2, kl=KLPenalty(in_reward=True, target=kl_target, horizon=60))
 
     full = module()
     spy = fit(full, data_file, EveryStep(tmp_path), batch_size=2, max_epochs=2)
@@ -254,8 +264,8 @@ def test_the_weight_of_the_penalty_follows_its_target_and_survives_a_checkpoint(
 
 def test_a_constant_weight_may_be_changed_on_resuming(model_folder, data_file, tmp_path):
     """Only an adapted weight is part of the run; a constant one is a setting."""
-    fit(grpo(model_folder, beta=0.2, kl_in_reward=True), data_file, EveryStep(tmp_path))
-    resumed = grpo(model_folder, beta=0.1, kl_in_reward=True)
+    fit(grpo(model_folder, beta=0.2, kl=KLPenalty(in_reward=True)), data_file, EveryStep(tmp_path))
+    resumed = grpo(model_folder, beta=0.1, kl=KLPenalty(in_reward=True))
     spy = fit(resumed, data_file, ckpt_path=tmp_path / "1.ckpt", max_epochs=2)
     assert [metrics["actor/reward_kl_penalty_coeff"] for metrics in spy.metrics] == [0.1]
 

@@ -9,8 +9,9 @@ import torch
 from training import QUESTIONS, EveryStep, make_trainer, small_tokens
 from transformers import AutoModelForCausalLM
 
-from lit_specrl import PPO, PromptDataModule, SeparateCritic, SharedTrunkCritic
+from lit_specrl import PPO, KLPenalty, PromptDataModule, SeparateCritic, SharedTrunkCritic
 from lit_specrl.callbacks import RolloutCallback
+from lit_specrl.models.scorer import Scorer
 
 NUM_GENERATIONS, MAX_LENGTH = 3, 8
 CRITICS = [SeparateCritic, SharedTrunkCritic]
@@ -98,10 +99,10 @@ def expected_step(
     reference,
     rollouts,
     gamma=1.0,
-    gae_lambda=1.0,
+    lam=1.0,
     whiten_advantages=True,
     beta=0.0,
-    kl_in_reward=True,
+    kl=KLPenalty("k1", in_reward=True),
     temperature=1.0,
     num_iterations=1,
     num_minibatches=1,
@@ -121,12 +122,12 @@ def expected_step(
     advantages, returns = [], []
     for row in range(len(pairs)):
         token_rewards = torch.zeros(len(old[row]))
-        if kl_in_reward:
+        if kl.in_reward:
             token_rewards -= beta * (old[row] - from_reference[row])
         token_rewards[-1] += rewards[row] or 0.0
         next_values = torch.cat([old_values[row][1:], torch.zeros(1)])
         deltas = token_rewards + gamma * next_values - old_values[row]
-        advantages.append(discounted_sum(deltas, gamma * gae_lambda))
+        advantages.append(discounted_sum(deltas, gamma * lam))
         returns.append(advantages[row] + old_values[row])
     if whiten_advantages:
         of_all = torch.cat([advantages[row] for row in counted])
@@ -142,7 +143,7 @@ def expected_step(
             new = learner.logprobs(*pairs[row], temperature)
             ratio = (new - old[row]).exp()
             policy_loss -= torch.min(ratio * advantages[row], ratio.clamp(0.8, 1.2) * advantages[row]).sum()
-            if not kl_in_reward:
+            if not kl.in_reward:
                 policy_loss += beta * (new - from_reference[row]).square().sum() / 2
             values = learner.values(*pairs[row])
             range_ = learner.critic.cliprange_value
@@ -174,14 +175,14 @@ def expected_step(
 
 CASES = {
     "returns as they are": {},
-    "discounted, traced": {"gamma": 0.9, "gae_lambda": 0.8},
-    "not whitened": {"gamma": 0.9, "gae_lambda": 0.8, "whiten_advantages": False},
+    "discounted, traced": {"gamma": 0.9, "lam": 0.8},
+    "not whitened": {"gamma": 0.9, "lam": 0.8, "whiten_advantages": False},
     "warm": {"temperature": 0.7},
-    "KL in the reward": {"beta": 0.3, "gamma": 0.9, "gae_lambda": 0.8},
-    "KL in the loss": {"beta": 0.3, "kl_in_reward": False, "kl_estimator": "k2"},
-    "several updates": {"num_iterations": 2, "num_minibatches": 2, "beta": 0.3, "gae_lambda": 0.8},
-    "truncated rows masked": {"masked": True, "gae_lambda": 0.8},
-    "unscored rows": {"rewards": (small_tokens_but_why,), "beta": 0.3, "gae_lambda": 0.8},
+    "KL in the reward": {"beta": 0.3, "gamma": 0.9, "lam": 0.8},
+    "KL in the loss": {"beta": 0.3, "kl": KLPenalty("k2")},
+    "several updates": {"num_iterations": 2, "num_minibatches": 2, "beta": 0.3, "lam": 0.8},
+    "truncated rows masked": {"masked": True, "lam": 0.8},
+    "unscored rows": {"rewards": (small_tokens_but_why,), "beta": 0.3, "lam": 0.8},
 }
 
 
@@ -192,7 +193,9 @@ def test_a_step_changes_the_weights_by_the_gradient_of_the_formula(
     model_folder, data_file, monkeypatch, case, critic_class, micro_batch_tokens
 ):
     plans = []
-    monkeypatch.setattr(PPO, "_plan", lambda *arguments, plan=PPO._plan: plans.append(plan(*arguments)) or plans[-1])
+    monkeypatch.setattr(
+        Scorer, "plan", lambda *arguments, plan=Scorer.plan: plans.append(plan(*arguments)) or plans[-1]
+    )
     settings = dict(CASES[case])
     masked, rewards = settings.pop("masked", False), settings.pop("rewards", (small_tokens,))
     critic = critic_class(optimizer=partial(SGD, lr=0.05), cliprange_value=0.05, max_grad_norm=1e9)
@@ -212,7 +215,6 @@ def test_a_step_changes_the_weights_by_the_gradient_of_the_formula(
 
     reference = AutoModelForCausalLM.from_pretrained(model_folder)
     before = copy.deepcopy(spy.start)
-    settings.pop("kl_estimator", None)
     metrics = expected_step(spy.start, reference, spy.rollouts, masked=masked, **settings)
     after = Learner(module.policy, module.critic)
     for weights in ("policy_weights", "critic_weights"):
@@ -364,8 +366,7 @@ def test_resumed_run_equals_the_uninterrupted_one(model_folder, data_file, tmp_p
                 lr_scheduler=partial(decay, gamma=0.9),
                 num_minibatches=2,
                 beta=0.1,
-                kl_target=1e-3,
-                kl_horizon=100,
+                kl=KLPenalty("k1", in_reward=True, target=1e-3, horizon=100),
             ),
             History(),
         )

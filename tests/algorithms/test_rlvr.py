@@ -259,7 +259,7 @@ def test_rows_without_gradient_are_skipped_and_counted(fit, tiny_model, monkeypa
     assert history.steps[1]["perf/rows_without_gradient"] == GROUP
     assert history.steps[1]["frac_reward_zero_std"] == 0.5
     monkeypatch.setattr(
-        "lit_specrl.algorithms.rlvr.rows_with_gradient",
+        "lit_specrl.algorithms.updater.rows_with_gradient",
         lambda experience, every_row_matters: list(range(experience.num_rows)),
     )
     computing_all, history = fit(module(), limit_train_batches=1)
@@ -484,7 +484,7 @@ def test_a_reward_that_stays_constant_is_warned_of_by_name(fit, tiny_model):
         return [0.0] * len(completions)
 
     module = grpo(tiny_model, [variety, flat])
-    module._constant_rewards = ConstantRewards(num_steps=2)
+    module.report._constant_rewards = ConstantRewards(num_steps=2)
     with pytest.warns(UserWarning, match="the same value") as caught:
         fit(module, max_steps=3)
     about = [str(warning.message) for warning in caught if "the same value" in str(warning.message)]

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_specrl import GRPO, PromptDataModule
 from lit_specrl.callbacks import RolloutCallback
+from lit_specrl.models.scorer import Scorer
 
 NUM_GENERATIONS, MAX_LENGTH = 3, 8
 
@@ -116,8 +117,8 @@ def test_a_step_changes_the_weights_by_the_gradient_of_the_formula(
 ):
     plans = []
     monkeypatch.setattr(
-        "lit_specrl.algorithms.rlvr.RLVRModule._plan",
-        lambda *arguments, plan=GRPO._plan: plans.append(plan(*arguments)) or plans[-1],
+        "lit_specrl.models.scorer.Scorer.plan",
+        lambda *arguments, plan=Scorer.plan: plans.append(plan(*arguments)) or plans[-1],
     )
     settings = dict(CASES[case])
     masked = settings.pop("masked", False)

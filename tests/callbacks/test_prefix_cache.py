@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from reuse_runs import FROZEN, GROUP, SGD, STEPS, Trace, fit, grpo, last_responses, questions, rows_of, spread_but_why
 from training import assert_identical, small_tokens, weights_of, with_many_stops
 
-from lit_specrl import DAPO, GRPO, PPO, PromptDataModule, SeparateCritic, SharedTrunkCritic
+from lit_specrl import DAPO, GRPO, PPO, KLPenalty, PromptDataModule, SeparateCritic, SharedTrunkCritic
 from lit_specrl.callbacks import PrefixCache, RolloutCallback, SpeculativeRollout
 from lit_specrl.callbacks.prefix_cache import reward_outruns_accuracy
 from lit_specrl.data import ArithmeticSource
@@ -190,12 +190,12 @@ ALGORITHMS = {
     "GRPO": partial(grpo),
     "GRPO, several updates": partial(grpo, num_minibatches=2, num_iterations=2),
     "GRPO, KL in the loss": partial(grpo, beta=0.1),
-    "GRPO, KL in the reward": partial(grpo, beta=0.1, kl_in_reward=True, num_iterations=2),
+    "GRPO, KL in the reward": partial(grpo, beta=0.1, kl=KLPenalty(in_reward=True), num_iterations=2),
     "GRPO, truncated rows masked": partial(grpo, mask_truncated_completions=True),
     "GRPO, adapters": partial(grpo, lora={"r": 4, "target_modules": "all-linear"}, beta=0.1),
     "DAPO": lambda model: DAPO(model, [spread_but_why], overlong_buffer=0, **COMMON),
     "DAPO, several updates": lambda model: DAPO(model, [spread_but_why], num_minibatches=2, beta=0.1, **COMMON),
-    "PPO": lambda model: PPO(model, [small_tokens], SeparateCritic(optimizer=SGD), gae_lambda=0.9, **COMMON),
+    "PPO": lambda model: PPO(model, [small_tokens], SeparateCritic(optimizer=SGD), lam=0.9, **COMMON),
     "PPO, KL, warm-up": lambda model: PPO(
         model, [small_tokens], SeparateCritic(optimizer=SGD, warmup_steps=3), beta=0.1, num_minibatches=2, **COMMON
     ),
@@ -296,7 +296,7 @@ class Recomputed(RolloutCallback):
             (pl_module.policy, experience.old_logprobs),
             (self.reference, experience.reference_logprobs),
         ]:
-            found = pl_module.token_statistics(policy, experience).logprobs
+            found = pl_module.scorer.token_statistics(experience, policy=policy).logprobs
             self.pairs.append((taken[whole], found[whole]))
 
 
@@ -547,7 +547,7 @@ def test_the_metrics_are_what_they_say(run):
                 if cache.store.get(uid, sample) is not None
             }
             scored = (
-                pl_module.response_logprobs(request.prompts, *map(list, zip(*rows.values(), strict=True)))
+                pl_module.scorer.response_logprobs(request.prompts, *map(list, zip(*rows.values(), strict=True)))
                 if rows
                 else []
             )

@@ -79,10 +79,10 @@ def test_an_interrupted_write_leaves_no_file_under_the_final_name(module, data, 
     def crash(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lit_specrl.callbacks.rollout_recorder.os.replace", crash)
+    monkeypatch.setattr("lit_specrl.checkpoints.atomic_files.os.replace", crash)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         make_trainer(RolloutRecorder(str(tmp_path / "kept"))).fit(module, datamodule=data)
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step-00000000.jsonl.partial"]
+    assert list((tmp_path / "kept").iterdir()) == []
 
 
 @pytest.mark.parametrize(

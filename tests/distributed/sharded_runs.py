@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import GROUP, MAX_LENGTH, fit, grpo, questions, rows_of
 from training import small_tokens
 
-from lit_specrl import DAPO, PPO, SeparateCritic
+from lit_specrl import DAPO, PPO, DynamicSampling, SeparateCritic
 from lit_specrl.callbacks import PrefixCache, SpeculativeRollout
 from lit_specrl.distributed.fsdp2 import FSDP2Strategy
 from lit_specrl.engines import VLLMEngine
@@ -37,7 +37,7 @@ RUNS = {
         critic=SeparateCritic(optimizer=SGD),
         num_generations=GROUP,
         max_completion_length=MAX_LENGTH,
-        gae_lambda=0.9,
+        lam=0.9,
         optimizer=SGD,
     ),
     "lora": partial(grpo, lora={"r": 4, "target_modules": "all-linear"}, beta=0.1),
@@ -46,7 +46,7 @@ RUNS = {
         [spread_on_the_first_rank],
         num_generations=GROUP,
         max_completion_length=MAX_LENGTH,
-        max_generation_rounds=2,
+        dynamic_sampling=DynamicSampling(max_rounds=2),
         overlong_buffer=0,
         optimizer=SGD,
     ),

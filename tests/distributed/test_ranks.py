@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed as dist
 from training import QUESTIONS, make_trainer, with_many_stops
 
-from lit_specrl import DAPO, GRPO, PPO, PromptDataModule, SeparateCritic
+from lit_specrl import DAPO, GRPO, PPO, DynamicSampling, KLPenalty, PromptDataModule, SeparateCritic
 from lit_specrl.callbacks import PrefixCache
 from lit_specrl.data import PromptSource
 from lit_specrl.distributed.collectives import (
@@ -78,17 +78,16 @@ RUNS = {
         rewards=[small_tokens],
         critic=SeparateCritic(optimizer=partial(torch.optim.SGD, lr=0.1)),
         num_generations=2,
-        gae_lambda=0.9,
+        lam=0.9,
         beta=0.1,
-        kl_target=0.01,
-        kl_horizon=32,
+        kl=KLPenalty("k1", in_reward=True, target=0.01, horizon=32),
         **COMMON,
     ),
     "DAPO": partial(
         DAPO,
         rewards=[spread_on_the_first_rank],
         num_generations=2,
-        max_generation_rounds=3,
+        dynamic_sampling=DynamicSampling(max_rounds=3),
         overlong_buffer=0,
         **COMMON,
     ),

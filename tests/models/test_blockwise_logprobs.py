@@ -5,6 +5,7 @@ import torch
 from torch import nan
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from lit_specrl.experience import TokenBatch
 from lit_specrl.masking import pad_left, pad_right
 from lit_specrl.models.blockwise_logprobs import block_logprobs
 from lit_specrl.models.policy import Policy
@@ -29,7 +30,7 @@ def policy(request, tiny_model, tiny_qwen):
 @pytest.fixture
 def padded():
     """Arguments of the policy's forward pass."""
-    return *pad_left(PROMPTS), torch.tensor(PROMPT_INDEX), *pad_right(RESPONSES)
+    return TokenBatch(*pad_left(PROMPTS), torch.tensor(PROMPT_INDEX), *pad_right(RESPONSES))
 
 
 def everybody(rows, start, logprobs):
@@ -62,7 +63,7 @@ def assert_close(actual, expected):
 def test_wanted_by_everybody_they_are_those_of_the_forward_pass(policy, padded, block_length, temperature):
     with torch.no_grad():
         expected = policy(*padded, temperature=temperature).logprobs
-    assert_close(block_logprobs(policy, *padded, everybody, block_length, temperature), expected)
+    assert_close(block_logprobs(policy, padded, everybody, block_length, temperature), expected)
 
 
 @pytest.mark.parametrize("block_length", [1, 3])
@@ -76,7 +77,7 @@ def test_they_are_those_of_the_forward_pass_with_a_sliding_window(padded, block_
     policy = Policy(AutoModelForCausalLM.from_config(config))
     with torch.no_grad():
         expected = policy(*padded).logprobs
-    assert_close(block_logprobs(policy, *padded, everybody, block_length), expected)
+    assert_close(block_logprobs(policy, padded, everybody, block_length), expected)
 
 
 def test_gradient_checkpointing_does_not_cost_the_cache(tiny_model, padded):
@@ -85,7 +86,7 @@ def test_gradient_checkpointing_does_not_cost_the_cache(tiny_model, padded):
     assert policy.training
     with torch.no_grad():
         expected = policy(*padded).logprobs
-    assert_close(block_logprobs(policy, *padded, everybody, 3), expected)
+    assert_close(block_logprobs(policy, padded, everybody, 3), expected)
     assert policy.training
 
 
@@ -103,7 +104,7 @@ def test_rows_are_left_at_the_end_of_their_block_and_the_others_never_notice(pol
     keep_scoring = until([0, 99, 3, 2, 5, 99])
     with torch.no_grad():
         expected = left_at(policy(*padded).logprobs, padded[-1], stops)
-    assert_close(block_logprobs(policy, *padded, keep_scoring, block_length), expected)
+    assert_close(block_logprobs(policy, padded, keep_scoring, block_length), expected)
 
 
 def test_survivors_are_asked_about_the_rows_that_are_left(tiny_model, padded):
@@ -117,7 +118,7 @@ def test_survivors_are_asked_about_the_rows_that_are_left(tiny_model, padded):
         assert_close(block, logprobs[rows, start : start + 3])
         return rows != 4
 
-    block_logprobs(policy, *padded, keep_scoring, 3)
+    block_logprobs(policy, padded, keep_scoring, 3)
     assert asked == [([0, 1, 2, 3, 4, 5], 0), ([0, 2, 5], 3), ([2], 6)]
 
 
@@ -130,7 +131,7 @@ def test_nothing_is_computed_that_nobody_wants(tiny_model, padded):
 
     def passes(keep_scoring):
         shapes.clear()
-        block_logprobs(policy, *padded, keep_scoring, 3)
+        block_logprobs(policy, padded, keep_scoring, 3)
         return list(shapes)
 
     assert passes(everybody) == [(3, 5), (6, 3), (4, 3), (2, 2)]
@@ -139,6 +140,6 @@ def test_nothing_is_computed_that_nobody_wants(tiny_model, padded):
 
 
 def test_no_gradient_is_kept(tiny_model, padded):
-    logprobs = block_logprobs(Policy.build(tiny_model), *padded, everybody, 3)
+    logprobs = block_logprobs(Policy.build(tiny_model), padded, everybody, 3)
     assert not logprobs.requires_grad
     assert math.isfinite(logprobs.sum())
