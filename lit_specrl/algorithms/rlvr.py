@@ -19,19 +19,26 @@ from lit_specrl.algorithms.dynamic_sampling import DynamicSampling, groups_with_
 from lit_specrl.algorithms.evaluator import Evaluator, prediction_records, source_names
 from lit_specrl.algorithms.gradient_step import GradientStep
 from lit_specrl.algorithms.hyperparameters import hyperparameters
+from lit_specrl.algorithms.kl_reward import kl_in_reward
 from lit_specrl.algorithms.objective import Objective
-from lit_specrl.algorithms.run_checks import check_run, check_weights_fit, max_length_of_run, write_atomic_checkpoints
+from lit_specrl.algorithms.run_checks import (
+    check_run,
+    check_training_sampling,
+    check_weights_fit,
+    count_resumed_epoch,
+    max_length_of_run,
+    write_atomic_checkpoints,
+)
 from lit_specrl.algorithms.step_report import StepReport
 from lit_specrl.algorithms.updater import Updater
 from lit_specrl.allocator import keep_freed_memory
-from lit_specrl.distributed.collectives import gather_objects, sum_over_ranks
+from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.distributed.fsdp2 import sharding
 from lit_specrl.distributed.signals import DeferredSignals
 from lit_specrl.engines.base import RolloutEngine
 from lit_specrl.engines.rollout_worker import RolloutWorker
 from lit_specrl.experience import Experience, padded_experience
-from lit_specrl.losses import ImportanceSampling, KLCoefficient, KLPenalty, TokenLoss, kl_penalty, named_loss
-from lit_specrl.masking import masked_mean
+from lit_specrl.losses import ImportanceSampling, KLCoefficient, KLPenalty, TokenLoss, named_loss
 from lit_specrl.metrics import RolloutStatistics, ValueStatistics, merge
 from lit_specrl.models.critic import Critic
 from lit_specrl.models.policy import Policy
@@ -143,15 +150,7 @@ class RLVRModule(L.LightningModule):
         self.automatic_optimization = False
         self.sampling = SamplingConfig(num_generations, max_completion_length, temperature, top_p, top_k)
         self.eval_sampling = eval_sampling or SamplingConfig(1, max_completion_length, temperature, top_p, top_k)
-        if temperature == 0:
-            raise ValueError(
-                "temperature must be positive in training, got 0; greedy rollouts of a group are all the same"
-            )
-        if importance_sampling is not None and self.sampling.is_truncated:
-            raise ValueError(
-                f"importance_sampling is biased under top_p={top_p} and top_k={top_k}: the engine's log-probs belong to "
-                "the truncated distribution; use top_p=1.0 without top_k, or importance_sampling=None"
-            )
+        check_training_sampling(self.sampling, importance_sampling)
         for name in ("num_iterations", "num_minibatches", "micro_batch_tokens", "max_skipped_updates"):
             if arguments[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {arguments[name]}")
@@ -261,7 +260,10 @@ class RLVRModule(L.LightningModule):
     def estimate_advantages(self, experience: Experience) -> None:
         """Fill in the advantages, and with a critic the returns."""
         if self.kl_in_reward:
-            experience.kl_penalty = self._kl_in_reward(experience)  # [N, R]
+            experience.kl_penalty, metrics = kl_in_reward(
+                experience, self.kl_coefficient, self.objective.kl_estimator
+            )  # [N, R]
+            self.step_metrics |= metrics
         advantages = self.advantage_estimator(experience, self.sampling.num_generations)
         if advantages.dim() == 1:
             advantages = advantages[:, None] * experience.response_mask
@@ -270,19 +272,6 @@ class RLVRModule(L.LightningModule):
             assert experience.values is not None
             values = ValueStatistics.of(experience.values, experience.returns, experience.loss_mask)
             self.step_metrics |= merge(gather_objects(values)).metrics()
-
-    def _kl_in_reward(self, experience: Experience) -> Tensor:
-        """The price of each token's departure from the initial policy, [N, R]; adapts its coefficient."""
-        assert experience.old_logprobs is not None and experience.reference_logprobs is not None
-        mask = experience.response_mask
-        kl = kl_penalty(experience.old_logprobs, experience.reference_logprobs, mask, self.objective.kl_estimator)
-        penalty = self.kl_coefficient.value * kl
-        num_rows = sum_over_ranks(torch.tensor(experience.num_rows, device=self.device))
-        mean_kl = sum_over_ranks(masked_mean(kl, mask, dim=-1).sum()) / num_rows
-        self.step_metrics["actor/reward_kl_penalty"] = float(mean_kl)
-        self.step_metrics["actor/reward_kl_penalty_coeff"] = self.kl_coefficient.value
-        self.kl_coefficient.update(float(mean_kl), int(num_rows))
-        return penalty
 
     def update_policy(self, experience: Experience) -> None:
         """One optimizer step of the policy on the given rows, and of a critic that shares its passes."""
@@ -338,17 +327,10 @@ class RLVRModule(L.LightningModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, f"validation/{self.step}", self.trainer.val_dataloaders)
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation()
-
-    def on_test_epoch_start(self) -> None:
-        self.evaluator.begin()
+    on_test_epoch_start = on_validation_epoch_start
 
     def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, f"test/{self.step}", self.trainer.test_dataloaders)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Responses to the prompts of a batch, as one record per row."""
@@ -361,14 +343,15 @@ class RLVRModule(L.LightningModule):
         self.evaluator.update(rollouts, source_names(loaders), self.device)
         self.timer.pop()  # evaluation is not part of the next step
 
-    def _log_evaluation(self) -> None:
-        metrics = self.evaluator.compute()
+    def on_validation_epoch_end(self) -> None:
+        self.evaluation = self.evaluator.compute()
         if not self.trainer.sanity_checking:
-            self.log_dict(metrics, sync_dist=True)  # equal on all ranks already
+            self.log_dict(self.evaluation, sync_dist=True)  # equal on all ranks already
         elif self.logger is not None and self.trainer.num_sanity_val_batches == self.trainer.num_val_batches:
             # a whole validation before training (num_sanity_val_steps=-1), which Lightning itself would throw away
-            self.logger.log_metrics(metrics, step=0)
-        self.evaluation = metrics
+            self.logger.log_metrics(self.evaluation, step=0)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
@@ -393,15 +376,10 @@ class RLVRModule(L.LightningModule):
             ValueError: the model cannot be had, or is not whole.
             MisconfigurationException: they do not fit.
         """
-        check_run(self.trainer, self.model_name, self.engine, self.max_length)
+        num_minibatches = self.num_minibatches if stage == "fit" else 1
+        check_run(self.trainer, self.model_name, self.engine, self.max_length, num_minibatches)
         if self.critic is not None:
             self.critic.check_files()
-        batch_size = getattr(self._datamodule, "batch_size", None)
-        if stage == "fit" and batch_size is not None and batch_size // self.trainer.world_size % self.num_minibatches:
-            raise MisconfigurationException(
-                f"{batch_size // self.trainer.world_size} prompts a step and rank (batch_size={batch_size}) cannot be "
-                f"divided into num_minibatches={self.num_minibatches}; make batch_size a multiple of it"
-            )
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -451,12 +429,7 @@ class RLVRModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._signals.install(self.trainer)
-        epochs: Any = self.trainer.fit_loop.epoch_progress
-        if self.trainer.fit_loop.restarted_mid_epoch and epochs.total.ready == epochs.total.processed:
-            # Lightning 2.6 does not count the epoch that begins when a run is resumed behind the last step of one; the
-            # next resume would lose or repeat an epoch
-            epochs.increment_ready()
-            epochs.increment_started()
+        count_resumed_epoch(self.trainer)
         if self.dynamic_sampling and not isinstance(self.trainer.train_dataloader, PromptStream):
             raise MisconfigurationException(
                 "dynamic_sampling draws fresh prompts from the training data by a PromptStream's `draw`, which "

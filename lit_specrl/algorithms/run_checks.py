@@ -14,12 +14,30 @@ from transformers import AutoConfig
 
 from lit_specrl.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lit_specrl.engines.base import RolloutEngine
+from lit_specrl.losses import ImportanceSampling
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.pretrained import check_model_exists
 from lit_specrl.types import SamplingConfig
 
 
-def check_run(trainer: L.Trainer, model: str, engine: RolloutEngine | None, max_length: int | None) -> None:
+def check_training_sampling(sampling: SamplingConfig, importance_sampling: ImportanceSampling | None) -> None:
+    """Refuse settings of training rollouts from which nothing can be learned, or only something biased.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    if sampling.temperature == 0:
+        raise ValueError("temperature must be positive in training, got 0; greedy rollouts of a group are all the same")
+    if importance_sampling is not None and sampling.is_truncated:
+        raise ValueError(
+            f"importance_sampling is biased under top_p={sampling.top_p} and top_k={sampling.top_k}: the engine's "
+            "log-probs belong to the truncated distribution; use top_p=1.0 without top_k, or importance_sampling=None"
+        )
+
+
+def check_run(
+    trainer: L.Trainer, model: str, engine: RolloutEngine | None, max_length: int | None, num_minibatches: int
+) -> None:
     """Refuse what cannot work together.
 
     Args:
@@ -27,6 +45,7 @@ def check_run(trainer: L.Trainer, model: str, engine: RolloutEngine | None, max_
         model: hub name or local folder of the policy.
         engine: what generates; `None` for a `TransformersEngine`.
         max_length: longest prompt plus response of the run, in tokens, where that is bounded.
+        num_minibatches: updates per pass over the rollouts of a step.
 
     Raises:
         ValueError: the model cannot be had, or is not whole.
@@ -51,6 +70,12 @@ def check_run(trainer: L.Trainer, model: str, engine: RolloutEngine | None, max_
             "precision='16-mixed' scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' or "
             "'32-true'"
         )
+    batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    if batch_size is not None and batch_size // trainer.world_size % num_minibatches:
+        raise MisconfigurationException(
+            f"{batch_size // trainer.world_size} prompts a step and rank (batch_size={batch_size}) cannot be divided "
+            f"into num_minibatches={num_minibatches}; make batch_size a multiple of it"
+        )
 
 
 def max_length_of_run(data: Any, *samplings: SamplingConfig) -> int | None:
@@ -74,6 +99,17 @@ def write_atomic_checkpoints(strategy: Strategy) -> None:
         strategy.checkpoint_io = AtomicCheckpointIO()
     elif isinstance(writer, AsyncCheckpointIO) and type(writer.checkpoint_io) is TorchCheckpointIO:
         writer._checkpoint_io = AtomicCheckpointIO()  # its setter takes the first one alone
+
+
+def count_resumed_epoch(trainer: L.Trainer) -> None:
+    """Count the epoch that begins when a run is resumed behind the last step of one.
+
+    Lightning 2.6 does not, and the next resume would lose or repeat an epoch.
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress
+    if trainer.fit_loop.restarted_mid_epoch and epochs.total.ready == epochs.total.processed:
+        epochs.increment_ready()
+        epochs.increment_started()
 
 
 def check_weights_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], model: str, their_model: str) -> None:

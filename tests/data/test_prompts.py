@@ -3,10 +3,10 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
-from lit_specrl.algorithms.rollout_module import RolloutModule
 
 from lit_specrl.data import PromptTemplate
 from lit_specrl.data.prompts import REWARD_ARGUMENTS, build_prompts, prompt_uids
+from lit_specrl.engines.rollout_worker import RolloutWorker
 from lit_specrl.timing import StageTimer
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
@@ -106,7 +106,7 @@ def test_the_refused_names_are_those_that_rewards_are_given():
 
     rewards.rewards = [SimpleNamespace(name="r")]
     with suppress(InterruptedError):
-        RolloutModule.score(SimpleNamespace(rewards=rewards, timer=StageTimer()), rollouts)
+        RolloutWorker.score(SimpleNamespace(rewards=rewards, timer=StageTimer()), rollouts)
     assert set(given) == set(REWARD_ARGUMENTS) - {"self"} | {"level"}
 
 

@@ -7,7 +7,8 @@ from transformers import (
     MistralConfig,
 )
 
-from lit_specrl.drafting.distillation.collector import CaptureSpec
+from lit_specrl.drafting.distillation.collector import CaptureSpec, capture_teacher_outputs
+from lit_specrl.experience import padded_rows
 from lit_specrl.models.policy import Policy
 from lit_specrl.models.pretrained import check_model_exists
 
@@ -151,14 +152,26 @@ def test_a_model_that_cannot_be_had_is_named_with_what_to_do(find, kind, tmp_pat
     assert str(raised.value).endswith(f"`hf download {name}`")
 
 
+def captured(spec, layers, outputs, temperature=1.0):
+    """Arguments of the forward pass that keep what a drafter learns from."""
+    part = padded_rows(PROMPTS, PROMPT_INDEX, RESPONSES)
+
+    def observe(states, head):
+        outputs.extend(capture_teacher_outputs(spec, part, states, head, temperature))
+
+    return {"observe": observe, "observed_layers": layers}
+
+
 @pytest.mark.parametrize("share_prompts", [False, True], ids=["plain", "shared"])
 @pytest.mark.parametrize("vocabulary", [None, torch.arange(1, 128, 3)], ids=["all tokens", "some tokens"])
 def test_what_is_kept_for_a_drafter_is_what_the_model_says(folder, share_prompts, vocabulary):
     policy, temperature = Policy.build(folder).eval(), 0.7
-    teaching = CaptureSpec(rows=[0, 1, 3], layers=(0, 1), vocabulary=vocabulary, num_top=5)
-    out = policy(*padded(), temperature=temperature, share_prompts=share_prompts, teaching=teaching)
-    assert [taught.row for taught in out.taught] == teaching.rows
-    for row, features, top_tokens, top_logprobs, log_mass in out.taught:
+    spec, outputs = CaptureSpec(rows=[0, 1, 3], vocabulary=vocabulary, num_top=5), []
+    policy(
+        *padded(), temperature=temperature, share_prompts=share_prompts, **captured(spec, (0, 1), outputs, temperature)
+    )
+    assert [output.row for output in outputs] == spec.rows
+    for row, features, top_tokens, top_logprobs, log_mass in outputs:
         prompt, response = PROMPTS[PROMPT_INDEX[row]], RESPONSES[row]
         with torch.no_grad():
             alone = policy.model(torch.tensor([prompt + response]), output_hidden_states=True)
@@ -172,14 +185,15 @@ def test_what_is_kept_for_a_drafter_is_what_the_model_says(folder, share_prompts
 
 
 @pytest.mark.parametrize("share_prompts", [False, True], ids=["plain", "shared"])
-def test_listening_changes_no_gradient(folder, share_prompts):
+def test_an_observer_changes_no_gradient(folder, share_prompts):
     """Layers of a drafter that needs no hidden states are none."""
     found = []
-    for teaching in (None, CaptureSpec([0, 4], (1,), None, 3), CaptureSpec([2], (), None, 3)):
-        policy = Policy.build(folder)
-        out = policy(*padded(), share_prompts=share_prompts, teaching=teaching)
+    for spec, layers in ((None, ()), (CaptureSpec([0, 4], None, 3), (1,)), (CaptureSpec([2], None, 3), ())):
+        policy, outputs = Policy.build(folder), []
+        options = {} if spec is None else captured(spec, layers, outputs)
+        out = policy(*padded(), share_prompts=share_prompts, **options)
         out.logprobs.sum().backward()
         found.append([parameter.grad for parameter in policy.parameters()])
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
     torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
-    assert [taught.features.shape[-1] for taught in out.taught] == [0]
+    assert [output.features.shape[-1] for output in outputs] == [0]

@@ -1,5 +1,6 @@
 import torch
-from lit_specrl.models.value_head import ValueHead
+
+from lit_specrl.models.critic import ValueHead
 
 HIDDEN = torch.tensor([[[1.0, 2.0], [3.0, 5.0], [7.0, 7.0]]])  # [1, 3, 2]
 MASK = torch.tensor([[True, True, False]])
