@@ -62,7 +62,8 @@ class DrafterEvaluation:
 class DrafterTrainer:
     """Trains a drafter towards the policy.
 
-    ReSpec's loss (Chen et al. 2025, arXiv 2510.26475), over the steps of a draft as EAGLE-3 unrolls them (Li et al. 2025, arXiv 2503.01840).
+    ReSpec's loss (Chen et al. 2025, arXiv 2510.26475), over the steps of a draft as EAGLE-3 unrolls them (Li et al.
+    2025, arXiv 2503.01840).
 
     Args:
         network: the drafter.

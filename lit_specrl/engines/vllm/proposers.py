@@ -11,8 +11,8 @@ from lit_specrl.drafting.history import RowHistory
 class LookUpProposer:
     """vLLM's interface of a custom proposer (`speculative_config` with `method="custom_class"`), for a `LookUpDrafter`.
 
-    N-grams come from here, too: vLLM's own are compiled by numba, which keeps vLLM 0.32 from starting a second engine in
-    the process.
+    N-grams come from here, too: vLLM's own are compiled by numba, which keeps vLLM 0.32 from starting a second engine
+    in the process.
 
     Args:
         vllm_config: of the engine.
