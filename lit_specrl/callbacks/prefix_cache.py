@@ -57,7 +57,7 @@ class PrefixCache(RolloutCallback):
     Args:
         lenience: factor on the ratio; 1, the default, is the plain ratio test.
         acceptance: the rule, or the name of one: "ratio" tests each token, as in the paper; "sequence" the whole
-            response up to it, so that no text is kept more than `lenience` times as often as the policy says it; the
+            response up to it, so that no text is kept more than `lenience` times as often as the policy samples it; the
             paper's baselines "random" (a uniformly random cut) and "full" (everything); or "off", which keeps responses
             only for a drafter that reads them. A rule of one's own derives from `AcceptanceRule`.
         drift_bound: a token is also rejected when it has lost more than this many nats since it was generated.

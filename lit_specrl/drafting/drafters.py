@@ -155,7 +155,7 @@ class NGramDrafter(LookUpDrafter):
 
 
 class HistoryDrafter(LookUpDrafter):
-    """Proposes what the prompt's earlier responses said after the same words; see `TextHistory`.
+    """Proposes the tokens that followed the same words in the prompt's earlier responses; see `TextHistory`.
 
     A row first reads on in its own last response (behind the verified prefix, where there is a `PrefixCache`). After a
     rejection it reads on where a response of its group agrees best with its last 16 tokens; a few of these may differ.

@@ -17,7 +17,7 @@ from lit_specrl.checkpoints.checksums import changed_files, write_checksums
 from lit_specrl.models.model_files import is_out_of_reach
 
 _VOCABULARY = 4096
-"""Tokens that a head can draft, where nobody says otherwise."""
+"""Tokens that a head can draft, by default."""
 _NOT_IN_THE_ENGINE = ("verifier_", "t2d", "embed_tokens", "lm_head", "d2t")
 
 
@@ -65,7 +65,7 @@ def build_head(policy: PreTrainedModel, model: str, vocabulary: Tensor | None = 
         policy: a Llama, Qwen or Mistral-like causal language model.
         model: its hub name or folder, which the head's configuration refers to.
         vocabulary: [V'] long, ascending token ids that it can draft; `None` for all.
-        num_drafted: tokens that it drafts where nobody says otherwise.
+        num_drafted: tokens that it drafts by default.
 
     Raises:
         ImportError: speculators is missing.

@@ -78,7 +78,7 @@ class AcceptanceRule(ABC):
 
 @dataclass(frozen=True)
 class RatioAcceptance(AcceptanceRule):
-    """Keep a cached response as long as today's policy would have said it, too; by token or by sequence.
+    """Keep tokens while their probability under today's policy is not much lower than before; by token or by sequence.
 
     Not exact: after a rejection, generation goes on from the policy. The residual distribution, which would repair the
     distribution, is not known. Let `previous` and `target` be the distributions of the next token after a kept prefix,
@@ -90,14 +90,15 @@ class RatioAcceptance(AcceptanceRule):
 
     *By token* (SPEC-RL), without `drift_bound`, `emitted = min(previous, lenience * target) + (1 - A) * target` with
     `A = sum(min(previous, lenience * target))`. This equals `target` if and only if `min(previous / target, lenience)`
-    is the same number for all tokens that the target can emit. Examples: target and previous are equal; the lenience is 0;
-    the lenience is so small that `lenience * target` nowhere exceeds `previous` (rejection sampling). With a lenience
-    up to 1, a continuation from `(target - min(previous, lenience * target)) / (1 - A)` would be exact. With a higher
-    lenience none can be: where `previous` exceeds `target`, the kept tokens alone are already too frequent. A lenience
-    above 1 compounds: a text of n tokens may be lenience^n times as frequent among the kept ones as under the policy.
+    is the same number for all tokens that the target can emit. Examples: target and previous are equal; the lenience is
+    0; the lenience is so small that `lenience * target` nowhere exceeds `previous` (rejection sampling). With a
+    lenience up to 1, a continuation from `(target - min(previous, lenience * target)) / (1 - A)` would be exact. With a
+    higher lenience none can be: where `previous` exceeds `target`, the kept tokens alone are already too frequent. A
+    lenience above 1 compounds: a text of n tokens may be lenience^n times as frequent among the kept ones as under the
+    policy.
 
     *By sequence*, a prefix of n tokens is kept with probability `min(1, lenience * q_1, ..., lenience * q_n)`, where
-    `q_n` is the product of the first n ratios. No prefix is kept more than `lenience` times as often as the policy says
+    `q_n` is the product of the first n ratios. No prefix is kept more than `lenience` times as often as the policy samples
     it, however long it is. At the same lenience (up to 1) more is kept than by token, because small changes of many
     tokens, such as those of rounding, cancel out. The token after n is tested as by token, with what the tokens before
     have left of the lenience: `lenience * q_n / min(1, lenience * q_1, ..., lenience * q_n)`.

@@ -1,4 +1,4 @@
-"""What the policy said about recent responses, kept for teaching the drafter."""
+"""The policy's outputs for recent responses, kept to train the drafter."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class DistillationSample:
     log_mass: Tensor
     """[R] float32, nats, log-prob of the whole draft vocabulary under the policy; 0 where every token is in it."""
     reward: float
-    """As the reward functions gave it; NaN where nobody could score."""
+    """As the reward functions gave it; NaN without a reward."""
     weight: float
     """w(r), how much the response counts (`reward_weights`)."""
     policy_version: int
@@ -140,7 +140,7 @@ class DistillationBuffer:
             raise ValueError(f"max_age must be 0 or more versions of the policy, got {max_age}")
         self.max_bytes, self.max_age = max_bytes, max_age
         self.num_evicted = 0
-        """Lessons that found no room or made room for others so far; an expired one is not one of them."""
+        """Samples that found no room or made room for others so far; an expired one is not one of them."""
         self._samples: deque[DistillationSample] = deque()  # the oldest on the left
         self._num_bytes = 0
 

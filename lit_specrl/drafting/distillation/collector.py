@@ -1,4 +1,4 @@
-"""Turns what the policy says about responses into samples for a drafter."""
+"""Turns the policy's outputs for responses into samples for a drafter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TeacherOutputCollector:
     """Keeps a random choice of the rows that the policy computes. A `Student` of the module.
 
     Args:
-        network: the drafter, which says what it needs.
+        network: the drafter; its `layers` and `vocabulary` decide what is kept.
         num_top: most likely tokens whose log-probs are kept.
         generator: of the choice.
     """

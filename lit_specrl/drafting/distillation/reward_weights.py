@@ -33,7 +33,7 @@ def reward_weights(
     which is always failed counts like one which is always solved.
 
     Args:
-        rewards: [N] any number type; NaN, for a response that nobody could score, counts as the lowest of its scope.
+        rewards: [N] any number type; NaN, for a response without a reward, counts as the lowest of its scope.
         groups: [N] number of the prompt that each response answers; matters for `scope="group"` only.
         scope: whose rewards r is compared with: those of its "group", of the whole "batch", or none ("none", all
             weights 1).
@@ -88,6 +88,6 @@ def _to_unit_interval(rewards: Tensor) -> Tensor:
     lowest = rewards.nan_to_num(nan=torch.inf).min()
     rewards = torch.where(rewards.isnan(), lowest, rewards)
     span = rewards.max() - lowest
-    if not span > 0:  # NaN where nobody could score any
+    if not span > 0:  # NaN where none has a reward
         return torch.ones_like(rewards)
     return (rewards - lowest) / span

@@ -1,4 +1,4 @@
-"""Training a drafter on what the policy says."""
+"""Trains a drafter on the policy's outputs."""
 
 from __future__ import annotations
 
@@ -166,9 +166,9 @@ class DrafterTrainer:
 
 
 def micro_batches(samples: Sequence[DistillationSample], max_tokens: int) -> Iterator[list[DistillationSample]]:
-    """Lessons of similar length together, at most `max_tokens` tokens at a time, padding included; longer ones alone.
+    """Samples of similar length together, at most `max_tokens` tokens at a time, padding included; longer ones alone.
 
-    Lessons in which nothing is drafted (responses of one token) are left out.
+    Samples in which nothing is drafted (responses of one token) are left out.
     """
     batch: list[DistillationSample] = []
     for sample in sorted((sample for sample in samples if sample.num_response_tokens > 1), key=len):

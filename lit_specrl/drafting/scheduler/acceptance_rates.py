@@ -21,7 +21,7 @@ class AcceptanceRates:
     then on.
 
     Position k (from 1) is accepted when the k first tokens of a draft all are. What is estimated is the chance of
-    position k given that k - 1 was accepted, because a run with short drafts still says something about the first
+    position k given that k - 1 was accepted, because a run with short drafts still informs the first
     positions. A position that was never drafted is expected to be accepted often: it is tried then, and a few drafts
     settle it.
 

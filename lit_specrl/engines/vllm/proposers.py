@@ -25,7 +25,7 @@ class LookUpProposer:
 
     def __init__(self, vllm_config: Any) -> None:
         self.length: int = vllm_config.speculative_config.num_speculative_tokens
-        """Tokens to propose; vLLM tells other proposers in each step, but not these."""
+        """Tokens to propose; vLLM passes it to other proposers in each step, but not to these."""
         self._vocabulary_size: int = vllm_config.model_config.get_vocab_size()
         self._histories: dict[str, RowHistory] = {}  # by the name that a request was added under
         self._readers: dict[str, TokenReader] = {}  # by vLLM's name of a request
