@@ -98,10 +98,10 @@ class RatioAcceptance(AcceptanceRule):
     policy.
 
     *By sequence*, a prefix of n tokens is kept with probability `min(1, lenience * q_1, ..., lenience * q_n)`, where
-    `q_n` is the product of the first n ratios. No prefix is kept more than `lenience` times as often as the policy samples
-    it, however long it is. At the same lenience (up to 1) more is kept than by token, because small changes of many
-    tokens, such as those of rounding, cancel out. The token after n is tested as by token, with what the tokens before
-    have left of the lenience: `lenience * q_n / min(1, lenience * q_1, ..., lenience * q_n)`.
+    `q_n` is the product of the first n ratios. No prefix is kept more than `lenience` times as often as the policy
+    samples it, however long it is. At the same lenience (up to 1) more is kept than by token, because small changes of
+    many tokens, such as those of rounding, cancel out. The token after n is tested as by token, with what the tokens
+    before have left of the lenience: `lenience * q_n / min(1, lenience * q_1, ..., lenience * q_n)`.
 
     With a lenience of 1 or more and no `drift_bound`, `emitted` differs from `target` by no more than `previous` does
     (total variation), either way. All this takes the cached response as independent of the policy, but the policy was
