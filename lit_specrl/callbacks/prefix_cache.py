@@ -39,36 +39,37 @@ _NOT_OF_THE_ARCHITECTURE = {
 class PrefixCache(RolloutCallback):
     """Starts each rollout with the verified prefix of the response that the same prompt got last time (SPEC-RL).
 
-    Liu et al. 2025, arXiv 2509.23232. The cached response is scored once under today's policy. Its tokens are kept while
-    `u < lenience * target / previous`, and the policy goes on from the first that is rejected. Not exact, not even at
-    lenience 1: see `RatioAcceptance`. Validation and test always generate afresh.
+    Liu et al. 2025, arXiv 2509.23232. The cached response is scored once under today's policy. Its tokens are kept
+    while `u < lenience * target / previous`, and the policy goes on from the first that is rejected. Not exact, not
+    even at lenience 1: see `RatioAcceptance`. Validation and test always generate afresh.
 
-    Where the policy moves little between two visits of a prompt, a lenience above 1 keeps nearly everything, epoch after
-    epoch, and the policy is trained on the same few responses again and again. `max_reuses` renews them. All prompts are
-    visited equally often, so that they are renewed in the same epoch, which costs less than a few long responses in every
-    step. (Rows that a control group or `adaptive_lenience` has generated afresh in between are renewed later.)
+    Where the policy moves little between two visits of a prompt, a lenience above 1 keeps nearly everything, epoch
+    after epoch, and the policy is trained on the same few responses again and again. `max_reuses` renews them. All
+    prompts are visited equally often, so that they are renewed in the same epoch, which costs less than a few long
+    responses in every step. (Rows that a control group or `adaptive_lenience` has generated afresh in between are
+    renewed later.)
 
     What the verification knows is not computed again: rows that were kept whole bring their rewards, log-probs and
     reference log-probs along and never reach the engine.
 
-    Departs from the paper: uniforms are fresh in every step; `drift_bound` ends the compounding of lenience over epochs,
-    judging by sequence that over the tokens of a response; a control group shows what reuse does to the reward.
+    Departs from the paper: uniforms are fresh in every step; `drift_bound` ends the compounding of lenience over
+    epochs, judging by sequence that over the tokens of a response; a control group shows what reuse does to the reward.
 
     Args:
         lenience: factor on the ratio; 1, the default, is the plain ratio test.
-        acceptance: the rule, or the name of one: "ratio" tests each token, as in the paper; "sequence" the whole response
-            up to it, so that no text is kept more than `lenience` times as often as the policy says it; the paper's
-            baselines "random" (a uniformly random cut) and "full" (everything); or "off", which keeps responses only for
-            a drafter that reads them. A rule of one's own derives from `AcceptanceRule`.
+        acceptance: the rule, or the name of one: "ratio" tests each token, as in the paper; "sequence" the whole
+            response up to it, so that no text is kept more than `lenience` times as often as the policy samples it; the
+            paper's baselines "random" (a uniformly random cut) and "full" (everything); or "off", which keeps responses
+            only for a drafter that reads them. A rule of one's own derives from `AcceptanceRule`.
         drift_bound: a token is also rejected when it has lost more than this many nats since it was generated.
         adaptive_lenience: chooses the lenience, and the share of groups that reuse, by how fast the policy moves; then
             `lenience` is unused.
         max_reuses: how often in a row a response is offered before its prompt is answered afresh; `None` for no limit.
         control_fraction: share of each group that is generated afresh, for comparison (`prefix_cache/reward_gap`).
-        reuse_rewards: take the rewards of rows that were kept whole from the cache. False for rewards that depend on the
-            other rows of the group, or are not the same for the same text.
-        verifier: "policy" scores cached responses by the forward pass that training uses; "engine" lets vLLM score them.
-            There a row goes on as soon as it is verified and finds its prefix in the engine's KV prefix cache.
+        reuse_rewards: take the rewards of rows that were kept whole from the cache. False for rewards that depend on
+            the other rows of the group, or are not the same for the same text.
+        verifier: "policy" scores cached responses by the forward pass that training uses; "engine" lets vLLM score
+            them. There a row goes on as soon as it is verified and finds its prefix in the engine's KV prefix cache.
             Temperature 1 only.
         block_length: tokens that are verified at a time; scoring of a response ends with the block of the rejection.
             `None` for the length that needs the fewest tokens, if rejections are as frequent as in the step before.
@@ -359,7 +360,7 @@ class PrefixCache(RolloutCallback):
         self._other_ranks_included = False
 
     def _identity(self, module: RLVRModule) -> dict[str, str]:
-        """What log-probs and token ids belong to: under another architecture, tokenizer or temperature they are worthless.
+        """What log-probs and token ids belong to: with another architecture, tokenizer or temperature they mean nothing.
 
         The name of the model is no part of it: a folder may be moved, and the weights are the checkpoint's.
         """

@@ -61,7 +61,7 @@ class RankStore:
         complaint: str,
         ranks: Sequence[int] | None = None,
     ) -> list[S]:
-        """Read files of the checkpoint that the run goes on from; a missing or damaged one is warned about and left out.
+        """Read files of the checkpoint resumed from; a missing or damaged one is warned about and left out.
 
         Args:
             trainer: of the run.
@@ -83,7 +83,7 @@ class RankStore:
         )
 
     def sweep(self, trainer: L.Trainer) -> None:
-        """Delete what killed processes have left beside the checkpoints of the run, and beside the one it goes on from."""
+        """Delete the remains of killed processes beside the checkpoints of the run, and beside the one resumed from."""
         folders = {checkpoint_folder(trainer)}
         if trainer.ckpt_path:
             folders.add(Path(str(trainer.ckpt_path)).parent.absolute())
@@ -101,7 +101,7 @@ def checkpoint_folder(trainer: L.Trainer) -> Path:
 
 
 def checkpoints_are_recorded(trainer: L.Trainer) -> bool:
-    """Whether the writer of the checkpoints tells the files beside them where they lie; a foreign `CheckpointIO` does not."""
+    """Whether the writer of the checkpoints notes where they lie (`record`); a foreign `CheckpointIO` does not."""
     strategy = trainer.strategy
     if isinstance(strategy, FSDP2Strategy):
         return True

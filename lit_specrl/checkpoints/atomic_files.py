@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lit_specrl.checkpoints.locks import delete, held_folder, sweep
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A new folder to write into, which takes the name when the block ends without an error.
 
-    An older folder of the name is replaced. What a process that is killed leaves behind is deleted by the next one that writes there.
+    An older folder of the name is replaced. The remains of a killed process are deleted by the next one that writes
+    there.
 
     Args:
         folder: the name; what it lies in is made.
@@ -35,7 +36,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Where to write what takes the name `path` when the block ends without an error, in place of an older one.
+    """A new file to write, which takes the name `path` when the block ends without an error.
 
     Args:
         path: the name; what it lies in is made.
@@ -48,7 +49,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def telling_of_a_full_disk(path: Path, written: Path) -> Iterator[None]:
-    """Say so when what shall be called `path` finds no room; torch and safetensors say it in words of their own.
+    """Name the file and the free space when the disk is full; torch and safetensors say it in words of their own.
 
     Args:
         path: the final name.
@@ -95,9 +96,10 @@ def _system_error(error: Exception, written: Path) -> int:
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """A folder of a living process beside `path`, to write in what shall be called so; it is deleted when the block ends.
+    """A temporary folder beside `path`, held by this process and deleted when the block ends.
 
-    Those that killed processes have left there are deleted first, if what they held was to have the same suffix, or this very name where there is none.
+    Folders that killed processes have left there for files of the same suffix are deleted first; without a suffix,
+    those for the same name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     names = f"*{escape(path.suffix)}.partial" if path.suffix else f"{escape(path.name)}.partial"
@@ -107,10 +109,11 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_atomically(written: Path, path: Path) -> None:
-    """Give a file or folder that was written under another name beside it its own; what had that name is deleted. The bytes are on the disk before.
+    """Rename `written`, which lies beside `path`, to `path`, and delete what had that name.
 
-    At any moment there is one of the two under the name, where the file system can exchange names (local ones of Linux); elsewhere there is no folder for
-    an instant, and a process that is killed then leaves the older one as `<name>.old`.
+    The bytes are flushed to the disk before. Where the file system can exchange names (local ones of Linux), one of the
+    two has the name at any moment. Elsewhere there is no folder for an instant, and a process that is killed then
+    leaves the older one as `<name>.old`.
     """
     for file in [written] if written.is_file() else written.rglob("*"):
         if file.is_file():

@@ -1,4 +1,4 @@
-"""Checkpoints that a killed process leaves whole or absent, and that are read whole or not at all."""
+"""Checkpoints that are written and read completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lit_specrl.checkpoints.rank_files import record
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it; refuses to write what could not be read, and to read what was not written.
+    """Writes a checkpoint beside its place and renames it; checks content before writing, and files before reading.
 
-    Lightning 2.6 writes it into memory, then into the folder for temporary files, and moves it; where that is another file system the move is a copy, of which a killed
-    process leaves the beginning under the checkpoint's name.
+    Lightning 2.6 writes it into memory, then into the folder for temporary files, and moves it. Where that is another
+    file system the move is a copy, and a killed process leaves a truncated file under the checkpoint's name.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:

@@ -22,7 +22,7 @@ def write_checksums(folder: Path, files: Iterable[Path], name: str = "checksums.
 
 
 def changed_files(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
-    """Names of files that are missing or are not what they were when their checksums were written; none where there are no checksums.
+    """Names of files that are missing or differ from their checksums; none where there are no checksums.
 
     Args:
         folder: of the files.

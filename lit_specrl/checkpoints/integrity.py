@@ -17,8 +17,9 @@ OF_ALL_RANKS = "meta.pt"
 def check_checkpoint(path: Path, part: int = 0, num_parts: int = 1) -> None:
     """Refuse a checkpoint with a byte that is not the one that was written.
 
-    torch writes a checksum of each tensor into its files and ignores it when it loads; this reads a file once, about 1 GiB/s. A sharded checkpoint has
-    checksums in files of its own; one of an earlier version has none, and only its files are looked for.
+    torch writes a checksum of each tensor into its files and ignores it when it loads; this reads a file once, about 1
+    GiB/s. A sharded checkpoint has checksums in files of its own; one of an earlier version has none, and only its
+    files are looked for.
 
     Args:
         path: a file, or the folder of a sharded one.

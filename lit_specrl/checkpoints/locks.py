@@ -14,7 +14,7 @@ _OURS = "lit_specrl-"
 
 
 def hold(path: Path) -> int | None:
-    """Keep a file or folder from being swept, under whatever name, until the descriptor is closed or the process ends, however it ends.
+    """Keep a file or folder from being swept until the descriptor is closed or the process ends, under any name.
 
     Returns:
         A descriptor to close, or `None` if another process is just deleting it.
@@ -79,7 +79,7 @@ def held_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 class ProcessFolder(TemporaryDirectory[str]):
-    """A folder in the one for temporary files that is deleted with its object, or, where the process is killed, when the next one makes such a folder.
+    """A temporary folder that is deleted with its object, or, after a kill, when the next process makes one.
 
     Args:
         purpose: a part of its name.

@@ -40,9 +40,9 @@ class Store(Protocol):
 class RankFiles:
     """Writes the files of a rank beside checkpoints, and deletes those that no checkpoint needs.
 
-    A checkpoint says which files it needs. Checkpoints in the folder are read for it; of one that lies elsewhere, the files
-    keep a record (see `record`). A file is written just before its checkpoint, and held by the process until a checkpoint
-    needs it, so that another run in the folder leaves it alone.
+    A checkpoint says which files it needs. Checkpoints in the folder are read for it; of one that lies elsewhere, the
+    files keep a record (see `record`). A file is written just before its checkpoint, and held by the process until a
+    checkpoint needs it, so that another run in the folder leaves it alone.
 
     Args:
         name: of the folder of the files, beside the checkpoints.

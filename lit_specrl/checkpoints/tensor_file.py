@@ -1,4 +1,4 @@
-"""Tensors in a file that is whole and ours, or set aside.
+"""Tensors in a file that is complete and belongs to the run, or is set aside.
 
 A safetensors file (never pickle) with a checksum and the identity of what it belongs to. The remaining metadata is JSON
 in a tensor of its own, for the header of such a file may not exceed 100 MB.
@@ -50,8 +50,8 @@ def write_tensor_file(
 ) -> None:
     """Write a file that appears whole, in place of an older one, whenever the process is killed.
 
-    The bytes go to another name in the same folder, are flushed to the disk, and take the name in one step. What a
-    killed process leaves there is deleted by the next write.
+    The bytes go to another name in the same folder, are flushed to the disk, and take the name in one step. The remains
+    of a killed process are deleted by the next write.
 
     Args:
         path: the file.

@@ -59,7 +59,8 @@ class Drafter(ABC):
     def prepare(self, model: str) -> None:
         """Make the files that the engine will load, where they are made from the policy.
 
-        Called before the engine starts, and maybe again. The files do not depend on how far the policy has been trained.
+        Called before the engine starts, and maybe again. The files do not depend on how far the policy has been
+        trained.
 
         Args:
             model: hub name or folder that the policy was built from.
@@ -91,8 +92,8 @@ class TokenReader(Protocol):
 class LookUpDrafter(Drafter):
     """A drafter without weights: it looks tokens up in what it is shown.
 
-    A drafter of one's own needs `propose` alone, and is chosen by its `class_path`. Override `reader` where a row keeps a
-    state from step to step, such as an index of its tokens.
+    A drafter of one's own needs `propose` alone, and is chosen by its `class_path`. Override `reader` where a row keeps
+    a state from step to step, such as an index of its tokens.
 
     Args:
         num_speculative_tokens: longest draft.
@@ -154,14 +155,14 @@ class NGramDrafter(LookUpDrafter):
 
 
 class HistoryDrafter(LookUpDrafter):
-    """Proposes what the prompt's earlier responses said after the same words; see `TextHistory`.
+    """Proposes the tokens that followed the same words in the prompt's earlier responses; see `TextHistory`.
 
     A row first reads on in its own last response (behind the verified prefix, where there is a `PrefixCache`). After a
     rejection it reads on where a response of its group agrees best with its last 16 tokens; a few of these may differ.
 
-    RhymeRL (He et al. 2025, arXiv 2508.18588) drafts from earlier responses in the same spirit: its HistoSpec keeps a tree
-    of suffixes of the earlier responses to a prompt. Here the texts are searched by their last two tokens, and the best
-    agreement over 16 decides.
+    RhymeRL (He et al. 2025, arXiv 2508.18588) drafts from earlier responses in the same spirit: its HistoSpec keeps a
+    tree of suffixes of the earlier responses to a prompt. Here the texts are searched by their last two tokens, and the
+    best agreement over 16 decides.
 
     Args:
         num_speculative_tokens: longest draft.
@@ -187,9 +188,9 @@ class DraftModel(Drafter):
     Args:
         model: hub name or folder in the transformers format.
         num_speculative_tokens: longest draft.
-        sampled: drafted tokens are samples, accepted with probability `min(1, target / draft)`. False: they are the most
-            likely tokens. At a temperature of 1 fewer are accepted, but on a CPU the rollouts are then those without
-            drafts, up to rounding (see `SpeculativeRollout`).
+        sampled: drafted tokens are samples, accepted with probability `min(1, target / draft)`. False: they are the
+            most likely tokens. At a temperature of 1 fewer are accepted, but on a CPU the rollouts are then those
+            without drafts, up to rounding (see `SpeculativeRollout`).
     """
 
     def __init__(self, model: str, num_speculative_tokens: int = 3, sampled: bool = True) -> None:

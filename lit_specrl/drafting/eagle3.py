@@ -17,12 +17,12 @@ from lit_specrl.checkpoints.checksums import changed_files, write_checksums
 from lit_specrl.models.model_files import is_out_of_reach
 
 _VOCABULARY = 4096
-"""Tokens that a head can draft, where nobody says otherwise."""
+"""Tokens that a head can draft, by default."""
 _NOT_IN_THE_ENGINE = ("verifier_", "t2d", "embed_tokens", "lm_head", "d2t")
 
 
 def feature_layers(num_layers: int) -> list[int]:
-    """Decoder layers of the policy whose inputs a head is given: a low, a middle and a high one, as is usual; the last three of small policies.
+    """Decoder layers of the policy whose inputs a head reads: a low, a middle and a high one, or the last three.
 
     Raises:
         ValueError: fewer than three layers; vLLM's heads take three.
@@ -56,15 +56,16 @@ def draft_vocabulary(token_counts: Tensor, size: int | None = None) -> Tensor:
 def build_head(policy: PreTrainedModel, model: str, vocabulary: Tensor | None = None, num_drafted: int = 3) -> Any:
     """A head in the format of speculators (Li et al. 2025, arXiv 2503.01840), grown from the policy.
 
-    Embeddings, final norm and the rows of the output head are the policy's, and stay as they are. The head's decoder layer begins as the policy's
-    last one: it sees the high features as they are, and nothing yet of the others and of the embedding beside them. It has to be trained
-    before it is of use: what it sees is one token older than what it shall predict.
+    Embeddings, final norm and the rows of the output head are the policy's, and stay as they are. The head's decoder
+    layer begins as the policy's last one: it sees the high features as they are, and nothing yet of the others and of
+    the embedding beside them. It has to be trained before it is of use: what it sees is one token older than what it
+    shall predict.
 
     Args:
         policy: a Llama, Qwen or Mistral-like causal language model.
         model: its hub name or folder, which the head's configuration refers to.
         vocabulary: [V'] long, ascending token ids that it can draft; `None` for all.
-        num_drafted: tokens that it drafts where nobody says otherwise.
+        num_drafted: tokens that it drafts by default.
 
     Raises:
         ImportError: speculators is missing.
@@ -169,7 +170,7 @@ def check_drafter_files(folder: str) -> None:
 
 
 def save_head(head: Any, folder: str | Path) -> None:
-    """Write a head, on every rank that asks; the folder appears when it is complete, and takes the place of an older one.
+    """Write a head on the calling rank; the folder appears when it is complete, in place of an older one.
 
     vLLM loads it as it is.
     """
@@ -194,8 +195,9 @@ def vocabulary_of(head: Any) -> Tensor | None:
 def unrolled_states(head: Any, features: Tensor, token_ids: Tensor, mask: Tensor, num_steps: int) -> Iterator[Tensor]:
     """What the head computes when it drafts `num_steps` tokens behind every token of a text, if all drafts are right.
 
-    EAGLE-3's training-time test: the first draft behind a token comes from the policy's features of the tokens before it, the next ones from what the head has
-    computed itself. Position i of step s has seen features up to i and tokens up to i + s, and predicts the token behind those.
+    EAGLE-3's training-time test: the first draft behind a token comes from the policy's features of the tokens before
+    it, the next ones from what the head has computed itself. Position i of step s has seen features up to i and tokens
+    up to i + s, and predicts the token behind those.
 
     Args:
         head: from `build_head` or `load_head`.
@@ -258,7 +260,7 @@ def _require_speculators() -> None:
 
 
 def _layer_config(target: PreTrainedConfig) -> Any:
-    """The policy's configuration with one layer, as a Llama's: what other families add inside a layer, a head does without."""
+    """The policy's configuration with one layer, as a Llama's, without the additions of other families."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(

@@ -53,9 +53,9 @@ class TextHistory:
     def find(self, response: Sequence[int], own_text: int | None, guesses: Iterable[Cursor] = ()) -> Cursor | None:
         """Where to go on reading: the cursor before which a text agrees best with the response's end, or `None`.
 
-        Candidates are the cursors behind the response's last two tokens, and the guesses. Each of the last 16 tokens that
-        agrees counts, the last most, and each one further back 0.7 times as much. Among equals the row's own text comes
-        first, then the cursor nearest to the response's length.
+        Candidates are the cursors behind the response's last two tokens, and the guesses. Each of the last 16 tokens
+        that agrees counts, the last most, and each one further back 0.7 times as much. Among equals the row's own text
+        comes first, then the cursor nearest to the response's length.
         """
         tail = np.asarray(response[-_COMPARED:], dtype=np.int64)
         guessed = [int(self._starts[text]) + at for text, at in guesses if self.is_readable((text, at))]
@@ -92,8 +92,8 @@ class TextHistory:
 class HistoryReader:
     """Reads on in a history beside a growing response.
 
-    First in the row's own text. Where the response has left the text, at the cursor that agrees best with it. That may be
-    the place where it was, as if one word had been replaced by another.
+    First in the row's own text. Where the response has left the text, at the cursor that agrees best with it. That may
+    be the place where it was, as if one word had been replaced by another.
     """
 
     history: TextHistory
@@ -105,7 +105,7 @@ class HistoryReader:
         self._place = None if self.own_text is None else (self.own_text, 0)
 
     def propose(self, response: Sequence[int], length: int) -> list[int]:
-        """Up to `length` tokens that may follow the response (a list or array), which has only grown since the last call."""
+        """Up to `length` tokens that may follow the response, which has only grown since the last call."""
         new = response[self._seen :]
         self._seen = len(response)
         guesses = [] if self.own_text is None else [(self.own_text, len(response))]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 class PromptLookup:
     """A growing text, in which the last tokens are looked for.
 
-    Prompt look-up decoding (Saxena 2023): n-grams of all lengths are remembered by their last place, so that a look-up takes the same time in a
-    long text as in a short one.
+    Prompt look-up decoding (Saxena 2023): n-grams of all lengths are remembered by their last place, so that a look-up
+    takes the same time in a long text as in a short one.
 
     Args:
         min_match: tokens that must agree.

@@ -1,4 +1,4 @@
-"""Sampling of tokens, and speculative sampling: what is emitted is distributed as without drafts."""
+"""Sampling of tokens, and rejection sampling of drafts: emitted tokens are distributed as without drafts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SampledTokens(NamedTuple):
 
 
 class RejectionSampled(NamedTuple):
-    """What a step emits: the accepted part of each draft and one token after it."""
+    """Emitted tokens of a step: the accepted part of each draft and one token after it."""
 
     token_ids: Tensor
     """[N, K + 1] long, K the longest draft; -1 where a row emits no more."""
@@ -31,7 +31,8 @@ class RejectionSampled(NamedTuple):
 def sample_tokens(logits: Tensor, uniforms: Tensor, is_greedy: Tensor | None = None) -> SampledTokens:
     """Draw a token of each row by inverting the cumulative distribution.
 
-    One number a row, instead of noise for every token of the vocabulary as in the Gumbel trick, which is slow to draw on a CPU.
+    One number a row, instead of noise for every token of the vocabulary as in the Gumbel trick, which is slow to draw
+    on a CPU.
 
     Args:
         logits: [N, V] float32, temperature and truncation applied.
@@ -89,20 +90,23 @@ def rejection_sample(
     is_greedy: Tensor | None = None,
     draft_vocabulary: Tensor | None = None,
 ) -> RejectionSampled:
-    """Accept drafted tokens, and sample the one that follows them. Exact: what is emitted is distributed as without drafts.
+    """Accept drafted tokens, and sample the one that follows them. Exact: the distribution is that without drafts.
 
-    Drafts that were not sampled (n-grams, history) are compared with what `sample_tokens` draws at their places: the first that is something else
-    replaces the draft from there. A row emits the very tokens that it emits without drafts by the same uniforms, and a drafted
-    token is accepted with its probability, which is the best possible.
+    Drafts that were not sampled (n-grams, history) are compared with what `sample_tokens` draws at their places: the
+    first that differs replaces the draft from there. A row emits the very tokens that it emits without drafts by the
+    same uniforms, and a drafted token is accepted with its probability, which is the best possible.
 
-    Sampled drafts (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1) are accepted with probability `min(1, target / draft)`; after the first that
-    is not, the next token comes from the residual `(target - draft)+`, and after a whole draft from the target.
+    Sampled drafts (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1) are accepted with probability `min(1, target /
+    draft)`; after the first that is not, the next token comes from the residual `(target - draft)+`, and after a whole
+    draft from the target.
 
     Args:
-        target_logits: [T + N, V] float32, rows behind one another, `num_drafted[i] + 1` positions each; temperature and truncation applied.
+        target_logits: [T + N, V] float32, rows behind one another, `num_drafted[i] + 1` positions each; temperature and
+            truncation applied.
         draft_ids: [T] drafted tokens, in the same order.
         num_drafted: [N] how many each row has; 0 is allowed.
-        draft_probs: [T, V] distributions that the drafted tokens were sampled from; `None` where they were not sampled. [T, V'] with `draft_vocabulary`.
+        draft_probs: [T, V] distributions that the drafted tokens were sampled from; `None` where they were not sampled.
+            [T, V'] with `draft_vocabulary`.
         uniforms: [T + N] float64 in [0, 1), ordered like `target_logits`; decide what is sampled at a position.
         acceptance_uniforms: [T + N], the same for the acceptance of sampled drafts.
         is_greedy: [N] bool, True where the most probable token shall be taken; `None` for nowhere.

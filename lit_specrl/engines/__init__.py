@@ -1,4 +1,4 @@
-"""What generates rollouts."""
+"""Engines: what generates rollouts."""
 
 from lit_specrl.engines.base import RolloutEngine
 from lit_specrl.engines.transformers_engine import TransformersEngine

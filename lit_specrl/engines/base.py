@@ -47,8 +47,8 @@ class RolloutEngine(ABC):
     """Generates responses with the weights it was last given.
 
     The order of calls is `check_run`, `start`, then `load_policy` before the first `generate` and after every change of
-    the policy, `sleep` and `wake_up` in between where memory is tight, `shutdown` at the end. An engine of one's own needs
-    `start`, `load_weights` and `continue_rows`; the attributes say what else it can do.
+    the policy, `sleep` and `wake_up` in between where memory is tight, `shutdown` at the end. An engine of one's own
+    needs `start`, `load_weights` and `continue_rows`; the attributes say what else it can do.
     """
 
     policy_version: int | None = None
@@ -56,7 +56,7 @@ class RolloutEngine(ABC):
     can_verify: bool = False
     """Whether `generate` verifies the cached responses of a request."""
     can_speculate: bool = False
-    """Whether a drafter may propose tokens to it."""
+    """Whether it takes a drafter."""
     takes_sharded_weights: bool = False
     """Whether it can generate for a policy that FSDP2 has sharded, with whole weights from `load_weights`."""
     generates_together: bool = False
@@ -123,8 +123,8 @@ class RolloutEngine(ABC):
         """Sample one response for every row of the request, in the order of the rows.
 
         A row goes on from its prefix. A row whose prefix ends in a stop token, or is as long as a response may be, is
-        complete and costs nothing. Cached responses of the request are verified first, where the engine can, and what is
-        kept of them becomes the prefix.
+        complete and costs nothing. Cached responses of the request are verified first, where the engine can, and what
+        is kept of them becomes the prefix.
 
         Raises:
             RuntimeError: the engine holds other weights than the request asks for.

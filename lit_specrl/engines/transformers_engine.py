@@ -21,8 +21,8 @@ _COMPACT_BELOW = 0.75  # drop finished rows from the cache when fewer than this 
 class TransformersEngine(RolloutEngine):
     """Batched sampling with the training model and a key-value cache.
 
-    Slower than vLLM, but without its start-up, its memory and its kernels: sampled log-probs differ from the policy's only
-    by the rounding of incremental decoding.
+    Slower than vLLM, but without its start-up, its memory and its kernels: sampled log-probs differ from the policy's
+    only by the rounding of incremental decoding.
 
     Args:
         max_rows: most responses decoded at once; further rows wait. Bounds the key-value cache.
@@ -94,11 +94,11 @@ class TransformersEngine(RolloutEngine):
         return responses.read()
 
     def _prefill(self, request: RolloutRequest, rows: list[int]) -> tuple[Tensor, Any, Tensor]:
-        """Logits of the first token to sample, keys and values of prompt and prefix, and the mask of those that are real.
+        """Logits of the first token to sample, keys and values of prompt and prefix, and their mask, False on padding.
 
         Each prompt is computed once for all of its rows, unless there are prefixes, or the model's cache cannot be
-        repeated. Then every row is computed by itself: padding between prompt and continuation would take up the window of
-        models that attend to the last tokens only.
+        repeated. Then every row is computed by itself: padding between prompt and continuation would take up the window
+        of models that attend to the last tokens only.
         """
         assert self.policy is not None
         owners = [request.prompt_index(row) for row in rows]

@@ -38,7 +38,7 @@ class AcceptanceRule(ABC):
     is_exact: bool = False
     """Whether prefix and continuation together are distributed as if the policy had generated both."""
     needs_logprobs: bool = True
-    """Whether the rule looks at log-probs. Where it does not, the policy is not run and the log-probs hold any values."""
+    """Whether the rule looks at log-probs. Otherwise the policy is not run, and the log-probs hold any values."""
     allows_truncated_sampling: bool = False
     """Whether a rule that looks at log-probs, which are of the whole softmax, is right under `top_p` and `top_k`."""
     keeps_nothing: bool = False
@@ -78,7 +78,7 @@ class AcceptanceRule(ABC):
 
 @dataclass(frozen=True)
 class RatioAcceptance(AcceptanceRule):
-    """Keep a cached response as long as today's policy would have said it, too; by token or by sequence.
+    """Keep tokens while their probability under today's policy is not much lower than before; by token or by sequence.
 
     Not exact: after a rejection, generation goes on from the policy. The residual distribution, which would repair the
     distribution, is not known. Let `previous` and `target` be the distributions of the next token after a kept prefix,
@@ -91,26 +91,27 @@ class RatioAcceptance(AcceptanceRule):
     *By token* (SPEC-RL), without `drift_bound`, `emitted = min(previous, lenience * target) + (1 - A) * target` with
     `A = sum(min(previous, lenience * target))`. This equals `target` if and only if `min(previous / target, lenience)`
     is the same number for all tokens that the target can emit. Examples: target and previous are equal; the lenience is
-    0; the lenience is so small that `lenience * target` nowhere exceeds `previous` (rejection sampling). With a lenience
-    up to 1, a continuation from `(target - min(previous, lenience * target)) / (1 - A)` would be exact. With a higher
-    lenience none can be: where `previous` exceeds `target`, the kept tokens alone are already too frequent. A lenience
-    above 1 compounds: a text of n tokens may be lenience^n times as frequent among the kept ones as under the policy.
+    0; the lenience is so small that `lenience * target` nowhere exceeds `previous` (rejection sampling). With a
+    lenience up to 1, a continuation from `(target - min(previous, lenience * target)) / (1 - A)` would be exact. With a
+    higher lenience none can be: where `previous` exceeds `target`, the kept tokens alone are already too frequent. A
+    lenience above 1 compounds: a text of n tokens may be lenience^n times as frequent among the kept ones as under the
+    policy.
 
     *By sequence*, a prefix of n tokens is kept with probability `min(1, lenience * q_1, ..., lenience * q_n)`, where
-    `q_n` is the product of the first n ratios. No prefix is kept more than `lenience` times as often as the policy says
-    it, however long it is. At the same lenience (up to 1) more is kept than by token, because small changes of many
-    tokens, such as those of rounding, cancel out. The token after n is tested as by token, with what the tokens before
-    have left of the lenience: `lenience * q_n / min(1, lenience * q_1, ..., lenience * q_n)`.
+    `q_n` is the product of the first n ratios. No prefix is kept more than `lenience` times as often as the policy
+    samples it, however long it is. At the same lenience (up to 1) more is kept than by token, because small changes of
+    many tokens, such as those of rounding, cancel out. The token after n is tested as by token, with what the tokens
+    before have left of the lenience: `lenience * q_n / min(1, lenience * q_1, ..., lenience * q_n)`.
 
     With a lenience of 1 or more and no `drift_bound`, `emitted` differs from `target` by no more than `previous` does
     (total variation), either way. All this takes the cached response as independent of the policy, but the policy was
     trained on it: judge a policy by fresh rollouts.
 
     SPEC-RL: Liu et al. 2025, arXiv 2509.23232, equation 4: token i is kept while `u_i <= min(1, lenience * target_i /
-    previous_i)`. We test `<`, which differs only for u = 0 and keeps out what has no probability. Judging by sequence is
-    ours. Block verification (Sun et al. 2024, arXiv 2403.10444) compares the same products and is exact, but needs the
-    whole distributions of the proposing model. The drift bound is ours: previous log-probs are renewed each epoch, so
-    that a token may lose a factor `lenience` per epoch and never be at risk. NaN log-probs are never kept.
+    previous_i)`. We test `<`, which differs only for u = 0 and keeps out what has no probability. Judging by sequence
+    is ours. Block verification (Sun et al. 2024, arXiv 2403.10444) compares the same products and is exact, but needs
+    the whole distributions of the proposing model. The drift bound is ours: previous log-probs are renewed each epoch,
+    so that a token may lose a factor `lenience` per epoch and never be at risk. NaN log-probs are never kept.
 
     Args:
         lenience: factor on the ratio; 1 is the plain ratio test, 0 keeps nothing, infinity everything. At both ends

@@ -6,25 +6,27 @@ import math
 
 
 class AdaptiveLenience:
-    """Reuses the less, the faster the policy moves: by a smaller lenience, and where that is not enough, in fewer groups.
+    """Reuses less while the policy moves fast: by a smaller lenience, and where that is not enough, in fewer groups.
 
-    Watches the KL of today's policy from the one that last saw the cached, in nats per token, over all tokens that were scored. (Over the
-    tokens that were kept it stays small whatever the policy does: that is what the acceptance test is for.) What `target / KL` exceeds 1 by
-    goes into the lenience; below 1 it is the share of the groups that have cached, so that the mean KL over all groups stays at the target. A few
-    groups always have cached, and watch whether the policy has slowed down; those without cost no verification.
+    Measures the KL of today's policy from the one that last scored the cached responses, in nats per token, over all
+    scored tokens. (Over the kept tokens it stays small whatever the policy does, because of the acceptance test.) Above
+    1, `target / KL` is the lenience. Below 1 it is the share of the groups that reuse, so that the mean KL over all
+    groups stays at the target. A few groups always reuse, to notice when the policy slows down; the others cost no
+    verification.
 
-    Begins with these few: a policy that has just begun to learn moves fastest, and nothing is known of it yet. SPEC-RL (Liu et al. 2025, arXiv
-    2509.23232) keeps one lenience and names its adaptation as future work.
+    Begins with these few: a policy that has just begun to learn moves fastest, and its KL is unknown. SPEC-RL (Liu et
+    al. 2025, arXiv 2509.23232) keeps one lenience and names its adaptation as future work.
 
     Args:
         target: KL to allow, nats per token.
         low: smallest lenience; 1 is the plain ratio test.
         high: largest lenience; e^0.5 is SPEC-RL's best for GRPO, with e it ended below plain RL in accuracy.
-        min_fraction: smallest share of the groups that have cached; 1 leaves none out.
-        smoothing: weight that what earlier steps have seen keeps in every step; 0 believes the latest step alone.
+        min_fraction: smallest share of the groups that reuse; 1 leaves none out.
+        smoothing: weight that earlier steps keep in every step; 0 uses the latest step alone.
 
     Raises:
-        ValueError: `target` is not positive, the bounds are not positive, finite and in order, or a share lies outside its range.
+        ValueError: `target` is not positive, the bounds are not positive, finite and in order, or a share lies outside
+            its range.
 
     Example:
         >>> lenience = AdaptiveLenience(target=0.02)
@@ -57,7 +59,7 @@ class AdaptiveLenience:
 
     @property
     def _allowance(self) -> float:
-        """The target over what was seen; nothing was seen yet: 0."""
+        """The target over the measured KL; 0 before the first measurement."""
         if not self._num_tokens:
             return 0.0
         return self.target * self._num_tokens / self._kl_sum if self._kl_sum else math.inf
@@ -69,14 +71,14 @@ class AdaptiveLenience:
 
     @property
     def fraction(self) -> float:
-        """Share of the groups that shall have cached now, between `min_fraction` and 1."""
+        """Share of the groups that shall reuse now, between `min_fraction` and 1."""
         return min(max(self._allowance, self.min_fraction), 1.0)
 
     def update(self, kl_sum: float, num_tokens: int) -> None:
         """Take one step into account.
 
         Args:
-            kl_sum: KL of the step's cached, summed over their scored tokens, nats.
+            kl_sum: KL of the step's cached responses, summed over their scored tokens, nats.
             num_tokens: these tokens; none change nothing.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What becomes of the cached responses of one request: cached, verified prefixes, rollouts, cached responses again."""
+"""SPEC-RL for one request: find cached responses, verify, take the prefixes, store the new responses."""
 
 from __future__ import annotations
 
@@ -20,42 +20,45 @@ from lit_specrl.types import KnownRow, PromptBatch, RolloutRequest, Rollouts
 ScoreResponses = Callable[
     [PromptBatch, Sequence[int], Sequence[Sequence[int]], Callable[[Tensor, int, Tensor], Tensor] | None], list[Tensor]
 ]
-"""(prompts, prompt of each response, responses, who goes on after a block) -> log-probs of each; see `RLVRModule.response_logprobs`."""
+"""(prompts, prompt of each response, responses, rows to keep scoring after a block) -> log-probs of each response.
+
+See `RLVRModule.response_logprobs`.
+"""
 
 
 class ReuseRound:
-    """One request of a step: its cached, what verification found, and what was generated."""
+    """One request of a step: its cached responses, the result of their verification, and the rollouts."""
 
     def __init__(self, request: RolloutRequest, cached: list[CachedRollout | None], rule: AcceptanceRule) -> None:
         self.request = request
         self.cached = cached
         self.rollouts: Rollouts
-        self.target_logprobs: dict[int, Tensor] = {}  # of verified cached, by row
+        self.target_logprobs: dict[int, Tensor] = {}  # of verified cached responses, by row
         self.dropped_logprobs: dict[int, Tensor] = {}  # of rows that are not trained on, by row
         self._rule = rule
         limit = request.sampling.max_completion_length
-        present = {row: draft for row, draft in enumerate(cached) if draft is not None}
+        present = {row: found for row, found in enumerate(cached) if found is not None}
         self._rows = list(present)
         self._position = {row: position for position, row in enumerate(present)}
-        self._ids = [draft.token_ids[:limit].tolist() for draft in present.values()]
-        self._draft_logprobs, self._mask = _padded(
-            [draft.previous_logprobs[:limit] for draft in present.values()]
+        self._ids = [response.token_ids[:limit].tolist() for response in present.values()]
+        self._previous_logprobs, self._mask = _padded(
+            [response.previous_logprobs[:limit] for response in present.values()]
         )  # [n, R]
-        self._generation_logprobs, _ = _padded([draft.generation_logprobs[:limit] for draft in present.values()])
-        self._scored = torch.full_like(self._draft_logprobs, torch.nan)  # [n, R] blocks of `verify` so far
+        self._generation_logprobs, _ = _padded([response.generation_logprobs[:limit] for response in present.values()])
+        self._scored = torch.full_like(self._previous_logprobs, torch.nan)  # [n, R] blocks of `verify` so far
         self._uniforms = row_uniforms([request.seeds[row] for row in present], self._mask.shape[1], "acceptance")
 
     def verify(self, score: ScoreResponses) -> None:
-        """Find the verified prefix of each draft.
+        """Find the verified prefix of each cached response.
 
         Args:
-            score: log-probs of responses under the current policy, block by block while they are wanted.
+            score: log-probs of responses under the current policy, block by block until a rejection.
         """
-        target_logprobs = self._draft_logprobs
+        target_logprobs = self._previous_logprobs
         if self._rule.needs_logprobs:
             owners = [self.request.prompt_index(row) for row in self._rows]
-            # also without cached: sharded ranks meet in every pass
-            scored = score(self.request.prompts, owners, self._ids, self._survivors)
+            # also without cached responses: sharded ranks meet in every pass
+            scored = score(self.request.prompts, owners, self._ids, self._keep_scoring)
             self.target_logprobs = dict(zip(self._rows, scored, strict=True))
             target_logprobs, _ = _padded([logprobs.numpy() for logprobs in scored])
         lengths = self._accepted(torch.arange(len(self._rows)), target_logprobs).tolist()
@@ -64,7 +67,11 @@ class ReuseRound:
             self.request.prefixes[row] = token_ids[:length]
 
     def verify_in_engine(self, block_length: int) -> None:
-        """Let the engine verify, so many tokens of a draft at a time, and go on with each row as soon as it is verified."""
+        """Let the engine verify, and go on with each row as soon as it is verified.
+
+        Args:
+            block_length: tokens of a cached response that are scored at a time.
+        """
 
         def accept(row: int, logprobs: list[float]) -> int:
             found, position = torch.tensor(logprobs), self._position[row]
@@ -76,22 +83,22 @@ class ReuseRound:
         self.request.accept, self.request.verify_block_length = accept, block_length
 
     def _accepted(self, rows: Tensor, target_logprobs: Tensor) -> Tensor:
-        """Leading tokens that are kept of the beginnings of cached, [m].
+        """Leading tokens that are kept of the beginnings of cached responses, [m].
 
         Args:
-            rows: [m] among the rows with a draft.
+            rows: [m] among the rows with a cached response.
             target_logprobs: [m, b] of the first b tokens.
         """
         cut = rows, slice(target_logprobs.shape[1])
         return self._rule(
             target_logprobs,
-            self._draft_logprobs[cut],
+            self._previous_logprobs[cut],
             self._generation_logprobs[cut],
             self._mask[cut],
             self._uniforms[cut],
         )
 
-    def _survivors(self, rows: Tensor, start: int, target_logprobs: Tensor) -> Tensor:
+    def _keep_scoring(self, rows: Tensor, start: int, target_logprobs: Tensor) -> Tensor:
         own, stop = rows.cpu(), start + target_logprobs.shape[1]
         self._scored[own, start:stop] = target_logprobs.cpu()
         kept = self._accepted(own, self._scored[own, :stop])
@@ -104,12 +111,15 @@ class ReuseRound:
 
     @property
     def expected_lengths(self) -> list[int]:
-        """Tokens that each row will probably still need: the rest of its draft, or as many as cached have on average."""
-        lengths = [len(draft) for draft in self.cached if draft is not None]
+        """Tokens that each row will probably still need, [N].
+
+        The rest of its cached response, or the mean length of the cached responses.
+        """
+        lengths = [len(cached) for cached in self.cached if cached is not None]
         mean = sum(lengths) // max(1, len(lengths))
         return [
-            mean if draft is None else len(draft) - length
-            for draft, length in zip(self.cached, self.verified_lengths, strict=True)
+            mean if cached is None else len(cached) - length
+            for cached, length in zip(self.cached, self.verified_lengths, strict=True)
         ]
 
     def is_complete(self, row: int) -> bool:
@@ -117,23 +127,23 @@ class ReuseRound:
         return 0 < len(self.request.prefix(row)) == len(self.rollouts.response_ids[row])
 
     def known_rows(self, reuse_rewards: bool, scored_by_policy: bool) -> list[KnownRow | None]:
-        """What need not be found out again, [N]."""
+        """Values that need not be computed again, [N]."""
         return [
-            self._known(row, draft, reuse_rewards, scored_by_policy)
-            if draft is not None and self.is_complete(row)
+            self._known(row, cached, reuse_rewards, scored_by_policy)
+            if cached is not None and self.is_complete(row)
             else None
-            for row, draft in enumerate(self.cached)
+            for row, cached in enumerate(self.cached)
         ]
 
-    def _known(self, row: int, draft: CachedRollout, reuse_rewards: bool, scored_by_policy: bool) -> KnownRow:
+    def _known(self, row: int, cached: CachedRollout, reuse_rewards: bool, scored_by_policy: bool) -> KnownRow:
         length = len(self.request.prefix(row))
-        whole = length == len(draft)
+        whole = length == len(cached)
         return KnownRow(
             policy_logprobs=self.target_logprobs[row][:length].numpy()
             if scored_by_policy and row in self.target_logprobs
             else None,
-            rewards=draft.reward_values if reuse_rewards and whole else None,
-            reference_logprobs=None if draft.reference_logprobs is None else draft.reference_logprobs[:length],
+            rewards=cached.reward_values if reuse_rewards and whole else None,
+            reference_logprobs=None if cached.reference_logprobs is None else cached.reference_logprobs[:length],
         )
 
     def score_dropped_rows(self, score: ScoreResponses, trained: set[int]) -> None:
@@ -165,7 +175,7 @@ class ReuseRound:
         """
         size = self.request.sampling.num_generations
         for row, token_ids in enumerate(self.rollouts.response_ids):
-            at, draft, length = position.get(self.request.seeds[row]), self.cached[row], len(self.request.prefix(row))
+            at, cached, length = position.get(self.request.seeds[row]), self.cached[row], len(self.request.prefix(row))
             if self.request.accept is not None:  # both sides of the next ratio must come from the engine
                 logprobs = np.array(self.rollouts.sampling_logprobs[row], np.float32)
                 if row in self.target_logprobs:
@@ -177,8 +187,8 @@ class ReuseRound:
             else:
                 logprobs = np.full(len(token_ids), np.nan, np.float32)
             generation_logprobs = logprobs.copy()
-            if draft is not None:
-                generation_logprobs[:length] = draft.generation_logprobs[:length]
+            if cached is not None:
+                generation_logprobs[:length] = cached.generation_logprobs[:length]
             yield CachedRollout(
                 uid=self.request.prompts.uids[self.request.prompt_index(row)],
                 sample=row % size,
@@ -188,7 +198,7 @@ class ReuseRound:
                 finish_reason=self.rollouts.finish_reasons[row],
                 policy_version=self.request.policy_version,
                 step=step,
-                num_reuses=0 if draft is None else draft.num_reuses + 1,
+                num_reuses=0 if cached is None else cached.num_reuses + 1,
                 reward=self.rollouts.total_rewards[row],
                 reward_values={name: values[row] for name, values in self.rollouts.rewards.items()},
                 reference_logprobs=None if reference is None or at is None else reference[at, : len(token_ids)],

@@ -1,4 +1,4 @@
-"""How much was reused, and what it did."""
+"""How much was reused, how old it was, and how it was rewarded."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class ReuseStatistics:
     num_tokens: int = 0
     """Response tokens of all rows."""
     num_cached: int = 0
-    """Rows that had a draft."""
+    """Rows that had a cached response."""
     num_cached_tokens: int = 0
     num_reused_tokens: int = 0
     num_whole: int = 0
     """Rows that were taken over whole."""
     age_sum: int = 0
-    """Steps since the cached were stored."""
+    """Steps since the cached responses were stored."""
     num_scored: int = 0
-    """Tokens of cached that were scored, kept or not."""
+    """Tokens of cached responses that were scored, kept or not."""
     kl_sum: float = 0.0
     """Of exp(d) - d - 1, d = log-prob now - at the last verification, over them, nats; at most 10 each, as in verl."""
     drift_sum: float = 0.0
@@ -58,17 +58,17 @@ class ReuseStatistics:
             cached: [G] `None` where a row had none.
             verified_lengths: [G] tokens taken over.
             response_lengths: [G] tokens of the finished responses.
-            target_logprobs: [G] log-probs of the draft under today's policy, NaN behind the block in which it was rejected; `None` where they were
-                not needed.
+            target_logprobs: [G] log-probs of the cached response under today's policy, NaN behind the block in which it
+                was rejected; `None` where they were not needed.
             rewards: [G] total rewards.
         """
         drift_sum, kl_sum, num_scored = 0.0, 0.0, 0
-        for draft, length, now in zip(cached, verified_lengths, target_logprobs, strict=True):
-            if draft is None or now is None:
+        for response, length, now in zip(cached, verified_lengths, target_logprobs, strict=True):
+            if response is None or now is None:
                 continue
-            drift_sum += float((now[:length] - torch.from_numpy(draft.generation_logprobs[:length])).abs().sum())
-            # Whether a token is scored is decided before it: with rejected tokens, but not without them, the mean is the KL
-            change = now - torch.from_numpy(draft.previous_logprobs[: len(now)])
+            drift_sum += float((now[:length] - torch.from_numpy(response.generation_logprobs[:length])).abs().sum())
+            # Whether a token is scored is decided before it: the mean is the KL with the rejected tokens, not without
+            change = now - torch.from_numpy(response.previous_logprobs[: len(now)])
             change = change[~change.isnan()].clamp(-20, 20)
             kl_sum += float((change.expm1() - change).clamp(max=10).sum())
             num_scored += len(change)
@@ -76,11 +76,11 @@ class ReuseStatistics:
         return cls(
             num_rows=len(cached),
             num_tokens=sum(response_lengths),
-            num_cached=sum(draft is not None for draft in cached),
-            num_cached_tokens=sum(len(draft) for draft in cached if draft is not None),
+            num_cached=sum(response is not None for response in cached),
+            num_cached_tokens=sum(len(response) for response in cached if response is not None),
             num_reused_tokens=sum(verified_lengths),
             num_whole=sum(0 < kept == length for kept, length in zip(verified_lengths, response_lengths, strict=True)),
-            age_sum=sum(step - draft.step for draft in cached if draft is not None),
+            age_sum=sum(step - response.step for response in cached if response is not None),
             num_scored=num_scored,
             kl_sum=kl_sum,
             drift_sum=drift_sum,
@@ -95,15 +95,18 @@ class ReuseStatistics:
 
     @property
     def kl(self) -> float:
-        """Mean over the scored tokens, nats: how far the policy has moved since it last saw the cached (estimator k3, Schulman 2020)."""
+        """Mean over the scored tokens, nats: how far the policy has moved since it last scored them.
+
+        Estimator k3 (Schulman 2020).
+        """
         return self.kl_sum / max(1, self.num_scored)
 
     @property
     def block_length(self) -> int:
-        """Tokens to verify at a time, if the next cached are rejected as often as these.
+        """Tokens to verify at a time, if the next cached responses are rejected as often as these.
 
-        Blocks of b cost (b + c) / (1 - exp(-h b)) tokens until a rejection: h is the rate of rejection, c what every block costs beyond its tokens. The
-        least is near sqrt(2 c / h).
+        Blocks of b cost (b + c) / (1 - exp(-h b)) tokens until a rejection. Here h is the rate of rejection, and c the
+        cost of a block beyond its tokens. The least is near sqrt(2 c / h).
         """
         num_rejected = self.num_cached - self.num_whole or 0.5  # where there was none, half a one
         rate = num_rejected / max(1, self.num_reused_tokens)
@@ -130,8 +133,8 @@ class ReuseStatistics:
 
 def _reward_gap(cached: Sequence[CachedRollout | None], rewards: Sequence[float | None]) -> float | None:
     pairs = list(zip(cached, rewards, strict=True))
-    reused = [reward for draft, reward in pairs if draft is not None and reward is not None]
-    fresh = [reward for draft, reward in pairs if draft is None and reward is not None]
+    reused = [reward for response, reward in pairs if response is not None and reward is not None]
+    fresh = [reward for response, reward in pairs if response is None and reward is not None]
     return sum(reused) / len(reused) - sum(fresh) / len(fresh) if reused and fresh else None
 
 

@@ -32,7 +32,7 @@ _ARRAY_BYTES = 112
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedRollout:
-    """One response with what is already known about it; T tokens.
+    """One response with its log-probs and rewards; T tokens.
 
     Log-probs are float32, so that taking them from here instead of computing them again changes nothing.
 
@@ -50,7 +50,7 @@ class CachedRollout:
     token_ids: NDArray[np.int32]
     """[T] end-of-text included when it was generated."""
     previous_logprobs: NDArray[np.float32]
-    """[T] nats, as last recorded by the verifier, or when generated: the draft's side of the next acceptance test."""
+    """[T] nats, as last recorded by the verifier, or when generated: the denominator of the next acceptance test."""
     generation_logprobs: NDArray[np.float32]
     """[T] nats, of each token when it was generated."""
     finish_reason: FinishReason
@@ -60,9 +60,9 @@ class CachedRollout:
     step: int
     """Training step of the last write; its age is today's step minus this."""
     num_reuses: int = 0
-    """Steps in a row in which the response was a draft; 0 when it was generated afresh."""
+    """Steps in a row in which the response was offered for reuse; 0 when it was generated afresh."""
     reward: float | None = None
-    """Weighted sum over the reward functions; `None` where nobody could score."""
+    """Weighted sum over the reward functions; `None` where no reward applies."""
     reward_values: dict[str, float | None] | None = None
     """Unweighted rewards by function, `None` where one does not apply; `None` as a whole when not kept."""
     reference_logprobs: NDArray[np.float32] | None = None

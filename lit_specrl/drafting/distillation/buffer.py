@@ -1,4 +1,4 @@
-"""What the policy said about recent responses, kept for teaching the drafter."""
+"""The policy's outputs for recent responses, kept to train the drafter."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _ROW_FIELDS = ("uid", "num_prompt_tokens", "reward", "weight", "policy_version")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DistillationSample:
-    """One response with what the policy said about it: P tokens of prompt, R of response.
+    """One response with the policy's outputs for it: P tokens of prompt, R of response.
 
-    The policy's distribution is its whole softmax at the sampling temperature, before any truncation (top-p, top-k), so that every log-prob is
-    finite.
+    The policy's distribution is its whole softmax at the sampling temperature, before any truncation (top-p, top-k), so
+    that every log-prob is finite.
 
-    Example: one response token after a prompt of one; the policy gave 0.7 and 0.2 to the tokens 4 and 1 of the draft vocabulary, and 0.05 to the
-    rest of it::
+    Example: one response token after a prompt of one; the policy gave 0.7 and 0.2 to the tokens 4 and 1 of the draft
+    vocabulary, and 0.05 to the rest of it::
 
         DistillationSample(uid="a1", token_ids=torch.tensor([8, 2], dtype=torch.int32), num_prompt_tokens=1,
                features=torch.zeros(1, 0), top_tokens=torch.tensor([[4, 1]], dtype=torch.int32),
@@ -36,7 +36,8 @@ class DistillationSample:
                reward=1.0, weight=1.6, policy_version=4)
 
     Raises:
-        ValueError: a tensor has another shape or type than its field says, or `num_prompt_tokens` is not between 1 and P + R.
+        ValueError: a tensor has another shape or type than its field says, or `num_prompt_tokens` is not between 1 and
+            P + R.
     """
 
     uid: str
@@ -46,15 +47,18 @@ class DistillationSample:
     num_prompt_tokens: int
     """P, at least 1."""
     features: Tensor
-    """[P + R - 1, F] bfloat16 or float32, hidden states of the policy at all tokens but the last; F = 0 for drafters that need none."""
+    """[P + R - 1, F] bfloat16 or float32, hidden states of the policy at all tokens but the last.
+
+    F = 0 for drafters that need none.
+    """
     top_tokens: Tensor
-    """[R, k] int32, the k most probable tokens at the place of each response token, as indices into the draft vocabulary."""
+    """[R, k] int32, the k most probable tokens at each response token, as indices into the draft vocabulary."""
     top_logprobs: Tensor
     """[R, k] float32, nats, of these under the policy's whole softmax."""
     log_mass: Tensor
-    """[R] float32, nats, log of the policy's probability of the whole draft vocabulary; 0 where every token is in it."""
+    """[R] float32, nats, log-prob of the whole draft vocabulary under the policy; 0 where every token is in it."""
     reward: float
-    """As the reward functions gave it; NaN where nobody could score."""
+    """As the reward functions gave it; NaN without a reward."""
     weight: float
     """w(r), how much the response counts (`reward_weights`)."""
     policy_version: int
@@ -105,8 +109,8 @@ class DistillationSample:
 class DistillationBuffer:
     """Keeps the newest samples, the oldest making room when memory runs short.
 
-    Every sample stays until it is evicted or expires, also where several have the same uid: they are different responses, or of different
-    policies.
+    Every sample stays until it is evicted or expires, also where several have the same uid: they are different
+    responses, or of different policies.
 
     Args:
         max_bytes: most memory for the tensors of all samples.
@@ -116,8 +120,10 @@ class DistillationBuffer:
         ValueError: `max_bytes` is not positive or `max_age` is negative.
 
     Example:
-        >>> sample = DistillationSample("a1", torch.tensor([8, 2], dtype=torch.int32), 1, torch.zeros(1, 0), torch.tensor([[4, 1]], dtype=torch.int32),
-        ...                 torch.tensor([[-0.4, -1.6]]), torch.tensor([-0.1]), reward=1.0, weight=1.6, policy_version=4)
+        >>> token_ids, top = torch.tensor([8, 2], dtype=torch.int32), torch.tensor([[4, 1]], dtype=torch.int32)
+        >>> logprobs = torch.tensor([[-0.4, -1.6]]), torch.tensor([-0.1])
+        >>> known = {"reward": 1.0, "weight": 1.6, "policy_version": 4}
+        >>> sample = DistillationSample("a1", token_ids, 1, torch.zeros(1, 0), top, *logprobs, **known)
         >>> buffer = DistillationBuffer(max_bytes=10**6, max_age=2)
         >>> buffer.put([sample])
         >>> len(buffer), buffer.num_bytes
@@ -134,7 +140,7 @@ class DistillationBuffer:
             raise ValueError(f"max_age must be 0 or more versions of the policy, got {max_age}")
         self.max_bytes, self.max_age = max_bytes, max_age
         self.num_evicted = 0
-        """Lessons that found no room or made room for others so far; an expired one is not one of them."""
+        """Samples that found no room or made room for others so far; an expired one is not one of them."""
         self._samples: deque[DistillationSample] = deque()  # the oldest on the left
         self._num_bytes = 0
 
@@ -197,8 +203,9 @@ class DistillationBuffer:
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The whole state as tensors and as metadata of lists, dicts, numbers and strings.
 
-        Fit for JSON and for a checkpoint that is loaded with `weights_only=True`. The tensors are not copies, for features may fill half of the
-        memory; and each is on its own, because samples of one buffer may differ in k, F and the type of the features.
+        Fit for JSON and for a checkpoint that is loaded with `weights_only=True`. The tensors are not copies, for
+        features may fill half of the memory; and each is on its own, because samples of one buffer may differ in k, F
+        and the type of the features.
 
         Returns:
             Per sample and field a tensor, such as "0.features"; and the metadata.

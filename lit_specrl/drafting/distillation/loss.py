@@ -16,18 +16,20 @@ class DistillationLoss:
     weighted_sum: Tensor
     """Scalar, nats, with gradient."""
     count: float
-    """Drafted tokens, those of step s counted decay**s times; it depends on shapes only, so that it can be known before the first backward pass."""
+    """Drafted tokens, those of step s counted decay**s times; depends on shapes alone."""
 
 
 def draft_kl(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor, log_mass: Tensor) -> Tensor:
-    """Forward KL divergence of the policy to the drafter at each place, of which only the policy's k most probable tokens are told apart.
+    """Forward KL divergence of the policy to the drafter at each place, over the policy's k most probable tokens.
 
-    The drafter can propose tokens of its vocabulary alone, so the policy is restricted to these and renormalised. Its tokens outside the top k count
-    as one outcome, for the drafter as well. This is a lower bound of the full divergence (what is within the rest goes unseen; log sum inequality),
-    and the divergence itself where k = V' or where the policy gives nothing to the rest.
+    The drafter can propose tokens of its vocabulary alone, so the policy is restricted to these and renormalised. Its
+    tokens outside the top k count as one outcome, for the drafter as well. This is a lower bound of the full divergence
+    (differences within the rest do not count; log sum inequality), and the divergence itself where k = V' or where the
+    policy gives nothing to the rest.
 
-    It is the term of a token in ReSpec's distillation (Chen et al. 2025, arXiv 2510.26475): KL(softmax(target logits) || drafter). The paper takes
-    the sum over the whole vocabulary; storing k log-probs a token, instead of V', is our departure.
+    It is the term of a token in ReSpec's distillation (Chen et al. 2025, arXiv 2510.26475): KL(softmax(target logits)
+    || drafter). The paper takes the sum over the whole vocabulary; storing k log-probs a token, instead of V', is our
+    departure.
 
     Args:
         logits: [T, V'] of the drafter over its vocabulary, divided by the sampling temperature.
@@ -36,7 +38,8 @@ def draft_kl(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor, log_mass:
         log_mass: [T] nats, log of the policy's probability of the draft vocabulary; finite.
 
     Returns:
-        [T] nats, differentiable in `logits`; float32, or float64 for logits of float64. Rounding can make it a little negative.
+        [T] nats, differentiable in `logits`; float32, or float64 for logits of float64. Rounding can make it a little
+        negative.
 
     Raises:
         ValueError: shapes do not fit.
@@ -58,9 +61,10 @@ def draft_kl(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor, log_mass:
 def distillation_loss(kl: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> DistillationLoss:
     """Weighted sum of divergences over the steps of a draft, and the number of tokens to divide it by.
 
-    `weighted_sum / count` is ReSpec's reward-weighted loss (Chen et al. 2025, arXiv 2510.26475) per drafted token, over the unrolled steps of EAGLE-3
-    (Li et al. 2025, arXiv 2503.01840), each worth `decay` times the one before. The count has no weights in it: they have mean 1 over a batch
-    (`reward_weights`), and dividing by those of a micro-batch would undo them where it holds a single response.
+    `weighted_sum / count` is ReSpec's reward-weighted loss (Chen et al. 2025, arXiv 2510.26475) per drafted token, over
+    the unrolled steps of EAGLE-3 (Li et al. 2025, arXiv 2503.01840), each worth `decay` times the one before. The count
+    has no weights in it: they have mean 1 over a batch (`reward_weights`), and dividing by those of a micro-batch would
+    undo them where it holds a single response.
 
     Args:
         kl: per draft step s, [T_s] nats (`draft_kl`); T_s may differ between steps and may be 0.
@@ -72,7 +76,8 @@ def distillation_loss(kl: Sequence[Tensor], weights: Sequence[Tensor], decay: fl
 
     Example: 2 * 0.5 + 1 * 0.25 at the first step, half of 2 * 1.0 at the second; two tokens and half a token
 
-        >>> loss = distillation_loss([torch.tensor([0.5, 0.25]), torch.tensor([1.0])], [torch.tensor([2.0, 1.0]), torch.tensor([2.0])], decay=0.5)
+        >>> divergences = [torch.tensor([0.5, 0.25]), torch.tensor([1.0])]
+        >>> loss = distillation_loss(divergences, [torch.tensor([2.0, 1.0]), torch.tensor([2.0])], decay=0.5)
         >>> loss
         DistillationLoss(weighted_sum=tensor(2.2500), count=2.5)
         >>> loss.weighted_sum / loss.count
@@ -89,10 +94,11 @@ def distillation_loss(kl: Sequence[Tensor], weights: Sequence[Tensor], decay: fl
 
 
 def expected_acceptance(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor) -> Tensor:
-    """Probability that a token sampled from the drafter is accepted, sum of min(policy, drafter) over the policy's top k.
+    """Probability that a sampled draft token is accepted: the sum of min(policy, drafter) over the policy's top k.
 
-    Leviathan et al. 2023, arXiv 2211.17192, lemma 3.3 and theorem 3.5. A lower bound, as the tokens outside the top k are left out; exact where
-    k = V'. Unlike in `draft_kl` the policy is not renormalised: what it gives to tokens that cannot be drafted is lost.
+    Leviathan et al. 2023, arXiv 2211.17192, lemma 3.3 and theorem 3.5. A lower bound, as the tokens outside the top k
+    are left out; exact where k = V'. Unlike in `draft_kl` the policy is not renormalised: what it gives to tokens that
+    cannot be drafted is lost.
 
     Args:
         logits: [T, V'] of the drafter over its vocabulary, divided by the sampling temperature.
@@ -117,11 +123,12 @@ def expected_acceptance(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor
 def expected_acceptance_length(acceptance: Sequence[Tensor]) -> Tensor:
     """Tokens per verification of a draft: those accepted, and the one that the policy adds.
 
-    Leviathan et al. 2023, arXiv 2211.17192, equation 1, with a probability for each step instead of the same for all. A mean over the T starts, so
-    that those of different batches combine by their T.
+    Leviathan et al. 2023, arXiv 2211.17192, equation 1, with a probability for each step instead of the same for all. A
+    mean over the T starts, so that those of different batches combine by their T.
 
     Args:
-        acceptance: per draft step, [T] probability that its token is accepted when all before it are; entry t of every step belongs to one draft.
+        acceptance: per draft step, [T] probability that its token is accepted when all before it are; entry t of every
+            step belongs to one draft.
 
     Returns:
         Scalar, tokens; NaN without any draft.

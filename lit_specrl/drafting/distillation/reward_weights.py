@@ -20,28 +20,33 @@ def reward_weights(
 ) -> Tensor:
     """Weights w(r) of mean 1 that let the drafter learn more from responses of high reward.
 
-    ReSpec (Chen et al. 2025, arXiv 2510.26475, reward-weighted knowledge distillation) weighs the loss of a response by w(r) = r, "normalised and
-    clipped" without saying how. Here r is rescaled to r' in [0, 1] by the lowest and the highest reward of its scope, w = floor + (1 - floor) * r'
-    is divided by its mean over the batch, and what exceeds `max_weight` is cut, after which the mean may be below 1.
+    ReSpec (Chen et al. 2025, arXiv 2510.26475, reward-weighted knowledge distillation) weighs the loss of a response by
+    w(r) = r, "normalised and clipped" without saying how. Here r is rescaled to r' in [0, 1] by the lowest and the
+    highest reward of its scope, w = floor + (1 - floor) * r' is divided by its mean over the batch, and what exceeds
+    `max_weight` is cut, after which the mean may be below 1.
 
-    We depart from it by the floor: with rewards of 0 and 1 w(r) = r would never teach the drafter a failed response, although failures are
-    drafted for as well, and most of all at the start of a run. `floor=0` is ReSpec's w(r) = r, `floor=1` or `scope="none"` plain distillation.
+    We depart from it by the floor: with rewards of 0 and 1 w(r) = r would never train the drafter on a failed response,
+    although failures are drafted for as well, and most of all at the start of a run. `floor=0` is ReSpec's w(r) = r,
+    `floor=1` or `scope="none"` plain distillation.
 
-    Where all rewards of a scope are equal its responses count in full, be they good or bad. With `scope="group"` that means that a prompt which is
-    always failed counts like one which is always solved.
+    Where all rewards of a scope are equal, its responses count in full. With `scope="group"` that means that a prompt
+    which is always failed counts like one which is always solved.
 
     Args:
-        rewards: [N] any number type; NaN, for a response that nobody could score, counts as the lowest of its scope.
+        rewards: [N] any number type; NaN, for a response without a reward, counts as the lowest of its scope.
         groups: [N] number of the prompt that each response answers; matters for `scope="group"` only.
-        scope: whose rewards r is compared with: those of its "group", of the whole "batch", or of nobody ("none", all weights 1).
+        scope: whose rewards r is compared with: those of its "group", of the whole "batch", or none ("none", all
+            weights 1).
         floor: weight of the lowest reward before normalisation, as a fraction of that of the highest.
         max_weight: largest weight, at least 1.
 
     Returns:
-        Weights [N], float32, or float64 for rewards of float64. The mean is taken over the rewards handed in, so hand in those of all ranks.
+        Weights [N], float32, or float64 for rewards of float64. The mean is taken over the rewards handed in, so hand
+        in those of all ranks.
 
     Raises:
-        ValueError: unknown `scope`, `floor` outside [0, 1], `max_weight` below 1, infinite rewards, or not one group per reward.
+        ValueError: unknown `scope`, `floor` outside [0, 1], `max_weight` below 1, infinite rewards, or not one group
+            per reward.
 
     Example: (0.1, 1, 0.1, 1) divided by their mean of 0.55
 
@@ -83,6 +88,6 @@ def _to_unit_interval(rewards: Tensor) -> Tensor:
     lowest = rewards.nan_to_num(nan=torch.inf).min()
     rewards = torch.where(rewards.isnan(), lowest, rewards)
     span = rewards.max() - lowest
-    if not span > 0:  # NaN where nobody could score any
+    if not span > 0:  # NaN where none has a reward
         return torch.ones_like(rewards)
     return (rewards - lowest) / span

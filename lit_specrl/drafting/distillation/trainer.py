@@ -1,4 +1,4 @@
-"""Training a drafter on what the policy says."""
+"""Trains a drafter on the policy's outputs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class DrafterEvaluation:
 class DrafterTrainer:
     """Trains a drafter towards the policy.
 
-    ReSpec's loss (Chen et al. 2025, arXiv 2510.26475), over the steps of a draft as EAGLE-3 unrolls them (Li et al. 2025, arXiv 2503.01840).
+    ReSpec's loss (Chen et al. 2025, arXiv 2510.26475), over the steps of a draft as EAGLE-3 unrolls them (Li et al.
+    2025, arXiv 2503.01840).
 
     Args:
         network: the drafter.
@@ -165,9 +166,9 @@ class DrafterTrainer:
 
 
 def micro_batches(samples: Sequence[DistillationSample], max_tokens: int) -> Iterator[list[DistillationSample]]:
-    """Lessons of similar length together, at most `max_tokens` tokens at a time, padding included; longer ones alone.
+    """Samples of similar length together, at most `max_tokens` tokens at a time, padding included; longer ones alone.
 
-    Lessons in which nothing is drafted (responses of one token) are left out.
+    Samples in which nothing is drafted (responses of one token) are left out.
     """
     batch: list[DistillationSample] = []
     for sample in sorted((sample for sample in samples if sample.num_response_tokens > 1), key=len):

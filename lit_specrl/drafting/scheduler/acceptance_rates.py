@@ -17,11 +17,13 @@ _PRIOR_WEIGHT = 4.0  # real drafts that outweigh the hope
 class AcceptanceRates:
     """Acceptance of drafted tokens by position, with more weight on recent drafts.
 
-    Where the latest drafts fare quite differently from those before (another drafter, other text), only they count from then on.
+    Where the latest drafts fare quite differently from those before (another drafter, other text), only they count from
+    then on.
 
-    Position k (from 1) is accepted when the k first tokens of a draft all are. What is estimated is the chance of position k given that k - 1 was
-    accepted, because a run with short drafts still says something about the first positions. What was never drafted is expected to be good: it is tried
-    then, and a few drafts settle it.
+    Position k (from 1) is accepted when the k first tokens of a draft all are. What is estimated is the chance of
+    position k given that k - 1 was accepted, because a run with short drafts still informs the first
+    positions. A position that was never drafted is expected to be accepted often: it is tried then, and a few drafts
+    settle it.
 
     Args:
         max_length: longest draft.

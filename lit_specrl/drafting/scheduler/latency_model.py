@@ -27,17 +27,19 @@ class LatencyModel:
 
         seconds = fixed + convex(n) + (K > 0) * overhead + K * (draft_fixed + draft_per_token * B)
 
-    with a convex, piecewise linear function, all coefficients at least 0: flat while the weights' way through memory hides the
-    arithmetic, steeper beyond. They are fitted to the medians of recent step times, relative errors counting; a step that was
-    disturbed moves no median. Where settings nearby were measured, their medians correct the formula, the more the oftener. When steps with drafts
-    (or those without) keep taking far more or less than predicted, what was known about them is forgotten.
+    with a convex, piecewise linear function, all coefficients at least 0: flat while the weights' way through memory
+    hides the arithmetic, steeper beyond. They are fitted to the medians of recent step times, relative errors counting;
+    a step that was disturbed moves no median. Nearby measurements correct the formula, weighted by their number. When
+    steps with drafts (or those without) keep taking far more or less than predicted, what was known about them is
+    forgotten.
 
-    ReSpec (Chen et al. 2025, arXiv 2510.26475) fits a model to an offline profile without printing its form; this one also learns from every
-    step of the run.
+    ReSpec (Chen et al. 2025, arXiv 2510.26475) fits a model to an offline profile without printing its form; this one
+    also learns from every step of the run.
 
     Example:
         >>> model = LatencyModel()
-        >>> model.observe((batch, length, 0.01 + 0.001 * batch * (length + 1)) for batch in (1, 8, 32) for length in (0, 1, 3))
+        >>> settings = [(batch, length) for batch in (1, 8, 32) for length in (0, 1, 3)]
+        >>> model.observe((batch, length, 0.01 + 0.001 * batch * (length + 1)) for batch, length in settings)
         >>> round(model.seconds(16, 2), 3)  # never measured
         0.058
     """
@@ -142,7 +144,7 @@ class LatencyModel:
     # ----------------------------------------------------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, list[list[float]]]:
-        """Rows of numbers: step times as (batch, length, age in steps, seconds), the last fit, and the latest surprises."""
+        """Rows of numbers: step times as (batch, length, age in steps, seconds), the last fit, the latest surprises."""
         return {
             "times": [
                 [batch, length, self._num_steps - self._seen_at[batch, length], seconds]

@@ -18,7 +18,7 @@ _FIRST_AGES = 32  # tokens; then 32 to 63, 64 to 127, and so on
 
 
 def speed_gains(seconds: NDArray[np.float64], emitted_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Emitted tokens per second over those without speculation, [batches, lengths]; the largest of a row is the best length.
+    """Emitted tokens per second over those without speculation, [batches, lengths]; the best length is the largest.
 
     Args:
         seconds: [batches, lengths] of an engine step; lengths from 0, in order.
@@ -53,7 +53,7 @@ class DecodeStep:
     age: float = 0.0
     """Tokens that the requests had generated before the step, on average."""
     catch_up_s: float = 0.0
-    """What it took before the step to show the drafter tokens that were generated without it."""
+    """Time before the step in which the drafter read tokens that were generated without it."""
 
 
 @dataclass
@@ -75,9 +75,10 @@ class _AgeGroup:
 class LengthSchedule:
     """Chooses the speculation length that emits the most tokens per second at each number of active requests.
 
-    ReSpec's solver and scheduler (Chen et al. 2025, arXiv 2510.26475), departing from it in four ways: acceptance is learnt online, and apart for
-    early and late parts of responses (what a look-up drafter proposes loses the thread); a length is only left for one that is better by a margin;
-    and where speculation pays nowhere it is off but for occasional steps that watch whether the drafter has improved.
+    ReSpec's solver and scheduler (Chen et al. 2025, arXiv 2510.26475), departing from it in four ways: acceptance is
+    learnt online, and apart for early and late parts of responses (drafts by look-up are accepted less and less); a
+    length is only left for one that is better by a margin; and where speculation pays nowhere it is off but for
+    occasional steps that watch whether the drafter has improved.
 
     Args:
         max_length: longest draft, in tokens.
@@ -89,7 +90,8 @@ class LengthSchedule:
         schedule = LengthSchedule(max_length=3)
         schedule.profile(steps)     # a few at some batch sizes and lengths
         schedule.length(8, age=20)  # 2
-        schedule.observe(DecodeStep(num_active=8, length=2, seconds=0.03, num_tokens=15, drafted=[8, 8], accepted=[5, 2], age=20))
+        counts = {"num_tokens": 15, "drafted": [8, 8], "accepted": [5, 2]}
+        schedule.observe(DecodeStep(num_active=8, length=2, seconds=0.03, age=20, **counts))
     """
 
     def __init__(self, max_length: int, hysteresis: float = 0.03, probe_fraction: float = 0.01) -> None:
@@ -106,7 +108,7 @@ class LengthSchedule:
         self._num_unsolved = 0  # steps since the last solution
 
     def profile(self, steps: Sequence[DecodeStep]) -> None:
-        """Learn step times, and nothing about acceptance, from steps that were made for that; then solve for batches up to their largest."""
+        """Learn step times alone from steps that were made for that; then solve for batches up to their largest."""
         self.latency.observe((step.num_active, step.length, step.seconds) for step in steps if step.is_steady)
         if steps:
             self._solve(max(step.num_active for step in steps))

@@ -35,8 +35,9 @@ class VLLMEngine(RolloutEngine):
     """A colocated vLLM: same process, same device, weights handed over in memory.
 
     Args:
-        dtype: dtype of the engine's weights and cache. "auto" is "bfloat16" where the device has instructions for it, which is
-            faster and takes half the memory, and "float32" elsewhere. Only "float32" gives the tokens of a float32 policy.
+        dtype: dtype of the engine's weights and cache. "auto" is "bfloat16" where the device has instructions for it,
+            which is faster and takes half the memory, and "float32" elsewhere. Only "float32" gives the tokens of a
+            float32 policy.
         gpu_memory_utilization: fraction of the GPU that the engine may hold; not used on a CPU.
         cpu_kv_cache_gib: size of the key-value cache on a CPU, in GiB.
         max_num_seqs: most responses decoded at once.
@@ -44,11 +45,13 @@ class VLLMEngine(RolloutEngine):
         enforce_eager: run without compilation and CUDA graphs. `None` is True on a CPU and False on a GPU.
         sleep_level: what `sleep` gives back on a GPU. 1 = the key-value cache, with the weights moved to the host;
             0 = nothing. Level 2 (drop the weights) is refused: it loses a drafter's weights without any error.
-        tensor_parallel_size: ranks that hold one engine between them, for policies that do not fit one device. They generate for all of their
-            prompts together, neither verify nor speculate, and must be neighbours (of one node, if it is to be fast). 1 = an engine for each rank.
-        merge_adapters: add the adapters of a policy with `lora` to the weights that are handed over. False hands over adapters alone, and the
-            engine reads the model that they adapt from its folder or the hub, once: less to hand over, and weights in bfloat16 do not round small
-            adapters away; but each step of the engine multiplies with both (vLLM's LoRA).
+        tensor_parallel_size: ranks that hold one engine between them, for policies that do not fit one device. They
+            generate for all of their prompts together, neither verify nor speculate, and must be neighbours (of one
+            node, if it is to be fast). 1 = an engine for each rank.
+        merge_adapters: add the adapters of a policy with `lora` to the weights that are handed over. False hands over
+            adapters alone, and the engine reads the model that they adapt from its folder or the hub, once: less to
+            hand over, and weights in bfloat16 do not round small adapters away; but each step of the engine multiplies
+            with both (vLLM's LoRA).
         options: further arguments of `vllm.LLM`.
     """
 
@@ -69,7 +72,7 @@ class VLLMEngine(RolloutEngine):
     ):
         if sleep_level not in (0, 1):
             raise ValueError(
-                f"sleep_level must be 0 or 1, got {sleep_level}; level 2 would drop weights that nobody restores"
+                f"sleep_level must be 0 or 1, got {sleep_level}; level 2 would drop weights that are not restored"
             )
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
@@ -140,7 +143,7 @@ class VLLMEngine(RolloutEngine):
         self._on_gpu = policy.device.type == "cuda"
         self.stop_token_ids = frozenset(stop_token_ids)
         positions = policy.model.config.get_text_config().max_position_embeddings
-        # vLLM samples a token after scoring; and where drafts might not fit behind the longest row, it drafts token 0 for all
+        # vLLM samples a token after scoring; where drafts might not fit behind the longest row, it drafts token 0
         room = 1 if self.drafter is None else self.drafter.num_speculative_tokens + 2
         options: dict[str, Any] = {
             "dtype": self.dtype_on(policy.device),
@@ -151,7 +154,7 @@ class VLLMEngine(RolloutEngine):
             "tensor_parallel_size": self.tensor_parallel_size,
         }
         if not self._on_gpu:
-            # vLLM 0.32 rewinds a row's generator after a partial prefill, which CPU generators cannot do: no partial prefills
+            # no partial prefills: vLLM 0.32 rewinds a row's generator after one, which CPU generators cannot do
             options |= {
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, options["max_model_len"]),
@@ -212,7 +215,7 @@ class VLLMEngine(RolloutEngine):
         finished: dict[int, FinishedRow] = {}
         reads = self.drafter is not None and self.drafter.reads_past_responses
         self._histories = _histories(request) if reads else {}
-        self._scored: dict[int, list[float]] = {}  # log-probs of drafts, as far as they are verified
+        self._scored: dict[int, list[float]] = {}  # log-probs of cached responses, as far as they are scored
         jobs = {row: self._first_job(request, row) for row in rows}
         own = {row: row for row in rows}
         if self.generates_together:
@@ -250,7 +253,7 @@ class VLLMEngine(RolloutEngine):
     def profile(self, num_rows: int) -> list[DecodeStep]:
         """Time steps that draft nothing, one token, and as many as the drafter can, at batches up to `num_rows`.
 
-        Drafters that look tokens up have nothing to say about a made-up prompt: in their place the same token is drafted everywhere.
+        Look-up drafters find nothing in an artificial prompt: the same token is drafted everywhere in their place.
         """
         assert self._speculation is not None and self.drafter is not None
         self.wake_up()
@@ -276,21 +279,24 @@ class VLLMEngine(RolloutEngine):
         return self._scoring(request, row)
 
     def _scoring(self, request: RolloutRequest, row: int) -> Job:
-        """Of the next block of a draft; fills the KV prefix cache, in which the blocks after it and the continuation find what is verified."""
+        """Of the next block of a cached response.
+
+        It fills the KV prefix cache, where later blocks and the continuation find the verified tokens.
+        """
         prompt = request.prompts.prompt_ids[request.prompt_index(row)]
         start = len(self._scored[row])
         block = request.cached_responses[row][start:][: request.verify_block_length]
         return scoring_job(prompt + request.cached_responses[row][:start] + block, len(block))
 
     def _after_verification(self, request: RolloutRequest, row: int, logprobs: list[float]) -> Job | None:
-        """Score on, or enter the verified prefix of a row; the row goes on at once, whatever the others do."""
+        """Score the next block, or enter the verified prefix of a row, which then goes on at once."""
         assert request.accept is not None
-        draft = request.cached_responses[row]
+        cached = request.cached_responses[row]
         self._scored[row] = scored = self._scored[row] + logprobs
         length = request.accept(row, scored)
-        if length == len(scored) < len(draft):
+        if length == len(scored) < len(cached):
             return self._scoring(request, row)
-        request.prefixes[row] = draft[:length]
+        request.prefixes[row] = cached[:length]
         return None if self.finish_reason(request, row) else self._generation(request, row)
 
     def _generation(self, request: RolloutRequest, row: int) -> Job:

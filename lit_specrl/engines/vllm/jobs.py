@@ -15,7 +15,7 @@ from lit_specrl.engines.vllm.speculation import Speculation
 
 
 class Job(NamedTuple):
-    """What the engine is asked to do for a row."""
+    """A request to the engine for a row."""
 
     token_ids: list[int]
     params: Any
@@ -23,14 +23,15 @@ class Job(NamedTuple):
     history: RowHistory | None = None
     """Past responses, for a drafter that reads them."""
     num_scored: int = 0
-    """Tokens at the end of `token_ids` whose log-probs are wanted; then what the job samples is thrown away. See `scoring_job`."""
+    """Tokens at the end of `token_ids` to score; with any, the sampled token is dropped. See `scoring_job`."""
 
 
 def scoring_job(token_ids: list[int], num_scored: int, read_cache: bool = True) -> Job:
     """Have the last `num_scored` tokens scored.
 
-    vLLM computes no log-probs where it finds the KV of a token in its prefix cache, and therefore does not look there for a request that wants
-    some. Ours wants none of the prompt's, so it looks: the rows of a group compute their prompt once.
+    vLLM computes no log-probs of tokens whose KV it finds in its prefix cache, and therefore skips the cache for
+    requests with log-probs. Those of the prompt are not needed here, so the cache is read: the rows of a group compute
+    their prompt once.
     """
     from vllm import SamplingParams
 
@@ -45,7 +46,7 @@ def scoring_job(token_ids: list[int], num_scored: int, read_cache: bool = True) 
 
 
 def filler_job(prompt_length: int, num_tokens: int, seed: int) -> Job:
-    """Have a response of a given length generated, to no purpose."""
+    """Generate a response of a given length, to measure times."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=seed, logprobs=0, detokenize=False)

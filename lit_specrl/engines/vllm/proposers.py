@@ -11,8 +11,8 @@ from lit_specrl.drafting.history import RowHistory
 class LookUpProposer:
     """vLLM's interface of a custom proposer (`speculative_config` with `method="custom_class"`), for a `LookUpDrafter`.
 
-    N-grams come from here, too: vLLM's own are compiled by numba, which keeps vLLM 0.32 from starting a second engine in
-    the process.
+    N-grams come from here, too: vLLM's own are compiled by numba, which keeps vLLM 0.32 from starting a second engine
+    in the process.
 
     Args:
         vllm_config: of the engine.
@@ -25,7 +25,7 @@ class LookUpProposer:
 
     def __init__(self, vllm_config: Any) -> None:
         self.length: int = vllm_config.speculative_config.num_speculative_tokens
-        """Tokens to propose; vLLM tells other proposers in each step, but not these."""
+        """Tokens to propose; vLLM passes it to other proposers in each step, but not to these."""
         self._vocabulary_size: int = vllm_config.model_config.get_vocab_size()
         self._histories: dict[str, RowHistory] = {}  # by the name that a request was added under
         self._readers: dict[str, TokenReader] = {}  # by vLLM's name of a request

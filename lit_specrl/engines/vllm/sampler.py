@@ -14,12 +14,14 @@ _SCORED_ROWS = 16  # log-probs are computed for so many tokens at a time
 
 
 class CPUSampler:
-    """Takes the place of sampling, with and without drafts, in the model runner of vLLM 0.32 on a CPU. Exact, see `rejection_sample`.
+    """Samples in place of vLLM 0.32's model runner on a CPU, with and without drafts. Exact, see `rejection_sample`.
 
-    vLLM draws noise for the whole vocabulary of every row, in one thread. And with drafts it samples garbage at temperatures above 0: it expands the temperatures to one per drafted token, into an integer
-    copy of the result that is thrown away, and divides the logits by uninitialised memory.
+    vLLM draws noise for the whole vocabulary of every row, in one thread. With drafts, at temperatures above 0, it
+    samples from wrong distributions: it expands the temperatures to one per drafted token into an integer copy of the
+    result, drops the copy, and divides the logits by uninitialised memory.
 
-    What is drawn at a place of a row is decided by the row's seed and the place alone. Drafts that were not sampled change no token.
+    The token at a place of a row depends on the row's seed and the place alone. Drafts that were not sampled change no
+    token.
 
     Args:
         runner: the model runner.
@@ -49,7 +51,7 @@ class CPUSampler:
         seeds = _seeds(sampling, rows)
         starts = (batch.num_tokens_no_spec[:num_rows] - batch.num_prompt_tokens[:num_rows]).tolist()
         positions = [starts[row] + offset for row, offset in zip(rows, offsets, strict=True)]
-        verified = rejection_sample(
+        emitted = rejection_sample(
             _processed(logits.float(), sampling, torch.tensor(rows)),
             drafts,
             num_drafted,
@@ -59,18 +61,18 @@ class CPUSampler:
             None if sampling.all_random else _is_greedy(sampling, num_rows),
             self._draft_vocabulary,
         )
-        emitted = (verified.token_ids >= 0).sum(-1).tolist()
-        self._next_positions = [start + count for start, count in zip(starts, emitted, strict=True)]
-        self.drafted, self.accepted = _counts(num_drafted, emitted)
-        flat = verified.token_ids.int().clamp_min(0).reshape(-1, 1)
-        ranks = torch.zeros(len(flat), dtype=torch.long)  # nobody asks for them
-        return SamplerOutput(verified.token_ids.int(), LogprobsTensors(flat, verified.logprobs.reshape(-1, 1), ranks))
+        num_emitted = (emitted.token_ids >= 0).sum(-1).tolist()
+        self._next_positions = [start + count for start, count in zip(starts, num_emitted, strict=True)]
+        self.drafted, self.accepted = _counts(num_drafted, num_emitted)
+        flat = emitted.token_ids.int().clamp_min(0).reshape(-1, 1)
+        ranks = torch.zeros(len(flat), dtype=torch.long)  # not asked for
+        return SamplerOutput(emitted.token_ids.int(), LogprobsTensors(flat, emitted.logprobs.reshape(-1, 1), ranks))
 
     def sample_draft(self, logits: Tensor, sampling: Any) -> tuple[Tensor, Tensor | None]:
-        """As `SpecDecodeBaseProposer._sample_from_logits`: draft tokens [N] and the distributions [N, V'] that they come from.
+        """As `SpecDecodeBaseProposer._sample_from_logits`: draft tokens [N] and their distributions [N, V'].
 
-        vLLM draws them from the global generator, so that no run could be repeated, and spreads them over the whole vocabulary, which is most of what a head
-        of few tokens costs.
+        vLLM draws them from the global generator, so that no run could be repeated. It also spreads them over the whole
+        vocabulary, which is most of the cost of a head with few tokens.
         """
         if sampling.all_greedy:
             return logits.argmax(-1), None
@@ -88,8 +90,8 @@ class CPUSampler:
 def score_tokens(logits: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
     """As `Sampler.gather_logprobs`, from logits [n, V], for the tokens [n] themselves and without ranks.
 
-    To count ranks, vLLM compiles a function when it scores for the first time; that takes seconds, and a compiler. The log-softmax of a few rows at a
-    time stays in the processor's cache.
+    To count ranks, vLLM compiles a function when it scores for the first time, which takes seconds and needs a
+    compiler. The log-softmax of a few rows at a time stays in the processor's cache.
     """
     from vllm.v1.outputs import LogprobsTensors
 
@@ -125,22 +127,22 @@ def _processed(logits: Tensor, sampling: Any, rows: Tensor) -> Tensor:
     return apply_top_k_top_p(logits, top_k, top_p)
 
 
-class VerificationCounter(nn.Module):
-    """Counts by position what vLLM's own verifier accepts, on a GPU.
+class RejectionCounter(nn.Module):
+    """Counts the tokens that vLLM's own rejection sampler accepts on a GPU, by position.
 
     Args:
-        verifier: the runner's `rejection_sampler`.
+        rejection_sampler: the runner's `rejection_sampler`.
     """
 
-    def __init__(self, verifier: nn.Module) -> None:
+    def __init__(self, rejection_sampler: nn.Module) -> None:
         super().__init__()
-        self.verifier = verifier
+        self.rejection_sampler = rejection_sampler
         self.drafted: list[int] = []
         self.accepted: list[int] = []
 
     def forward(self, metadata: Any, *arguments: Any) -> Any:
         """As `RejectionSampler.forward`."""
-        output = self.verifier(metadata, *arguments)
+        output = self.rejection_sampler(metadata, *arguments)
         self.drafted, self.accepted = _counts(
             metadata.num_draft_tokens, (output.sampled_token_ids >= 0).sum(-1).tolist()
         )

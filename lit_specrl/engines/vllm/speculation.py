@@ -1,4 +1,4 @@
-"""Speculation inside a running vLLM: what is known of it, and what can be changed."""
+"""Speculation inside a running vLLM: its length, its counts, and the weights of its drafter."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lit_specrl.drafting.drafters import Drafter, LookUpDrafter
 from lit_specrl.drafting.history import RowHistory
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines.vllm.proposers import LookUpProposer
-from lit_specrl.engines.vllm.sampler import CPUSampler, VerificationCounter
+from lit_specrl.engines.vllm.sampler import CPUSampler, RejectionCounter
 from lit_specrl.engines.vllm.weights import repack_tied_head
 
 
 class Speculation:
-    """Sets the speculation length of an engine that runs, and tells what came of the drafts.
+    """Sets the speculation length of a running engine, and counts accepted tokens.
 
     Args:
         llm: a `vllm.LLM` of vLLM 0.32 with a `speculative_config`, in this process.
         runner: its model runner.
-        sampler: what samples there.
-        drafter: that the engine was built with.
+        sampler: of its tokens.
+        drafter: with which the engine was built.
     """
 
-    def __init__(self, llm: Any, runner: Any, sampler: CPUSampler | VerificationCounter, drafter: Drafter) -> None:
+    def __init__(self, llm: Any, runner: Any, sampler: CPUSampler | RejectionCounter, drafter: Drafter) -> None:
         self._llm, self._sampler, self._drafter = llm, sampler, runner.drafter
         self._scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         self._table: list[int] = self._scheduler.dynamic_sd_lookup
@@ -36,7 +36,7 @@ class Speculation:
         runner.propose_draft_token_ids = self._propose_if_wanted
         self._has_weights = not isinstance(self._drafter, LookUpProposer)
         self._has_gap = False  # the drafter lacks KV of tokens that the policy has
-        self._dictated: int | None = None
+        self._forced_token: int | None = None
         if isinstance(self._drafter, LookUpProposer):
             assert isinstance(drafter, LookUpDrafter)
             self._drafter.drafter, self._drafter.batch = drafter, runner.input_batch
@@ -49,11 +49,11 @@ class Speculation:
         return len(self._scheduler.running)
 
     def set_length(self, length: int) -> None:
-        """Tokens to draft for each row in the next step; they are verified in the one after it."""
+        """Tokens to draft for each row in the next step; they are tested in the step after it."""
         if not 0 <= length <= self.longest:
             raise ValueError(f"the engine drafts from 0 to {self.longest} tokens, got {length}")
         if length and self._has_gap:
-            # running requests are computed again, by the policy and the drafter: the drafter knows all of their tokens again
+            # policy and drafter compute running requests again, so that the drafter has the KV of all tokens
             self._llm.reset_prefix_cache(reset_running_requests=True)
             self._has_gap = False
         self._previous_length, self.length = self.length, length
@@ -86,7 +86,10 @@ class Speculation:
 
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """Of what the drafter's layers make of a fixed input. (Its parameters tell nothing: on a CPU vLLM empties them when it packs them.)"""
+        """Hash of the outputs of the drafter's layers for a fixed input.
+
+        (Its parameters say nothing: on a CPU vLLM empties them when it packs them.)
+        """
         from vllm.model_executor.layers.layernorm import RMSNorm
         from vllm.model_executor.layers.linear import LinearBase
 
@@ -104,24 +107,24 @@ class Speculation:
 
     @contextmanager
     def force_token(self, token: int) -> Iterator[None]:
-        """Draft this token in place of a drafter that looks tokens up, to find out what verification costs."""
-        self._dictated = None if self._has_weights else token
+        """Draft this token in place of a drafter that looks tokens up, to measure the cost of rejection sampling."""
+        self._forced_token = None if self._has_weights else token
         try:
             yield
         finally:
-            self._dictated = None
+            self._forced_token = None
 
     def follow(self, request: str, history: RowHistory) -> None:
         """Let the drafter read past responses beside a request."""
         self._drafter.follow(request, history)
 
     def forget(self) -> None:
-        """All requests have ended; what vLLM keeps of their prompts may still lack the drafter's part."""
+        """All requests have ended. The KV prefix cache of their prompts may still lack the drafter's part."""
         if isinstance(self._drafter, LookUpProposer):
             self._drafter.forget()
 
     def end_step(self, num_active: int, num_tokens: int, seconds: float) -> DecodeStep:
-        """The step that the engine has just done."""
+        """The latest step of the engine, for the schedule."""
         drafted, accepted = self._sampler.drafted, self._sampler.accepted
         self._sampler.drafted, self._sampler.accepted = [], []
         is_steady = self.length == self._previous_length
@@ -137,8 +140,8 @@ class Speculation:
 
     def _propose_if_wanted(self, scheduler_output: Any, sampled_token_ids: Any, *arguments: Any) -> Any:
         num_rows = len(sampled_token_ids)
-        if self._dictated is not None:
-            return [[self._dictated] * self.length for _ in range(num_rows)]
+        if self._forced_token is not None:
+            return [[self._forced_token] * self.length for _ in range(num_rows)]
         if self.length == 0:
             self._has_gap = self._has_weights
             return [[] for _ in range(num_rows)]

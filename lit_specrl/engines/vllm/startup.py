@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lit_specrl.checkpoints.locks import ProcessFolder
 from lit_specrl.drafting.drafters import Drafter, DraftModel
-from lit_specrl.engines.vllm.sampler import CPUSampler, VerificationCounter, score_tokens
+from lit_specrl.engines.vllm.sampler import CPUSampler, RejectionCounter, score_tokens
 from lit_specrl.engines.vllm.speculation import Speculation
 from lit_specrl.engines.vllm.version import check_version
 
-# Read by vLLM when it is imported or started. The engine runs in this process, so that weights are handed over by reference.
+# Read by vLLM when it is imported or started. In one process, weights are handed over by reference.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise the trainer loses a thread and is pinned to vLLM's cores
@@ -65,7 +65,7 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
 
 
 def _meeting_folder() -> ProcessFolder:
-    """Where the workers of the next engine find each other; vLLM 0.32 takes the folder for temporary files and leaves a file there for ever."""
+    """Where the workers of the next engine meet; vLLM 0.32 leaves a file among the temporary ones for ever."""
     from vllm.v1.executor import uniproc_executor
 
     folder, executor = ProcessFolder("engine"), cast(Any, uniproc_executor)
@@ -76,7 +76,8 @@ def _meeting_folder() -> ProcessFolder:
 def _leave_shared_memory_alone() -> None:
     """Let the ranks of a CPU engine talk through the process group.
 
-    vLLM 0.32 takes shared memory, whose name is the same for all runs of a machine under an external launcher: none can start where one has left it behind.
+    vLLM 0.32 takes shared memory. Under an external launcher its name is the same for all runs of a machine, so that no
+    run can start after one has left it behind.
     """
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
@@ -91,7 +92,7 @@ def take_over_sampling(llm: Any, drafter: Drafter | None) -> Speculation | None:
         The control of its speculation, if there is a drafter.
     """
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    sampler: CPUSampler | VerificationCounter
+    sampler: CPUSampler | RejectionCounter
     if runner.device.type == "cpu":
         sampler = CPUSampler(runner, _draft_vocabulary(runner))
         runner._sample = sampler.sample
@@ -99,7 +100,7 @@ def take_over_sampling(llm: Any, drafter: Drafter | None) -> Speculation | None:
         if getattr(drafter, "sampled", False):
             runner.drafter._sample_from_logits = sampler.sample_draft
     elif drafter is not None:
-        runner.rejection_sampler = sampler = VerificationCounter(runner.rejection_sampler)
+        runner.rejection_sampler = sampler = RejectionCounter(runner.rejection_sampler)
     return None if drafter is None else Speculation(llm, runner, sampler, drafter)
 
 
@@ -130,8 +131,8 @@ def _speculative_options(drafter: Drafter | None, options: Mapping[str, Any]) ->
 def shutdown(llm: Any) -> None:
     """Stop the engine and give its memory back.
 
-    When vLLM stops, or is collected, it destroys the process group. One of several ranks belongs to the trainer, which still needs
-    it: there the engine is kept until the process ends.
+    When vLLM stops, or is collected, it destroys the process group. One of several ranks belongs to the trainer, which
+    still needs it: there the engine is kept until the process ends.
     """
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
