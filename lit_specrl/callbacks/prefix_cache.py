@@ -113,7 +113,7 @@ class PrefixCache(RolloutCallback):
         self.rule = acceptance_rule(acceptance, lenience, drift_bound)
         if adaptive_lenience is not None and self.rule.lenience is None:
             raise ValueError(
-                f"adaptive_lenience steers acceptance='ratio' or 'sequence', or a rule with a lenience, got {acceptance!r}"
+                f"adaptive_lenience steers acceptance='ratio' or 'sequence', got {acceptance!r}, which has no lenience"
             )
         if max_reuses is not None and max_reuses < 1:
             raise ValueError(f"max_reuses must be at least 1, got {max_reuses}; use acceptance='off' to reuse nothing")
