@@ -9,9 +9,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 
+from lit_specrl import DrafterDistillation, NGramDrafter, PrefixCache, SpeculativeRollout, VLLMEngine
 from lit_specrl.bench.command import bench_command
 from lit_specrl.bench.rollout.runs import Run, RunFailedError
-from lit_specrl.callbacks.tensorboard_report import CALLBACK_LAYOUTS, LAYOUT
+from lit_specrl.callbacks.tensorboard_report import LAYOUT
 from lit_specrl.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +90,8 @@ def test_importing_the_package_needs_neither_torch_nor_vllm():
 
 def test_the_table_of_metrics_defines_what_is_charted():
     table = README[README.index("## Metrics") : README.index("## Measured")]
-    layouts = [LAYOUT, *CALLBACK_LAYOUTS.values()]
+    drafting = SpeculativeRollout(VLLMEngine(), NGramDrafter())
+    layouts = [LAYOUT, *(callback.charts() for callback in (PrefixCache(), drafting, DrafterDistillation()))]
     for charts in [charts for layout in layouts for charts in layout.values()]:
         for _, (_, names) in charts.items():
             for name in names:

@@ -158,8 +158,6 @@ class RLVRModule(L.LightningModule):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
-        if dynamic_sampling and num_generations < 2:
-            raise ValueError(f"dynamic_sampling compares rows of a group, got num_generations={num_generations}")
 
         self.model_name, self.lora = model, lora
         self.model_options: dict[str, Any] = {
@@ -175,6 +173,8 @@ class RLVRModule(L.LightningModule):
         self.advantage_estimator = resolve_estimator(
             advantage_estimator, scale_rewards, num_generations, critic is not None
         )
+        if dynamic_sampling and num_generations < 2:
+            raise ValueError(f"dynamic_sampling compares rows of a group, got num_generations={num_generations}")
         if isinstance(loss_type, str):
             loss_type = named_loss(loss_type, epsilon, epsilon_high, delta, clip_ratio_c)
         self.objective = Objective(loss_type, importance_sampling, kl.estimator)
@@ -432,7 +432,7 @@ class RLVRModule(L.LightningModule):
         count_resumed_epoch(self.trainer)
         if self.dynamic_sampling and not isinstance(self.trainer.train_dataloader, PromptStream):
             raise MisconfigurationException(
-                "dynamic_sampling draws fresh prompts from the training data by a PromptStream's `draw`, which "
+                "dynamic_sampling draws fresh prompts from the training data, which "
                 f"{type(self.trainer.train_dataloader).__name__} cannot give; train with a PromptDataModule"
             )
 

@@ -136,6 +136,20 @@ class DrafterDistillation(RolloutCallback):
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
+    def memory(self, trainer: L.Trainer, num_parameters: int) -> dict[str, int]:
+        if trainer.strategy.root_device.type != "cpu":  # the samples are on the host
+            return {}
+        return {"drafter's samples, at most": self.samples.max_bytes}
+
+    def charts(self) -> dict[str, dict[str, list[Any]]]:
+        return {
+            "drafter": {
+                "KL": ["Multiline", ["drafter/(loss|kl)"]],
+                "tokens a step": ["Multiline", ["drafter/acceptance_length", "drafter/acceptance_length_before"]],
+                "staleness": ["Multiline", ["drafter/staleness"]],
+            }
+        }
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_rlvr_module(self, pl_module)
         require_only_one(self, trainer)

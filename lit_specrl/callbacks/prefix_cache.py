@@ -148,14 +148,28 @@ class PrefixCache(RolloutCallback):
         self._rewards: list[float] = []  # of the steps since the last validation
         self._validations: list[tuple[float, float]] = []
 
-    def describe(self) -> str:
-        """Rule, lenience and exactness in one line, such as "prefix cache: ratio, lenience 1.65, approximate"."""
+    def describe(self, trainer: L.Trainer) -> dict[str, str]:
+        """Rule, lenience and exactness, such as "ratio, lenience 1.65, approximate"."""
         parts = [self.acceptance]
         if self.adaptive_lenience is not None:
             parts.append(f"lenience {self.adaptive_lenience.low:.3g} to {self.adaptive_lenience.high:.3g} (adaptive)")
         elif self.rule.lenience is not None:
             parts.append(f"lenience {self.rule.lenience:.3g}")
-        return f"prefix cache: {', '.join(parts)}, {'exact' if self.rule.is_exact else 'approximate'}"
+        return {"prefix cache": ", ".join([*parts, "exact" if self.rule.is_exact else "approximate"])}
+
+    def memory(self, trainer: L.Trainer, num_parameters: int) -> dict[str, int]:
+        if trainer.strategy.root_device.type != "cpu":  # the cache is on the host
+            return {}
+        return {"prefix cache, at most": self.store.max_bytes or 0}
+
+    def charts(self) -> dict[str, dict[str, list[Any]]]:
+        return {
+            "prefix cache": {
+                "reused": ["Multiline", ["prefix_cache/(hit|reuse|full_reuse)_fraction"]],
+                "tokens": ["Multiline", ["prefix_cache/(generated|saved)_tokens"]],
+                "drift and KL": ["Multiline", ["prefix_cache/(drift|kl)"]],
+            }
+        }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         sampling = require_rlvr_module(self, pl_module).sampling

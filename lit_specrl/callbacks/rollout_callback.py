@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -15,7 +17,34 @@ class RolloutCallback(L.Callback):
 
     The hooks come in the order in which they stand here. Rollouts of training and of evaluation both pass through them;
     `trainer.training` tells which.
+
+    What a callback may use of the module, besides Lightning's own:
+
+    - from `setup` on: `model_name`, `sampling`, `eval_sampling`, `tokenizer`, `rewards`, `max_length`, `is_sharded`;
+      `engine`, which may be replaced there;
+    - from the first hook of training or evaluation on: `policy`, `scorer` (log-probs of given responses; its `observer`
+      sees the passes of the updates), `current_engine()`, `generate(...)`;
+    - within a step: `step` and `policy_version` of its beginning, `step_metrics` (add to it, it is logged behind the
+      step), `timer` (measures a stage of the step), and from `on_experience_end` on `trained_rows(...)`;
+    - behind an evaluation: `evaluation`.
     """
+
+    def describe(self, trainer: L.Trainer) -> dict[str, str]:
+        """Rows of the table of the run (`RunPlan`), before anything is loaded."""
+        return {}
+
+    def memory(self, trainer: L.Trainer, num_parameters: int) -> dict[str, int]:
+        """Bytes on the device of a rank, by purpose, as far as they are known before the run.
+
+        Args:
+            trainer: of the run.
+            num_parameters: of the policy.
+        """
+        return {}
+
+    def charts(self) -> dict[str, dict[str, list[Any]]]:
+        """Tabs of TensorBoard (`TensorBoardReport`): tab -> chart -> kind and names of its curves."""
+        return {}
 
     def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
         """Called before the engine sees the request; may change it."""

@@ -14,17 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
-from lit_specrl.callbacks.adaptive_scheduler import AdaptiveScheduler
-from lit_specrl.callbacks.drafter_distillation import DrafterDistillation
-from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
-from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
-from lit_specrl.engines import TransformersEngine, VLLMEngine
-from lit_specrl.models.critic import SeparateCritic
+from lit_specrl.engines import TransformersEngine
 from lit_specrl.models.memory import ModelSize, device_memory, model_size, training_memory
 from lit_specrl.precision import fast_dtype
 
-_FEATURES = (PrefixCache, SpeculativeRollout, AdaptiveScheduler, DrafterDistillation)
+_FEATURES = ("PrefixCache", "SpeculativeRollout", "AdaptiveScheduler", "DrafterDistillation")
 
 
 class RunPlan(RolloutCallback):
@@ -43,18 +38,21 @@ class RunPlan(RolloutCallback):
     def _report(self, trainer: L.Trainer, module: RLVRModule) -> None:
         size = model_size(module.model_name, module.lora)
         memory = memory_of_a_rank(trainer, module, size)
+        present = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
         table = Table("", "", title="the run", show_header=False)
         rows = {
             "policy": _policy(module, size),
             **_arithmetic(trainer, module),
             "memory of a rank": _memory(memory),
-            "engine": _engine(trainer),
+            "engine": TransformersEngine().describe(trainer.strategy.root_device),  # if no callback brings another
             "ranks": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {type(trainer.strategy).__name__}",
             "precision": f"{trainer.precision} ({fast_dtype(trainer.strategy.root_device).reason})",
-            "on": ", ".join(kind.__name__ for kind in _FEATURES if _has(trainer, kind)) or "-",
-            "off": ", ".join(kind.__name__ for kind in _FEATURES if not _has(trainer, kind)) or "-",
+            "on": ", ".join(name for name in _FEATURES if name in present) or "-",
+            "off": ", ".join(name for name in _FEATURES if name not in present) or "-",
             "versions": _versions(),
         }
+        for callback in _rollout_callbacks(trainer):
+            rows |= callback.describe(trainer)
         for name, value in rows.items():
             table.add_row(name, value)
         Console().print(table)
@@ -62,8 +60,9 @@ class RunPlan(RolloutCallback):
         needed = sum(memory.values()) * (trainer.world_size if device.type == "cpu" else 1)  # ranks share the host
         if needed > device_memory(device):
             rank_zero_warn(
-                f"the run needs at least {_gib(needed)} GiB, {device} has {_gib(device_memory(device))}: use strategy='fsdp2' over more devices, "
-                "lora, a smaller model, or less for the engine (gpu_memory_utilization, cpu_kv_cache_gib)"
+                f"the run needs at least {_gib(needed)} GiB, {device} has {_gib(device_memory(device))}: use "
+                "strategy='fsdp2' over more devices, lora, a smaller model, or less for the engine "
+                "(gpu_memory_utilization, cpu_kv_cache_gib)"
             )
 
 
@@ -73,20 +72,13 @@ def memory_of_a_rank(trainer: L.Trainer, module: RLVRModule, size: ModelSize) ->
     num_shards = trainer.world_size if module.is_sharded else 1
     num_references = int(module.kl_coefficient.value > 0 and module.lora is None)
     parts = training_memory(size, dtype, module.make_optimizer(one), num_shards, num_references)
-    if isinstance(module.critic, SeparateCritic):
-        critic_size = model_size(module.critic.model or module.model_name)
+    if module.critic is not None and not module.critic.updates_with_policy:
+        critic_size = model_size(getattr(module.critic, "model", None) or module.model_name)
         parts["critic"] = sum(
             training_memory(critic_size, dtype, module.critic.make_optimizer(one), num_shards).values()
         )
-    engine = _find(trainer, SpeculativeRollout)
-    if isinstance(engine, SpeculativeRollout) and isinstance(engine.engine, VLLMEngine):
-        parts["engine"] = engine.engine.memory(size.num_parameters, trainer.strategy.root_device)
-    cache, learner = _find(trainer, PrefixCache), _find(trainer, DrafterDistillation)
-    if trainer.strategy.root_device.type == "cpu":  # elsewhere these are on the host
-        if isinstance(cache, PrefixCache):
-            parts["prefix cache, at most"] = cache.store.max_bytes or 0
-        if isinstance(learner, DrafterDistillation):
-            parts["drafter's lessons, at most"] = learner.samples.max_bytes
+    for callback in _rollout_callbacks(trainer):
+        parts |= callback.memory(trainer, size.num_parameters)
     return parts
 
 
@@ -144,28 +136,11 @@ def _gib(num_bytes: float) -> str:
     return f"{math.ceil(num_bytes / 2**30 * 10**digits) / 10**digits:.{digits}f}"
 
 
-def _engine(trainer: L.Trainer) -> str:
-    device = trainer.strategy.root_device
-    owner = _find(trainer, SpeculativeRollout)
-    if not isinstance(owner, SpeculativeRollout):
-        return TransformersEngine().describe(device)  # what the module takes where it was given none
-    drafter = (
-        ""
-        if owner.drafter is None
-        else f", up to {owner.drafter.num_speculative_tokens} tokens by {type(owner.drafter).__name__}"
-    )
-    return f"{owner.engine.describe(device)}{drafter}"
-
-
 def _versions() -> str:
     return ", ".join(
         f"{name} {metadata.version(name)}" for name in ("lit_specrl", "torch", "transformers", "lightning")
     )
 
 
-def _find(trainer: L.Trainer, kind: type[L.Callback]) -> L.Callback | None:
-    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
-
-
-def _has(trainer: L.Trainer, kind: type[L.Callback]) -> bool:
-    return _find(trainer, kind) is not None
+def _rollout_callbacks(trainer: L.Trainer) -> list[RolloutCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback)]  # type: ignore[attr-defined]

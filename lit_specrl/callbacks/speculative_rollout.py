@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -54,6 +55,33 @@ class SpeculativeRollout(RolloutCallback):
             "less than 5 % of the drafted tokens were accepted in {num_steps} steps: drafting costs more time than it saves. Add "
             "AdaptiveScheduler, which switches it off where it does not pay, or take another drafter",
         )
+
+    def describe(self, trainer: L.Trainer) -> dict[str, str]:
+        drafts = (
+            ""
+            if self.drafter is None
+            else f", up to {self.drafter.num_speculative_tokens} tokens by {type(self.drafter).__name__}"
+        )
+        return {"engine": f"{self.engine.describe(trainer.strategy.root_device)}{drafts}"}
+
+    def memory(self, trainer: L.Trainer, num_parameters: int) -> dict[str, int]:
+        num_bytes = self.engine.memory(num_parameters, trainer.strategy.root_device)
+        return {"engine": num_bytes} if num_bytes else {}
+
+    def charts(self) -> dict[str, dict[str, list[Any]]]:
+        if self.drafter is None:
+            return {}
+        return {
+            "speculation": {
+                "tokens a step": ["Multiline", ["speculation/(length|acceptance_length)"]],
+                "accepted by position": ["Multiline", ["speculation/accepted_by_position/.*"]],
+                "time of a step, measured and predicted": [
+                    "Multiline",
+                    ["speculation/step_s", "speculation/step_s_predicted"],
+                ],
+                "gain, measured and predicted": ["Multiline", ["speculation/(measured|predicted)_gain"]],
+            }
+        }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = require_rlvr_module(self, pl_module)

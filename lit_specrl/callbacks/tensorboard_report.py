@@ -10,10 +10,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_specrl.algorithms.rlvr import RLVRModule
-from lit_specrl.callbacks.drafter_distillation import DrafterDistillation
-from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
-from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.experience import Experience
 from lit_specrl.types import Rollouts
 
@@ -55,44 +52,15 @@ DYNAMIC_SAMPLING_LAYOUT = {
 }
 
 
-CALLBACK_LAYOUTS: dict[type[L.Callback], dict[str, dict[str, list[Any]]]] = {
-    PrefixCache: {
-        "prefix cache": {
-            "reused": ["Multiline", ["prefix_cache/(hit|reuse|full_reuse)_fraction"]],
-            "tokens": ["Multiline", ["prefix_cache/(generated|saved)_tokens"]],
-            "drift and KL": ["Multiline", ["prefix_cache/(drift|kl)"]],
-        }
-    },
-    SpeculativeRollout: {
-        "speculation": {
-            "tokens a step": ["Multiline", ["speculation/(length|acceptance_length)"]],
-            "accepted by position": ["Multiline", ["speculation/accepted_by_position/.*"]],
-            "time of a step, measured and predicted": [
-                "Multiline",
-                ["speculation/step_s", "speculation/step_s_predicted"],
-            ],
-            "gain, measured and predicted": ["Multiline", ["speculation/(measured|predicted)_gain"]],
-        }
-    },
-    DrafterDistillation: {
-        "drafter": {
-            "KL": ["Multiline", ["drafter/(loss|kl)"]],
-            "tokens a step": ["Multiline", ["drafter/acceptance_length", "drafter/acceptance_length_before"]],
-            "staleness": ["Multiline", ["drafter/staleness"]],
-        }
-    },
-}
-
-
 def layout_for(module: L.LightningModule, callbacks: Sequence[L.Callback] = ()) -> dict[str, dict[str, list[Any]]]:
     """Tabs for what a module and the callbacks of a run report."""
     layout = dict(LAYOUT)
-    for kind, own in CALLBACK_LAYOUTS.items():
-        if any(isinstance(callback, kind) and getattr(callback, "drafter", True) for callback in callbacks):
-            layout |= own
+    for callback in callbacks:
+        if isinstance(callback, RolloutCallback):
+            layout |= callback.charts()
     if getattr(module, "critic", None) is not None:
         layout |= CRITIC_LAYOUT
-    if getattr(module, "dynamic_sampling", False):
+    if getattr(module, "dynamic_sampling", None):
         layout |= DYNAMIC_SAMPLING_LAYOUT
     return layout
 

@@ -279,11 +279,11 @@ LOSSES = {
     "dual clip": ({"clip_ratio_c": 1.3}, PolicyLoss(0.2, clip_ratio_c=1.3)),
     "GSPO": (
         {"loss_type": "gspo", "epsilon": 3e-3, "epsilon_high": 4e-3},
-        PolicyLoss(3e-3, 4e-3, importance_sampling_level="sequence"),
+        PolicyLoss(3e-3, 4e-3, importance_sampling_level="sequence", aggregation="sequence"),
     ),
     "LUSPO": (
         {"loss_type": "luspo", "epsilon": 3e-3, "epsilon_high": 4e-3},
-        PolicyLoss(3e-3, 4e-3, importance_sampling_level="sequence"),
+        PolicyLoss(3e-3, 4e-3, importance_sampling_level="sequence", aggregation="sequence_sum"),
     ),
     "CISPO": ({"loss_type": "cispo", "epsilon_high": 1.1}, PolicyLoss(epsilon_high=1.1, surrogate="cispo")),
 }

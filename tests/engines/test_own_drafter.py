@@ -5,7 +5,7 @@ import importlib
 import pytest
 from colocated import Colocated
 
-from lit_specrl.cli.main import run as command_line
+from lit_specrl.cli.fit import train as command_line
 from lit_specrl.engines import VLLMEngine
 
 OWN_DRAFTER = """

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lit_specrl.callbacks import PrefixCache
-from lit_specrl.cli.main import run as command_line
+from lit_specrl.cli.fit import train as command_line
 from lit_specrl.prefix_cache import RatioAcceptance
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 
@@ -38,7 +38,7 @@ def test_a_rule_from_a_users_file_is_named_by_its_class_path(tmp_path, monkeypat
     rule = sys.modules["own_rules"].Threshold(2.5)
     cache = PrefixCache(acceptance=rule)
     assert cache.rule is rule and rule.needs_logprobs
-    assert cache.describe() == "prefix cache: Threshold, approximate"
+    assert cache.describe(None) == {"prefix cache": "Threshold, approximate"}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_rule_from_a_users_file_is_named_by_its_class_path(tmp_path, monkeypat
     ],
 )
 def test_a_cache_is_described_in_a_line(options, line):
-    assert PrefixCache(**options).describe() == f"prefix cache: {line}"
+    assert PrefixCache(**options).describe(None) == {"prefix cache": line}
 
 
 def test_log_lenience_is_in_nats():
