@@ -1,6 +1,7 @@
 """Reinforcement learning with verifiable rewards in PyTorch Lightning, with rollouts that do not repeat themselves.
 
-Names are imported on first use, so that `import lit_specrl` needs neither vLLM nor a GPU and worker processes stay light.
+Names are imported on first use, so that `import lit_specrl` needs neither vLLM nor a GPU and worker processes stay
+light.
 """
 
 from importlib import import_module

@@ -12,9 +12,9 @@ _MAPPINGS = 2**16  # glibc's own M_MMAP_MAX
 def keep_freed_memory(grow_bytes: int = 2**28) -> bool:
     """Tell glibc not to hand freed memory back to the system.
 
-    By default every large tensor on a CPU is a fresh mapping, whose pages the kernel clears one by one when they are first
-    touched. A training step frees and asks for the same gigabytes again and again; keeping them halves its time. The price is that
-    the process holds the peak of its memory.
+    By default every large tensor on a CPU is a fresh mapping, whose pages the kernel clears one by one when they are
+    first touched. A training step frees and asks for the same gigabytes again and again; keeping them halves its time.
+    The price is that the process holds the peak of its memory.
 
     Args:
         grow_bytes: how much the heap grows at a time.
@@ -31,7 +31,8 @@ def keep_freed_memory(grow_bytes: int = 2**28) -> bool:
 def give_back_freed_memory(mapped_bytes: int = 2**20) -> bool:
     """Tell glibc to hand what it keeps to the system, and from now on every large tensor when it is freed.
 
-    The opposite of `keep_freed_memory`, and slower. Memory that the system counts is then memory in use, and can be measured.
+    The opposite of `keep_freed_memory`, and slower. Memory that the system counts is then memory in use, and can be
+    measured.
 
     Args:
         mapped_bytes: size from which a tensor is a mapping of its own, which ends with it.

@@ -14,9 +14,9 @@ ANSWER_FORMATS = ("auto", "boxed", "hash", "number", "text")
 def extract_answer(text: str, answer_format: str = "auto") -> str | None:
     r"""Return the answer that `text` gives, or `None` where it gives none.
 
-    A base model may go on with a question of its own. Where a line below the first answer opens one ("Question:", "Problem:", "Q:",
-    "Human:", "User:"), the text counts up to there. One answer counts in any case, so that guessing several times gains nothing.
-    The formats "number" and "text" take the whole text.
+    A base model may go on with a question of its own. Where a line below the first answer opens one ("Question:",
+    "Problem:", "Q:", "Human:", "User:"), the text counts up to there. One answer counts in any case, so that guessing
+    several times gains nothing. The formats "number" and "text" take the whole text.
 
     Args:
         text: a completion or a reference answer.

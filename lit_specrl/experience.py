@@ -89,7 +89,8 @@ class Experience:
 
     @property
     def row_rewards(self) -> Tensor:
-        """[N] rewards less the KL penalty of the row, where it is taken from the reward; NaN where no reward applies."""
+        """[N] rewards less the KL penalty of the row, where it is taken from the reward; NaN where no reward
+        applies."""
         return self.rewards if self.kl_penalty is None else self.rewards - self.kl_penalty.sum(-1)
 
     @property
@@ -232,8 +233,8 @@ def unknown_rows(logprobs: Tensor) -> list[int]:
 def rows_with_gradient(experience: Experience, every_row_matters: bool) -> list[int]:
     """Rows whose gradient is not exactly zero.
 
-    A row without advantage contributes nothing to the surrogate. One row is always kept, so that a step without any signal still
-    goes through the optimizer with a zero gradient, as it would if every row were computed.
+    A row without advantage contributes nothing to the surrogate. One row is always kept, so that a step without any
+    signal still goes through the optimizer with a zero gradient, as it would if every row were computed.
 
     Args:
         experience: N rows.

@@ -185,8 +185,8 @@ class CriticStatistics:
 class ValueStatistics:
     """Sums over the tokens of a step that tell how well the critic's values explain the returns.
 
-    `critic/vf_explained_var` is verl's: `1 - var(returns - values) / (var(returns) + 1e-5)`, unbiased variances. 1 is perfect, 0 no
-    better than a constant, below 0 worse.
+    `critic/vf_explained_var` is verl's: `1 - var(returns - values) / (var(returns) + 1e-5)`, unbiased variances. 1 is
+    perfect, 0 no better than a constant, below 0 worse.
 
     Example:
         >>> returns = torch.tensor([[0.0, 2.0]])

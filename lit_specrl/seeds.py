@@ -12,8 +12,9 @@ from torch import Tensor
 def rollout_seeds(run_seed: int, purpose: str, uids: Sequence[str], num_generations: int) -> list[int]:
     """Seeds of all rows, [N].
 
-    A seed is a hash of the run's seed, the purpose (which step of the run, or which evaluation), the prompt's uid and the sample's
-    index. No generator has to be saved, and neither the order of the prompts nor the number of ranks changes what is sampled.
+    A seed is a hash of the run's seed, the purpose (which step of the run, or which evaluation), the prompt's uid and
+    the sample's index. No generator has to be saved, and neither the order of the prompts nor the number of ranks
+    changes what is sampled.
 
     Args:
         run_seed: seed of the run.

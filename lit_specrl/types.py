@@ -127,7 +127,8 @@ class RolloutRequest:
     accept: Callable[[int, list[float]], int] | None = None
     """(row, log-probs of the scored beginning of its cached response under the engine's weights) -> tokens to keep."""
     verify_block_length: int | None = None
-    """Tokens of a cached response that the engine scores at a time, as long as all are kept; `None` scores all at once."""
+    """Tokens of a cached response that the engine scores at a time, as long as all are kept; `None` scores all at
+    once."""
     past_responses: dict[int, list[int]] = field(default_factory=dict)
     """Row -> its response of the last visit, in which a drafter looks for the next tokens; no part of the new one."""
     expected_lengths: list[int] = field(default_factory=list)
@@ -193,8 +194,8 @@ class Rollouts:
     response_ids: list[list[int]]
     """[N] ragged token ids, the end-of-text token included when it was generated."""
     sampling_logprobs: list[list[float]]
-    """[N] ragged, nats: log-prob of each token under the distribution it was sampled from (temperature applied); NaN for
-    tokens of a prefix, which this engine did not sample."""
+    """[N] ragged, nats: log-prob of each token under the distribution it was sampled from (temperature applied); NaN
+    for tokens of a prefix, which this engine did not sample."""
     finish_reasons: list[FinishReason]
     """[N] "stop" = end-of-text was generated, "length" = cut at `max_completion_length`."""
     policy_version: int
@@ -291,7 +292,8 @@ class Rollouts:
 
 
 def _joined(first: list[Any], second: list[Any], num_first: int, num_second: int, absent: Any) -> list[Any]:
-    """Two lists behind one another; one that is empty stands for as many absent entries as the other's side has rows."""
+    """Two lists behind one another; one that is empty stands for as many absent entries as the other's side has
+    rows."""
     if not first and not second:
         return []
     return (first or [absent] * num_first) + (second or [absent] * num_second)

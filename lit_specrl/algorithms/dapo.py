@@ -13,11 +13,11 @@ from lit_specrl.rewards import OverlongReward, Reward
 class DAPO(RLVRModule):
     """Decoupled clip and dynamic sampling policy optimisation (Yu et al. 2025, arXiv 2503.14476).
 
-    GRPO with four changes: the upper clip is wider than the lower (`epsilon_high=0.28`, section 3.1), groups without reward spread are
-    replaced by fresh prompts (`dynamic_sampling`, 3.2), the loss is averaged over tokens (3.3), and responses that come near the
-    length limit are punished (3.4). The paper's overlong filtering, which its released recipe leaves out, is
-    `mask_truncated_completions=True`. `reward` and `completions/...` in the logs are of everything that was generated, so
-    that they compare with a run without dynamic sampling.
+    GRPO with four changes: the upper clip is wider than the lower (`epsilon_high=0.28`, section 3.1), groups without
+    reward spread are replaced by fresh prompts (`dynamic_sampling`, 3.2), the loss is averaged over tokens (3.3), and
+    responses that come near the length limit are punished (3.4). The paper's overlong filtering, which its released
+    recipe leaves out, is `mask_truncated_completions=True`. `reward` and `completions/...` in the logs are of
+    everything that was generated, so that they compare with a run without dynamic sampling.
 
     Args:
         model: hub name or local folder of the policy, in the transformers format.
@@ -27,7 +27,8 @@ class DAPO(RLVRModule):
         epsilon_high: how far the ratio may rise above 1 before it is clipped.
         dynamic_sampling: replace groups without reward spread by fresh prompts.
         overlong_buffer: tokens before the limit over which the punishment grows from 0 to -1; `None` means a fifth of
-            `max_completion_length`, as in the paper, and 0 no punishment. Ignored where `rewards` holds an `OverlongReward`.
+            `max_completion_length`, as in the paper, and 0 no punishment. Ignored where `rewards` holds an
+            `OverlongReward`.
         options: further arguments of `RLVRModule`.
 
     Example::

@@ -89,8 +89,9 @@ def groups_with_spread(rewards: Tensor, num_generations: int) -> Tensor:
 class GroupSelection:
     """Collects groups with reward spread over several rounds of generation, until there are enough.
 
-    Dynamic sampling of Yu et al. 2025 (DAPO, arXiv 2503.14476, section 3.2, equation 11), there "over-sample and filter out prompts with
-    accuracy equal to 1 and 0"; here any group whose total rewards are all equal, as verl's `filter_groups` with `metric: seq_final_reward`.
+    Dynamic sampling of Yu et al. 2025 (DAPO, arXiv 2503.14476, section 3.2, equation 11), there "over-sample and filter
+    out prompts with accuracy equal to 1 and 0"; here any group whose total rewards are all equal, as verl's
+    `filter_groups` with `metric: seq_final_reward`.
 
     Args:
         num_groups: groups wanted.
@@ -128,7 +129,8 @@ class GroupSelection:
         return max(0, self.num_groups - self.num_useful)
 
     def result(self) -> Rollouts:
-        """The first `num_groups` groups with spread; where there are too few, groups without spread fill the number up."""
+        """The first `num_groups` groups with spread; where there are too few, groups without spread fill the number
+        up."""
         assert self._rollouts is not None
         useful_first = sorted(range(self.num_generated), key=lambda group: not self._has_spread[group])
         return self._rollouts.select_groups(sorted(useful_first[: self.num_groups]))
@@ -147,8 +149,8 @@ class GroupSelection:
 def groups_to_draw(num_missing: int, num_useful: int, num_generated: int, limit: int) -> int:
     """How many prompts the next round should try.
 
-    As many as are expected to bring the missing groups at the share of useful groups seen so far, which is taken for at least a quarter, so
-    that a step without any signal does not draw without bound.
+    As many as are expected to bring the missing groups at the share of useful groups seen so far, which is taken for at
+    least a quarter, so that a step without any signal does not draw without bound.
 
     Args:
         num_missing: groups that the rank with the fewest still wants.

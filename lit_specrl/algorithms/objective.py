@@ -19,7 +19,8 @@ class Objective:
 
     Args:
         policy_loss: the surrogate.
-        importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for none.
+        importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for
+            none.
         kl_estimator: of the penalty.
     """
 

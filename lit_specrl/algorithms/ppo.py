@@ -13,18 +13,19 @@ from lit_specrl.rewards import Reward
 
 
 class PPO(RLVRModule):
-    """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a critic, as verl sets it up for verifiable rewards.
+    """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a critic, as verl sets it up for
+    verifiable rewards.
 
-    Advantages come from generalized advantage estimation instead of a group, so that one rollout per prompt is enough. Departs from the
-    paper as practice with language models does: no discount and no truncation of returns (`gamma=1`, `lam=1`; the paper has 0.99
-    and 0.95 for games), because the reward comes at the end; advantages are whitened over the step. A KL penalty (`beta`) goes into the
-    reward, as in InstructGPT (Ouyang et al. 2022, arXiv 2203.02155).
+    Advantages come from generalized advantage estimation instead of a group, so that one rollout per prompt is enough.
+    Departs from the paper as practice with language models does: no discount and no truncation of returns (`gamma=1`,
+    `lam=1`; the paper has 0.99 and 0.95 for games), because the reward comes at the end; advantages are whitened over
+    the step. A KL penalty (`beta`) goes into the reward, as in InstructGPT (Ouyang et al. 2022, arXiv 2203.02155).
 
     Args:
         model: hub name or local folder of the policy, in the transformers format.
         rewards: what to reward.
-        critic: `SeparateCritic` (a second model, as in verl and TRL) or `SharedTrunkCritic` (a head on the policy); `None` means
-            `SeparateCritic()`.
+        critic: `SeparateCritic` (a second model, as in verl and TRL) or `SharedTrunkCritic` (a head on the policy);
+            `None` means `SeparateCritic()`.
         num_generations: rollouts per prompt.
         gamma: discount per token.
         lam: lambda of the estimator: 0 trusts the critic, 1 trusts the rewards.
@@ -34,7 +35,7 @@ class PPO(RLVRModule):
 
     Example::
 
-        PPO("Qwen/Qwen3-1.7B-Base", rewards=[MathReward()], critic=SeparateCritic(warmup_steps=10), max_completion_length=4096)
+        PPO("Qwen/Qwen3-1.7B-Base", rewards=[MathReward()], critic=SeparateCritic(warmup_steps=10))
     """
 
     def __init__(

@@ -66,8 +66,8 @@ class RLVRModule(L.LightningModule):
         num_generations: rollouts per prompt, G.
         max_completion_length: longest response in training, in tokens.
         temperature: softmax temperature of training rollouts and of the log-probs of the loss.
-        top_p: nucleus mass of training rollouts. Below 1, `importance_sampling` must be off: the engine's log-probs then
-            belong to another distribution than the policy's.
+        top_p: nucleus mass of training rollouts. Below 1, `importance_sampling` must be off: the engine's log-probs
+            then belong to another distribution than the policy's.
         top_k: most likely tokens to sample from in training rollouts; the same holds.
         eval_sampling: how to sample in validation, test and predict where the data module does not say; by default one
             response per prompt under the training settings.
@@ -85,7 +85,8 @@ class RLVRModule(L.LightningModule):
             not ("none"). "rloo" knows no "group".
         beta: weight of the KL penalty towards the initial policy; 0 loads no reference model.
         kl: how the penalty is taken.
-        importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for none.
+        importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for
+            none.
         mask_truncated_completions: leave responses that were cut at the length limit out of the loss.
         dynamic_sampling: replace groups without reward spread by fresh prompts; `True` for up to ten rounds.
         critic: the value model of "gae": `SeparateCritic` or `SharedTrunkCritic`.

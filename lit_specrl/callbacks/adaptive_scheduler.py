@@ -18,20 +18,22 @@ from lit_specrl.experience import Experience
 from lit_specrl.types import RolloutRequest, Rollouts
 
 ON, OFF = 0.0, 1.0
-"""`speculation/off_reason`: speculation is on, or the drafter costs more than it saves at every number of active requests."""
+"""`speculation/off_reason`: speculation is on, or the drafter costs more than it saves at every number of active
+requests."""
 
 
 class AdaptiveScheduler(RolloutCallback):
     """Drafts as many tokens as pay at the present number and age of active requests, and none where none pay.
 
-    ReSpec's solver and scheduler (Chen et al. 2025, arXiv 2510.26475). A few timed steps before the first rollout, then every step of the run, teach it
-    how long a step takes; what is accepted teaches it what a draft is worth, early and late in responses. While the batch drains, the length that emits the most tokens per
-    second is set in the running engine. Where a drafter does not pay it is switched off, and watched in steps that cost no more than
+    ReSpec's solver and scheduler (Chen et al. 2025, arXiv 2510.26475). A few timed steps before the first rollout, then
+    every step of the run, teach it how long a step takes; what is accepted teaches it what a draft is worth, early and
+    late in responses. While the batch drains, the length that emits the most tokens per second is set in the running
+    engine. Where a drafter does not pay it is switched off, and watched in steps that cost no more than
     `probe_fraction` of the time, so that it is used again when it has become better.
 
-    Rollouts have the policy's distribution whatever it decides. Its decisions depend on step times, and log-probs change in their last bits with the
-    number of tokens that are computed at once, so that a resumed run is not the same to the bit. Under a drafter that samples (`DraftModel`), which
-    tokens are sampled depends on step times, too.
+    Rollouts have the policy's distribution whatever it decides. Its decisions depend on step times, and log-probs
+    change in their last bits with the number of tokens that are computed at once, so that a resumed run is not the same
+    to the bit. Under a drafter that samples (`DraftModel`), which tokens are sampled depends on step times, too.
 
     Args:
         hysteresis: predicted gain, as a fraction, for which a length is left for another.

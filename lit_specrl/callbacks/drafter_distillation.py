@@ -43,24 +43,30 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
 class DrafterDistillation(RolloutCallback):
     """Trains the drafter, step after step, to say what the policy says.
 
-    ReSpec's online learner (Chen et al. 2025, arXiv 2510.26475): while the policy moves, a drafter that stays as it was is accepted less and less. Of the forward passes of the
-    update, hidden states and most likely tokens are kept for some responses; at the beginning of the next step the drafter is trained on
-    `w(r) * sum_t KL(policy || drafter)`, over several drafted tokens as EAGLE-3 does, and the running engine gets the new weights. Rollouts have the policy's distribution whatever the drafter proposes.
+    ReSpec's online learner (Chen et al. 2025, arXiv 2510.26475): while the policy moves, a drafter that stays as it was
+    is accepted less and less. Of the forward passes of the update, hidden states and most likely tokens are kept for
+    some responses; at the beginning of the next step the drafter is trained on `w(r) * sum_t KL(policy || drafter)`,
+    over several drafted tokens as EAGLE-3 does, and the running engine gets the new weights. Rollouts have the policy's
+    distribution whatever the drafter proposes.
 
-    A share of the responses, chosen by a hash of their tokens, is never trained on. If a training makes the drafter worse on these, it is undone.
+    A share of the responses, chosen by a hash of their tokens, is never trained on. If a training makes the drafter
+    worse on these, it is undone.
 
-    Works with `Eagle3Drafter` and `DraftModel`. `lit-specrl drafter` trains a drafter before the run, which is worth more than any training within it.
+    Works with `Eagle3Drafter` and `DraftModel`. `lit-specrl drafter` trains a drafter before the run, which is worth
+    more than any training within it.
 
     Args:
         every_n_steps: steps between two trainings.
         share: of the kept responses that a training passes over; ReSpec's 1/n.
         update_tokens: response and prompt tokens of an optimizer step.
-        max_step_fraction: a training stops when it has taken this share of the time of the step before it (at least one optimizer step is made); `None` for
-            no limit, as for runs that must be repeated to the bit.
+        max_step_fraction: a training stops when it has taken this share of the time of the step before it (at least one
+            optimizer step is made); `None` for no limit, as for runs that must be repeated to the bit.
         tokens_per_step: tokens of responses kept of a step, with their prompts; rows are chosen at random.
         num_top: most likely tokens whose log-probs are kept, k.
-        weight_scope: whose rewards decide what a response counts: of its "group", of the "batch", or "none" for plain distillation.
-        weight_floor: what the response of the lowest reward counts, as a fraction of that of the highest. ReSpec's w(r) = r is 0.
+        weight_scope: whose rewards decide what a response counts: of its "group", of the "batch", or "none" for plain
+            distillation.
+        weight_floor: what the response of the lowest reward counts, as a fraction of that of the highest. ReSpec's w(r)
+            = r is 0.
         max_weight: largest weight; the mean is 1.
         holdout_fraction: share of the responses kept for evaluation.
         step_decay: weight of a drafted token relative to the one before.
@@ -70,7 +76,8 @@ class DrafterDistillation(RolloutCallback):
         lr_scheduler: makes its learning rate schedule; stepped once per training.
         micro_batch_tokens: most tokens, padding included, in one forward and backward pass of the drafter.
         max_grad_norm: gradients are scaled down to this norm.
-        output: folder that the drafter is written to at the end of the run, as `Eagle3Drafter(model=...)` and vLLM take it.
+        output: folder that the drafter is written to at the end of the run, as `Eagle3Drafter(model=...)` and vLLM take
+            it.
         seed: of the choice of responses.
 
     Raises:

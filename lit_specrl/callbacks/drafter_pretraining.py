@@ -32,16 +32,18 @@ from lit_specrl.types import PromptBatch
 
 
 class DrafterPretraining(RolloutCallback):
-    """In place of training the policy, trains a drafter for it on the policy's own responses to the training prompts. Then the run ends.
+    """In place of training the policy, trains a drafter for it on the policy's own responses to the training prompts.
+    Then the run ends.
 
-    It is what `lit-specrl drafter` runs. A drafter that has seen the task is worth more than any that learns within the run.
+    It is what `lit-specrl drafter` runs. A drafter that has seen the task is worth more than any that learns within the
+    run.
 
     Args:
         output: folder that the drafter goes to, as vLLM takes it.
         drafter: what to start from; `None` for a new `Eagle3Drafter`, grown from the policy.
         num_rollouts: responses to learn from.
-        rollouts: JSONL file of responses to take instead: an object per line with `prompt` and `completion`, and maybe `completion_ids`, as `RolloutRecorder` writes
-            them.
+        rollouts: JSONL file of responses to take instead: an object per line with `prompt` and `completion`, and maybe
+            `completion_ids`, as `RolloutRecorder` writes them.
         vocabulary_size: tokens that a new head can draft: the most frequent ones of the responses. `None` for 4096.
         num_speculative_tokens: tokens that the drafter is trained to draft in a row.
         num_passes: over the responses.
@@ -176,7 +178,8 @@ class DrafterPretraining(RolloutCallback):
 
 
 def _read(path: str, tokenizer: Any, num_rollouts: int, trainer: L.Trainer) -> Iterator[Experience]:
-    """This rank's share of the responses of a file, 32 at a time; shares are equal, for sharded ranks read them together."""
+    """This rank's share of the responses of a file, 32 at a time; shares are equal, for sharded ranks read them
+    together."""
     with open(path, encoding="utf-8") as lines:
         records = [_record(path, number, line) for number, line in enumerate(islice(lines, num_rollouts), start=1)]
     size = len(records) // trainer.world_size

@@ -374,7 +374,8 @@ class PrefixCache(RolloutCallback):
         self._other_ranks_included = False
 
     def _identity(self, module: RLVRModule) -> dict[str, str]:
-        """What log-probs and token ids belong to: with another architecture, tokenizer or temperature they mean nothing.
+        """What log-probs and token ids belong to: with another architecture, tokenizer or temperature they mean
+        nothing.
 
         The name of the model is no part of it: a folder may be moved, and the weights are the checkpoint's.
         """

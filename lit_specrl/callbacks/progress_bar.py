@@ -13,7 +13,8 @@ from lit_specrl.types import RolloutProgress
 
 
 class RolloutProgressBar(TQDMProgressBar, RolloutCallback):
-    """Lightning's progress bar with the reward of the latest step, and finished rows and tokens per second inside a rollout.
+    """Lightning's progress bar with the reward of the latest step, and finished rows and tokens per second inside a
+    rollout.
 
     Args:
         refresh_rate: steps between updates of the bar; inside a rollout it moves twice a second.

@@ -23,9 +23,11 @@ _FEATURES = ("PrefixCache", "SpeculativeRollout", "AdaptiveScheduler", "DrafterD
 
 
 class RunPlan(RolloutCallback):
-    """Prints, before the model is loaded, the arithmetic of a step, the memory of a rank, the engine, and what is on and off.
+    """Prints, before the model is loaded, the arithmetic of a step, the memory of a rank, the engine, and what is on
+    and off.
 
-    Warns when the memory that is known beforehand exceeds the device's. Activations and the engine's working memory are not known.
+    Warns when the memory that is known beforehand exceeds the device's. Activations and the engine's working memory are
+    not known.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -21,7 +21,8 @@ class RunSummary(L.Callback):
     Held-out accuracy before training needs a validation before training (`num_sanity_val_steps=-1`).
 
     Attributes:
-        seconds: wall time of all training steps by stage, in seconds; "other" is what no stage accounts for, callbacks included.
+        seconds: wall time of all training steps by stage, in seconds; "other" is what no stage accounts for, callbacks
+            included.
     """
 
     def __init__(self) -> None:

@@ -25,23 +25,25 @@ from lit_specrl.types import Rollouts
 class SpeculativeRollout(RolloutCallback):
     """Gives the module a colocated engine, and owns its life and its drafter.
 
-    The engine starts with the first rollout, takes over the policy's weights whenever they have changed, sleeps while the policy trains,
-    and is shut down at the end of the run or on an exception. Without this callback the module generates with
-    `TransformersEngine`.
+    The engine starts with the first rollout, takes over the policy's weights whenever they have changed, sleeps while
+    the policy trains, and is shut down at the end of the run or on an exception. Without this callback the module
+    generates with `TransformersEngine`.
 
-    With a drafter the engine speculates: several tokens are proposed for each row and verified in one step. What is sampled has the policy's
-    distribution, at any temperature and whatever is proposed. Under a drafter that looks tokens up (`NGramDrafter`, `HistoryDrafter`) on a CPU the
-    rollouts are those without drafts up to rounding: log-probs change in their last bits with the number of tokens that are computed at once, so that
-    now and then another token is drawn. How many tokens are drafted is constant, unless there is an `AdaptiveScheduler`.
+    With a drafter the engine speculates: several tokens are proposed for each row and verified in one step. What is
+    sampled has the policy's distribution, at any temperature and whatever is proposed. Under a drafter that looks
+    tokens up (`NGramDrafter`, `HistoryDrafter`) on a CPU the rollouts are those without drafts up to rounding:
+    log-probs change in their last bits with the number of tokens that are computed at once, so that now and then
+    another token is drawn. How many tokens are drafted is constant, unless there is an `AdaptiveScheduler`.
 
     Args:
         engine: the engine; by default `VLLMEngine` where vLLM is installed and `TransformersEngine` elsewhere.
         drafter: proposes tokens; `None` for no speculation. Only `VLLMEngine` can speculate.
 
     Raises:
-        MisconfigurationException: from `setup`, for a module that does not generate, an engine that cannot speculate, or a `HistoryDrafter` without
-            a `PrefixCache` to look in.
-        ValueError: from `setup`, for a drafter that does not fit the policy, and an engine that does not fit the run (`VLLMEngine.check_run`).
+        MisconfigurationException: from `setup`, for a module that does not generate, an engine that cannot speculate,
+            or a `HistoryDrafter` without a `PrefixCache` to look in.
+        ValueError: from `setup`, for a drafter that does not fit the policy, and an engine that does not fit the run
+            (`VLLMEngine.check_run`).
         ImportError: from `setup`, for `VLLMEngine` without a vLLM that it was tested with.
     """
 
@@ -128,8 +130,9 @@ class SpeculativeRollout(RolloutCallback):
 def speculation_metrics(steps: Sequence[DecodeStep]) -> dict[str, float]:
     """What speculation did in the steps of a rollout.
 
-    `length` and `acceptance_length` are means over rows and steps: tokens drafted, and tokens emitted (1 without drafts). `acceptance_rate` is the
-    share of drafted tokens that were accepted, `accepted_by_position/k` the share of drafts with a k-th token of which it was.
+    `length` and `acceptance_length` are means over rows and steps: tokens drafted, and tokens emitted (1 without
+    drafts). `acceptance_rate` is the share of drafted tokens that were accepted, `accepted_by_position/k` the share of
+    drafts with a k-th token of which it was.
 
     Example:
         >>> step = DecodeStep(num_active=2, length=2, seconds=0.1, num_tokens=4, drafted=[2, 2], accepted=[1, 1])

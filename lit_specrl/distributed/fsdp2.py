@@ -24,12 +24,13 @@ _SHARDED = ("state_dict", "optimizer_states")  # tensors in a file per rank
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with all ranks in one data-parallel group.
 
-    The strategy's own defaults mean tensor parallelism within a node. Checkpoints are folders with a file per rank, written under
-    another name first, unless `save_distributed_checkpoint` is False.
+    The strategy's own defaults mean tensor parallelism within a node. Checkpoints are folders with a file per rank,
+    written under another name first, unless `save_distributed_checkpoint` is False.
 
     Args:
         save_distributed_checkpoint: every rank writes its shard; otherwise rank 0 writes one file.
-        cpu_offload: keep weights, gradients and the optimizer's moments on the host, and update them there; a layer at a time comes to the device.
+        cpu_offload: keep weights, gradients and the optimizer's moments on the host, and update them there; a layer at
+            a time comes to the device.
         options: further arguments of `ModelParallelStrategy`.
 
     Raises:
@@ -107,7 +108,8 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ra
 def sharding(trainer: L.Trainer) -> dict[str, Any]:
     """How models are sharded: arguments of `torch.distributed.fsdp.fully_shard`.
 
-    With `precision="bf16-mixed"`, weights travel and compute in bfloat16; those that the optimizer owns, and the sums of gradients, are float32.
+    With `precision="bf16-mixed"`, weights travel and compute in bfloat16; those that the optimizer owns, and the sums
+    of gradients, are float32.
 
     Args:
         trainer: with a `ModelParallelStrategy`.

@@ -22,8 +22,9 @@ _SECOND_SIGTERM_AFTER_S = 10.0  # torchrun passes a signal on that its workers h
 class DeferredSignals:
     """Notes SIGTERM, and under Slurm the signal to save and requeue, and obeys when a step is complete.
 
-    Lightning 2.6 acts within the handler, in the middle of whatever a rank does: it broadcasts there, so that ranks in different places wait for each other for ever, and under
-    Slurm it saves there a checkpoint of half a step. A SIGTERM that comes ten seconds after the first ends the process at once.
+    Lightning 2.6 acts within the handler, in the middle of whatever a rank does: it broadcasts there, so that ranks in
+    different places wait for each other for ever, and under Slurm it saves there a checkpoint of half a step. A SIGTERM
+    that comes ten seconds after the first ends the process at once.
     """
 
     def __init__(self) -> None:

@@ -41,8 +41,8 @@ class KLCoefficient:
     """Weight of the KL penalty; with a target it grows while the KL exceeds it and falls while it does not.
 
     Ziegler et al. 2019 ("Fine-tuning language models from human preferences", arXiv 1909.08593, section 2.2):
-    `coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) * rows / horizon`. As in verl, `kl` is the mean over rows of the row's mean per
-    token, not the sum over tokens as in the paper. One update at most halves the weight.
+    `coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) * rows / horizon`. As in verl, `kl` is the mean over rows of
+    the row's mean per token, not the sum over tokens as in the paper. One update at most halves the weight.
 
     Args:
         value: weight at the beginning.
@@ -81,5 +81,6 @@ class KLCoefficient:
         """
         if self.target is not None and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            # verl lets the product reach 0, from which no weight comes back, where a step has 5 times the horizon's rows
+            # verl lets the product reach 0, from which no weight comes back, where a step has 5 times the horizon's
+            # rows
             self.value *= max(1 + error * num_rows / self.horizon, 0.5)

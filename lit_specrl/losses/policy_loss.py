@@ -123,9 +123,9 @@ class PolicyLoss(TokenLoss):
     the token. TRL differentiates the mean itself. Values are the same, and so are gradients while advantage and
     weight are constant along the row.
 
-    *CISPO* (MiniMax 2025, arXiv 2506.13585, equations 4 and 5) is `-stop_gradient(min(r, epsilon_high)) * A * log(policy)`.
-    As in TRL, `epsilon_high` is the cap itself (ScaleRL, arXiv 2510.13786, uses 5) and there is no lower bound; verl
-    clips to [1 - low, 1 + high].
+    *CISPO* (MiniMax 2025, arXiv 2506.13585, equations 4 and 5) is `-stop_gradient(min(r, epsilon_high)) * A *
+    log(policy)`. As in TRL, `epsilon_high` is the cap itself (ScaleRL, arXiv 2510.13786, uses 5) and there is no lower
+    bound; verl clips to [1 - low, 1 + high].
 
     Args:
         epsilon: how far the ratio may fall below 1; unused by CISPO.

@@ -248,8 +248,9 @@ class SeparateCritic(Critic):
 class SharedTrunkCritic(Critic):
     """A value head on the policy's own hidden states.
 
-    Costs next to nothing: values come out of the pass that gives the log-probs, and their loss is added to the policy's. Its
-    gradient reaches the policy's weights, which is why it is weighted down. During the warm-up the head learns alone.
+    Costs next to nothing: values come out of the pass that gives the log-probs, and their loss is added to the
+    policy's. Its gradient reaches the policy's weights, which is why it is weighted down. During the warm-up the head
+    learns alone.
 
     Args:
         coefficient: weight of the value loss in the sum (`vf_coef` of TRL).

@@ -48,7 +48,8 @@ def forward_hidden_states(
 def keeps_cache_by_row(backbone: PreTrainedModel) -> bool:
     """Whether the cache of a prompt can be repeated for its responses, tried on a short input.
 
-    It cannot in transformers 5.19 where layers keep a state instead of keys and values (linear attention, convolutions, Mamba).
+    It cannot in transformers 5.19 where layers keep a state instead of keys and values (linear attention, convolutions,
+    Mamba).
 
     Args:
         backbone: a transformers model without a head.

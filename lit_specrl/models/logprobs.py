@@ -17,8 +17,8 @@ def token_logprobs(
     """Log-prob of each target token under `softmax(hidden @ weight.T / temperature)`, with the entropy beside it.
 
     Logits are computed for a chunk of tokens at a time, reduced in float32, thrown away, and computed again in the
-    backward pass. Memory beyond inputs and gradients is one chunk, whatever the number of tokens. Under autocast the matrix products run in
-    the autocast dtype.
+    backward pass. Memory beyond inputs and gradients is one chunk, whatever the number of tokens. Under autocast the
+    matrix products run in the autocast dtype.
 
     Args:
         hidden: [T, H] last hidden states, after the final norm.
@@ -28,7 +28,8 @@ def token_logprobs(
         chunk_tokens: tokens per chunk; by default as many as make 128 MB of float32 logits.
 
     Returns:
-        Log-probs [T] in nats (differentiable in `hidden` and `weight`) and entropies [T] in nats (without gradient), float32.
+        Log-probs [T] in nats (differentiable in `hidden` and `weight`) and entropies [T] in nats (without gradient),
+        float32.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive to have log-probs, got {temperature}")

@@ -33,7 +33,8 @@ def plan_micro_batches(
     """Pack rows into micro-batches of at most `max_tokens` tokens, padding included.
 
     Rows are sorted by length, so that a micro-batch pads little. Where it saves a tenth of the tokens, the rows of a
-    prompt stay together and the prompt is computed once for them. A row longer than `max_tokens` is a micro-batch of its own.
+    prompt stay together and the prompt is computed once for them. A row longer than `max_tokens` is a micro-batch of
+    its own.
 
     Args:
         prompt_index: [N] the prompt of each row.
@@ -43,8 +44,8 @@ def plan_micro_batches(
         can_share_prompts: whether the policy is able to share prompts.
 
     Example:
-        >>> [(batch.rows, batch.share_prompts, batch.num_tokens) for batch in plan_micro_batches([0, 0, 1], [9, 9, 2], [3, 1, 8], 24)]
-        [([2], False, 10), ([0, 1], True, 15)]
+        >>> [(batch.rows, batch.share_prompts, batch.num_tokens) for batch in plan_micro_batches([0, 0, 1], [9, 9, 2],
+        [3, 1, 8], 24)] [([2], False, 10), ([0, 1], True, 15)]
     """
     apart = _pack_rows(prompt_lengths, response_lengths, max_tokens)
     if not can_share_prompts:

@@ -38,7 +38,8 @@ def check_weights(folder: str | Path) -> None:
     """Refuse a folder whose weights are missing or cut.
 
     Args:
-        folder: of a model; what is no folder, or holds weights in another format than safetensors, is left to transformers.
+        folder: of a model; what is no folder, or holds weights in another format than safetensors, is left to
+            transformers.
 
     Raises:
         ValueError: which file, and how it is wrong.

@@ -149,8 +149,8 @@ class Policy(nn.Module):
         )
 
     def shard(self, **options: Any) -> None:
-        """Shard every decoder layer, then the rest (FSDP2), on the device of the mesh; no device ever holds more of the whole model than a layer, or
-        what is outside the layers.
+        """Shard every decoder layer, then the rest (FSDP2), on the device of the mesh; no device ever holds more of the
+        whole model than a layer, or what is outside the layers.
 
         Args:
             options: arguments of `torch.distributed.fsdp.fully_shard`, see `lit_specrl.distributed.fsdp2.sharding`.
@@ -159,7 +159,8 @@ class Policy(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, keys and values can be kept: gradient checkpointing, where it is on, would switch the cache off in training mode."""
+        """Inside, keys and values can be kept: gradient checkpointing, where it is on, would switch the cache off in
+        training mode."""
         was_training = self.training
         self.eval()
         try:
@@ -183,7 +184,8 @@ class Policy(nn.Module):
             self.model.enable_adapters()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights under their transformers names, one whole tensor at a time (shards are gathered as they are asked for).
+        """Weights under their transformers names, one whole tensor at a time (shards are gathered as they are asked
+        for).
 
         Adapters are merged into the weights that they adapt.
         """
@@ -215,6 +217,7 @@ def shard_by_layer(module: nn.Module, layers: nn.ModuleList, **options: Any) -> 
 
 
 def release(module: nn.Module) -> None:
-    """After a forward pass that no backward pass will follow: give up the whole weights that sharded modules keep for it."""
+    """After a forward pass that no backward pass will follow: give up the whole weights that sharded modules keep for
+    it."""
     if isinstance(module, FSDPModule):
         module.reshard()

@@ -1,4 +1,5 @@
-"""Whether the policy's log-probs are those of the model's own logits, tried on a short input when the policy is built."""
+"""Whether the policy's log-probs are those of the model's own logits, tried on a short input when the policy is
+built."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ _TOLERANCE_OF_HALF = 0.5  # nats; padding changes the rounding of 8 bits by up t
 def check_logprobs(model: PreTrainedModel, policy: Any) -> None:
     """Compare the log-probs of a short input with the model's own logits.
 
-    They differ where the model does more with its hidden states than multiply them with the head: a bias, a multiplier, a cap. What its
-    configuration or its head says is refused however little it shows in a short input: a cap does nothing to small logits.
+    They differ where the model does more with its hidden states than multiply them with the head: a bias, a multiplier,
+    a cap. What its configuration or its head says is refused however little it shows in a short input: a cap does
+    nothing to small logits.
 
     Args:
         model: a causal language model.
