@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
@@ -22,6 +23,7 @@ from lit_specrl.algorithms.hyperparameters import hyperparameters
 from lit_specrl.algorithms.kl_reward import kl_in_reward
 from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.run_checks import (
+    check_at_least_one,
     check_run,
     check_training_sampling,
     check_weights_fit,
@@ -149,12 +151,21 @@ class RLVRModule(L.LightningModule):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.automatic_optimization = False
-        self.sampling = SamplingConfig(num_generations, max_completion_length, temperature, top_p, top_k)
-        self.eval_sampling = eval_sampling or SamplingConfig(1, max_completion_length, temperature, top_p, top_k)
+        self.sampling = SamplingConfig(
+            num_generations=num_generations,
+            max_completion_length=max_completion_length,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+        )
+        self.eval_sampling = eval_sampling or replace(self.sampling, num_generations=1)
         check_training_sampling(self.sampling, importance_sampling)
-        for name in ("num_iterations", "num_minibatches", "micro_batch_tokens", "max_skipped_updates"):
-            if arguments[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {arguments[name]}")
+        check_at_least_one(
+            num_iterations=num_iterations,
+            num_minibatches=num_minibatches,
+            micro_batch_tokens=micro_batch_tokens,
+            max_skipped_updates=max_skipped_updates,
+        )
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if max_grad_norm <= 0:

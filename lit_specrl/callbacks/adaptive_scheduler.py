@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule
@@ -54,7 +54,7 @@ class AdaptiveScheduler(RolloutCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_rlvr_module(self, pl_module)
         require_only_one(self, trainer)
-        owners = [callback for callback in trainer.callbacks if isinstance(callback, SpeculativeRollout)]  # type: ignore[attr-defined]
+        owners = callbacks_of(trainer, SpeculativeRollout)
         if not owners or owners[0].drafter is None:
             raise MisconfigurationException(
                 "AdaptiveScheduler needs something to schedule; give SpeculativeRollout a drafter, such as NGramDrafter()"

@@ -17,8 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.algorithms.run_checks import check_at_least_one
 from lit_specrl.callbacks.rank_store import RankStore
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.checkpoints.rank_files import DRAFTER_SAMPLES
 from lit_specrl.distributed.collectives import gather_objects
@@ -107,15 +108,13 @@ class DrafterDistillation(RolloutCallback):
         output: str | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value in {
-            "every_n_steps": every_n_steps,
-            "update_tokens": update_tokens,
-            "tokens_per_step": tokens_per_step,
-            "num_top": num_top,
-            "micro_batch_tokens": micro_batch_tokens,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least_one(
+            every_n_steps=every_n_steps,
+            update_tokens=update_tokens,
+            tokens_per_step=tokens_per_step,
+            num_top=num_top,
+            micro_batch_tokens=micro_batch_tokens,
+        )
         if not 0 < share <= 1:
             raise ValueError(f"share must lie in (0, 1], got {share}")
         if not 0 < holdout_fraction < 1:
@@ -160,7 +159,7 @@ class DrafterDistillation(RolloutCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_rlvr_module(self, pl_module)
         require_only_one(self, trainer)
-        owners = [callback for callback in trainer.callbacks if isinstance(callback, SpeculativeRollout)]  # type: ignore[attr-defined]
+        owners = callbacks_of(trainer, SpeculativeRollout)
         drafter = owners[0].drafter if owners else None
         if drafter is None or type(drafter).network is Drafter.network:
             raise MisconfigurationException(

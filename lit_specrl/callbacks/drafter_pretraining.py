@@ -17,6 +17,7 @@ from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.algorithms.run_checks import check_at_least_one
 from lit_specrl.callbacks.drafter_distillation import cut, default_optimizer, is_held_out
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.distributed.collectives import gather_objects, sum_over_ranks
@@ -78,14 +79,12 @@ class DrafterPretraining(RolloutCallback):
         micro_batch_tokens: int = 8192,
         seed: int = 0,
     ) -> None:
-        for name, value in {
-            "num_rollouts": num_rollouts,
-            "num_passes": num_passes,
-            "update_tokens": update_tokens,
-            "num_speculative_tokens": num_speculative_tokens,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least_one(
+            num_rollouts=num_rollouts,
+            num_passes=num_passes,
+            update_tokens=update_tokens,
+            num_speculative_tokens=num_speculative_tokens,
+        )
         if not 0 < holdout_fraction < 1:
             raise ValueError(f"holdout_fraction must lie in (0, 1), got {holdout_fraction}")
         if rollouts is not None and not Path(rollouts).is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -10,6 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.experience import Experience
 from lit_specrl.types import RolloutProgress, RolloutRequest, Rollouts
+
+C = TypeVar("C", bound=L.Callback)
 
 
 class RolloutCallback(L.Callback):
@@ -61,12 +63,17 @@ class RolloutCallback(L.Callback):
         """Called in training when rewards, advantages and the log-probs of the step are known, before the update."""
 
 
+def callbacks_of(trainer: L.Trainer, kind: type[C]) -> list[C]:
+    """The trainer's callbacks of a class."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
 def require_only_one(callback: L.Callback, trainer: L.Trainer) -> None:
     """Refuse a second callback of this class.
 
     Raises:
         MisconfigurationException: there are several.
     """
-    same = [other for other in trainer.callbacks if isinstance(other, type(callback))]  # type: ignore[attr-defined]
+    same = callbacks_of(trainer, type(callback))
     if len(same) > 1:
         raise MisconfigurationException(f"the trainer has {len(same)} callbacks {type(callback).__name__}; leave one")

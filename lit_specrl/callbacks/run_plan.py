@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
-from lit_specrl.callbacks.rollout_callback import RolloutCallback
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of
 from lit_specrl.engines import TransformersEngine
 from lit_specrl.models.memory import ModelSize, device_memory, model_size, training_memory
 from lit_specrl.precision import fast_dtype
@@ -53,7 +53,7 @@ class RunPlan(RolloutCallback):
             "off": ", ".join(name for name in _FEATURES if name not in present) or "-",
             "versions": _versions(),
         }
-        for callback in _rollout_callbacks(trainer):
+        for callback in callbacks_of(trainer, RolloutCallback):
             rows |= callback.describe(trainer)
         for name, value in rows.items():
             table.add_row(name, value)
@@ -79,7 +79,7 @@ def memory_of_a_rank(trainer: L.Trainer, module: RLVRModule, size: ModelSize) ->
         parts["critic"] = sum(
             training_memory(critic_size, dtype, module.critic.make_optimizer(one), num_shards).values()
         )
-    for callback in _rollout_callbacks(trainer):
+    for callback in callbacks_of(trainer, RolloutCallback):
         parts |= callback.memory(trainer, size.num_parameters)
     return parts
 
@@ -142,7 +142,3 @@ def _versions() -> str:
     return ", ".join(
         f"{name} {metadata.version(name)}" for name in ("lit_specrl", "torch", "transformers", "lightning")
     )
-
-
-def _rollout_callbacks(trainer: L.Trainer) -> list[RolloutCallback]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback)]  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
 from lit_specrl.algorithms.streak_warning import StreakWarning
 from lit_specrl.callbacks.prefix_cache import PrefixCache
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
@@ -100,7 +100,7 @@ class SpeculativeRollout(RolloutCallback):
                 f"this {type(self.engine).__name__} cannot speculate; use SpeculativeRollout(engine=VLLMEngine(), drafter=...), with "
                 "tensor_parallel_size=1, or leave the drafter out"
             )
-        caches = any(isinstance(callback, PrefixCache) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        caches = callbacks_of(trainer, PrefixCache)
         if drafter.reads_past_responses and not caches:
             raise MisconfigurationException(
                 f"{type(drafter).__name__} looks for tokens in the responses that a PrefixCache keeps; add PrefixCache(), or "
