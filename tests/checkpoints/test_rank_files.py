@@ -29,7 +29,7 @@ def load(folders, ranks=(0, 1), step=3, world_size=2, max_bytes=None):
         [folder / "prefix_cache" for folder in folders],
         ranks,
         lambda path: RolloutStore.load(path, IDENTITY),
-        "the prefix cache of rank {rank} cannot be used: {error}",
+        "the prefix cache of rank {rank} cannot be used, its prompts are generated afresh once: {error}",
         step=step,
         world_size=world_size,
     )
