@@ -5,9 +5,55 @@ light.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from lit_specrl.algorithms import DAPO as DAPO
+    from lit_specrl.algorithms import GRPO as GRPO
+    from lit_specrl.algorithms import PPO as PPO
+    from lit_specrl.algorithms.rlvr import RLVRModule as RLVRModule
+    from lit_specrl.callbacks import AdaptiveScheduler as AdaptiveScheduler
+    from lit_specrl.callbacks import CompletionWriter as CompletionWriter
+    from lit_specrl.callbacks import DrafterDistillation as DrafterDistillation
+    from lit_specrl.callbacks import DrafterPretraining as DrafterPretraining
+    from lit_specrl.callbacks import PrefixCache as PrefixCache
+    from lit_specrl.callbacks import RolloutCallback as RolloutCallback
+    from lit_specrl.callbacks import RolloutProgressBar as RolloutProgressBar
+    from lit_specrl.callbacks import RolloutRecorder as RolloutRecorder
+    from lit_specrl.callbacks import RunPlan as RunPlan
+    from lit_specrl.callbacks import RunSummary as RunSummary
+    from lit_specrl.callbacks import SpeculativeRollout as SpeculativeRollout
+    from lit_specrl.callbacks import TensorBoardReport as TensorBoardReport
+    from lit_specrl.data import PromptDataModule as PromptDataModule
+    from lit_specrl.distributed.fsdp2 import FSDP2Strategy as FSDP2Strategy
+    from lit_specrl.drafting import Drafter as Drafter
+    from lit_specrl.drafting import DraftModel as DraftModel
+    from lit_specrl.drafting import Eagle3Drafter as Eagle3Drafter
+    from lit_specrl.drafting import HistoryDrafter as HistoryDrafter
+    from lit_specrl.drafting import NGramDrafter as NGramDrafter
+    from lit_specrl.engines import RolloutEngine as RolloutEngine
+    from lit_specrl.engines import TransformersEngine as TransformersEngine
+    from lit_specrl.engines import VLLMEngine as VLLMEngine
+    from lit_specrl.models.critic import SeparateCritic as SeparateCritic
+    from lit_specrl.models.critic import SharedTrunkCritic as SharedTrunkCritic
+    from lit_specrl.models.policy import Policy as Policy
+    from lit_specrl.precision import auto_precision as auto_precision
+    from lit_specrl.prefix_cache.lenience import AdaptiveLenience as AdaptiveLenience
+    from lit_specrl.rewards import EquationReward as EquationReward
+    from lit_specrl.rewards import ExactReward as ExactReward
+    from lit_specrl.rewards import FormatReward as FormatReward
+    from lit_specrl.rewards import MathReward as MathReward
+    from lit_specrl.rewards import NumericReward as NumericReward
+    from lit_specrl.rewards import OverlongReward as OverlongReward
+    from lit_specrl.rewards import Reward as Reward
+    from lit_specrl.rewards import RewardFunction as RewardFunction
+    from lit_specrl.types import Experience as Experience
+    from lit_specrl.types import PromptBatch as PromptBatch
+    from lit_specrl.types import RolloutRequest as RolloutRequest
+    from lit_specrl.types import Rollouts as Rollouts
+    from lit_specrl.types import SamplingConfig as SamplingConfig
 
 _EXPORTS = {
     "DAPO": "algorithms",

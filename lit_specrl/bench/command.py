@@ -3,79 +3,69 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from lit_specrl.cli.commands import Command, overview, unknown
+from lit_specrl.cli.messages import ConfigurationError
 
-from lit_specrl.bench.logprobs import bench_logprobs
-from lit_specrl.bench.math_reward import bench_math_reward
-from lit_specrl.bench.prefix_cache import bench_prefix_cache
-from lit_specrl.bench.report import Report
-from lit_specrl.bench.rollout.command import bench_rollout, rollout_command
-from lit_specrl.bench.shared_prompts import bench_shared_prompts
-from lit_specrl.bench.speculation import bench_speculation
-from lit_specrl.bench.weight_sync import bench_weight_sync
-from lit_specrl.cli.diagnosis import parsed
-
-BENCHMARKS: dict[str, Callable[..., Report]] = {
-    "logprobs": bench_logprobs,
-    "math-reward": bench_math_reward,
-    "prefix-cache": bench_prefix_cache,
-    "shared-prompts": bench_shared_prompts,
-    "speculation": bench_speculation,
-    "weight-sync": bench_weight_sync,
+_SUMMARIES = {
+    "rollout": "Train with and without callbacks, and compare time, tokens and what was learned.",
+    "logprobs": "Compare the log-probs of the library, computed in chunks, with logits in full.",
+    "math-reward": "Answers that `MathReward` decides in a second, on the references of your own data.",
+    "prefix-cache": "Time and memory of the cache of a step's responses.",
+    "shared-prompts": "Time forward and backward of one training step, with and without shared prompts.",
+    "speculation": "Time vLLM without speculation, with each number of drafted tokens, and with the scheduler.",
+    "weight-sync": "Time the hand-over of weights to the engine, and measure the memory that it takes.",
 }
+
+
+def _benchmark(name: str) -> Command:
+    module = name.replace("-", "_")
+    is_rollout = name == "rollout"
+    path = "rollout.command.rollout" if is_rollout else f"{module}.bench_{module}"
+    return Command(
+        f"lit-specrl bench {name}", _SUMMARIES[name], f"lit_specrl.bench.{path}", takes_fit_options=is_rollout
+    )
+
+
+BENCHMARKS = {name: _benchmark(name) for name in _SUMMARIES}
+"""Every one returns a `Report`."""
 
 
 def bench_command(arguments: list[str]) -> None:
     """`lit-specrl bench NAME [options] [--json FILE]`; without a name, `rollout`."""
-    if arguments[:1] == ["rollout"]:
-        return rollout_command(arguments[1:])  # takes the options of `lit-specrl fit` as well
-    if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
-        return rollout_command(arguments)
-    parsers = _parsers()
-    if not arguments or arguments[0] not in parsers:
-        _overview(parsers).parse_args(arguments)
-    name = arguments[0]
-    settings = parsed(parsers[name], arguments[1:]).as_dict()
-    json_file = settings.pop("json")
+    if arguments[:1] in (["-h"], ["--help"]):
+        usage = "lit-specrl bench NAME [options] [--json FILE]"
+        summaries = {name: benchmark.summary for name, benchmark in BENCHMARKS.items()}
+        print(overview(usage, "Measure this library on this machine; without a name, `rollout`.", summaries))
+        print(
+            "\n`lit-specrl bench NAME --help` lists the options. --json writes the numbers of the tables into a file."
+        )
+        return
+    name, *options = ["rollout", *arguments] if arguments[:1] and arguments[0].startswith("--") else arguments or [""]
+    if name not in BENCHMARKS:
+        raise ConfigurationError(unknown(name, "benchmark", list(BENCHMARKS)))
+    options, json_file = _without_json(options)
     if json_file is not None:
-        _check_writable(Path(json_file))
-    report = BENCHMARKS[name](**settings)
+        _check_writable(json_file)
+    report = BENCHMARKS[name].call(options)
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+        json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
     report.print()
     if report.failures:
         raise SystemExit(f"lit-specrl bench {name}: " + "; ".join(report.failures))
 
 
-def _parsers() -> dict[str, ArgumentParser]:
-    """The parser of each benchmark."""
-    parsers = {}
-    for name, benchmark in BENCHMARKS.items():
-        assert benchmark.__doc__ is not None
-        options = ArgumentParser(
-            prog=f"lit-specrl bench {name}",
-            description=benchmark.__doc__.split("\n\n    Args:")[0],
-            exit_on_error=False,
-            allow_abbrev=False,
-        )
-        options.add_function_arguments(benchmark)
-        options.add_argument("--json", type=str | None, default=None, help="file for the numbers of the tables.")
-        parsers[name] = options
-    return parsers
-
-
-def _overview(parsers: dict[str, ArgumentParser]) -> ArgumentParser:
-    """What lists the benchmarks, and refuses a name that is none."""
-    parser = ArgumentParser(prog="lit-specrl bench", description="Measure this library on this machine.")
-    subcommands = parser.add_subcommands(required=True)
-    for name, options in {**parsers, "rollout": ArgumentParser()}.items():
-        benchmark = BENCHMARKS.get(name, bench_rollout)
-        assert benchmark.__doc__ is not None
-        subcommands.add_subcommand(name, options, help=benchmark.__doc__.split("\n")[0])
-    return parser
+def _without_json(options: list[str]) -> tuple[list[str], Path | None]:
+    """The options of the benchmark, and the file that `--json` names."""
+    for index, option in enumerate(options):
+        name, equals, value = option.partition("=")
+        if name == "--json":
+            value = value if equals else "".join(options[index + 1 : index + 2])
+            if not value or value.startswith("--"):
+                raise ConfigurationError("--json needs a file, as in --json numbers.json")
+            return options[:index] + options[index + (1 if equals else 2) :], Path(value)
+    return options, None
 
 
 def _check_writable(file: Path) -> None:

@@ -34,7 +34,9 @@ def bench_shared_prompts(
     repeats: int = 3,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Report:
-    """Time forward and backward of one training step, with and without computing each prompt once for its responses.
+    """Time forward and backward of one training step, with and without shared prompts.
+
+    A shared prompt is computed once for all its responses.
 
     The rows have random tokens; response lengths lie within 30 % of the given one, so that there is padding. Rows are cut into micro-batches
     as in training, which shares prompts only where that saves a tenth of the tokens: `shared_rows` tells for how many rows it did. Every

@@ -43,7 +43,7 @@ def bench_speculation(
     repeats: int = 3,
     device: str = "auto",
 ) -> Report:
-    """Time vLLM without speculation, with each number of drafted tokens, and with the adaptive scheduler.
+    """Time vLLM without speculation, with each number of drafted tokens, and with the scheduler.
 
     Two loads: batches of equal responses, and one that drains from `rows` to a single response, as a step of reinforcement learning does. The
     prompts are sums to be written out; responses go on to a fixed length, whatever they say. The history is what each row said before.

@@ -25,7 +25,9 @@ def bench_weight_sync(
     merge_adapters: bool = True,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Report:
-    """Time the hand-over of weights to the engine, and measure the memory that it takes beyond what both hold (`PeakMemory`).
+    """Time the hand-over of weights to the engine, and measure the memory that it takes.
+
+    Memory is what goes beyond policy and engine (`PeakMemory`).
 
     The policy's weights are float32, in this process like the engine. They go over one tensor after the other. Memory is measured first; the first hand-over
     is told apart, because it touches the engine's memory for the first time. Others are timed after that, on a CPU with freed memory kept, as in training.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_specrl.cli.configuration_files import COMMAND_LINE, in_short, sources
 from lit_specrl.cli.messages import ConfigurationError
@@ -105,25 +105,6 @@ def explain(parser: ArgumentParser, arguments: Sequence[str], error: ArgumentErr
 
 
 # ------------------------------------------------------------------------------------------------------------ the walk
-
-
-def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """The options of a command that has no configuration.
-
-    Args:
-        parser: of the command, with `exit_on_error=False`.
-        arguments: of the command, without its name.
-
-    Raises:
-        ConfigurationError: what the user reads.
-    """
-    try:
-        return parser.parse_args(arguments)
-    except ArgumentError as error:
-        rest = list(arguments)
-        while rest and not rest[0].startswith("-"):
-            rest.pop(0)
-        raise explain(parser, rest, error) from error
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,61 @@ import yaml
 from lit_specrl.checkpoints.locks import ProcessFolder
 from lit_specrl.cli.fit_config import Configuration, fit_configuration
 
-_DESCRIPTION = """Make a drafter that knows the task, before training the policy.
 
-The policy of a configuration of `lit-specrl fit` answers its training prompts, and a drafter is trained on what it says. The policy is not
-changed. By default the drafter is a new EAGLE-3 head; its folder is what `Eagle3Drafter` takes:
+def make_drafter(
+    fit_arguments: Sequence[str],
+    output: str,
+    head: str | None = None,
+    draft_model: str | None = None,
+    rollouts: str | None = None,
+    num_rollouts: int = 512,
+    num_passes: int = 6,
+    learning_rate: float = 1e-3,
+    vocabulary_size: int | None = None,
+    num_speculative_tokens: int | None = None,
+) -> None:
+    """Make a drafter that knows the task, before training the policy.
 
-  lit-specrl drafter --config recipes/quickstart.yaml --output drafter
-  lit-specrl fit --config recipes/quickstart.yaml --config configs/callbacks/eagle3.yaml
+    The policy of a configuration of `lit-specrl fit` answers its training prompts, and a drafter is trained on the
+    responses. The policy is not changed. By default the drafter is a new EAGLE-3 head. `Eagle3Drafter` takes its folder:
 
-Everything that is not an option of this command is one of `lit-specrl fit`."""
+      lit-specrl drafter --config recipes/quickstart.yaml --output drafter
+      lit-specrl fit --config recipes/quickstart.yaml --config configs/callbacks/eagle3.yaml
 
+    Args:
+        fit_arguments: configurations and options of `lit-specrl fit`.
+        output: folder that the drafter goes to.
+        head: EAGLE-3 head to go on with; by default a new one.
+        draft_model: small causal language model to train instead of a head.
+        rollouts: JSONL file of responses to learn from; by default the policy generates them.
+        num_rollouts: responses to learn from.
+        num_passes: passes over them.
+        learning_rate: highest learning rate.
+        vocabulary_size: tokens that a new head can draft; by default 4096.
+        num_speculative_tokens: tokens drafted in a row; by default 3.
 
-def drafter_command(arguments: list[str]) -> None:
-    """`lit-specrl drafter --config FILE --output FOLDER [options of the command and of fit]`."""
-    options, fit_arguments = _parser().parse_known_args(arguments)
-    from lit_specrl.cli.fit import train  # imports torch, which the help need not wait for
-
-    configuration = pretraining_configuration(fit_configuration(fit_arguments), vars(options))
+    Raises:
+        ValueError: both a head and a draft model, or a value that `DrafterPretraining` refuses.
+    """
+    if head is not None and draft_model is not None:
+        raise ValueError("--head and --draft_model are two drafters; give one of them")
+    options = {
+        "output": output,
+        "head": head,
+        "draft_model": draft_model,
+        "rollouts": rollouts,
+        "num_rollouts": num_rollouts,
+        "num_passes": num_passes,
+        "learning_rate": learning_rate,
+        "vocabulary_size": vocabulary_size,
+        "num_speculative_tokens": num_speculative_tokens,
+    }
+    configuration = pretraining_configuration(fit_configuration(fit_arguments), options)
     with ProcessFolder("configuration") as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(configuration), "utf-8")
+        from lit_specrl.cli.fit import train  # imports torch, which the help need not wait for
+
         train(["fit", "--config", str(path)])
 
 
@@ -60,24 +95,3 @@ def pretraining_configuration(configuration: Configuration, options: dict[str, A
     # the run ends before its first step
     trainer |= {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0, "min_epochs": 0}
     return configuration
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="lit-specrl drafter",
-        usage="%(prog)s --config FILE [--config FILE ...] --output FOLDER [options] [options of lit-specrl fit]",
-        description=_DESCRIPTION,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output", required=True, help="folder that the drafter goes to")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--head", help="EAGLE-3 head to go on with (default: a new one)")
-    start.add_argument("--draft_model", help="small causal language model to train instead of a head")
-    parser.add_argument("--rollouts", help="JSONL file of responses to learn from (default: the policy generates)")
-    parser.add_argument("--num_rollouts", type=int, default=512, help="responses to learn from (default: 512)")
-    parser.add_argument("--num_passes", type=int, default=6, help="passes over them (default: 6)")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
-    parser.add_argument("--vocabulary_size", type=int, help="tokens that a new head can draft (default: 4096)")
-    parser.add_argument("--num_speculative_tokens", type=int, help="tokens drafted in a row (default: 3)")
-    return parser

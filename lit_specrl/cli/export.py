@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import (
@@ -21,7 +20,6 @@ from transformers import (
 
 from lit_specrl.checkpoints.atomic_files import atomic_folder
 from lit_specrl.checkpoints.integrity import OF_ALL_RANKS, check_checkpoint, naming
-from lit_specrl.cli.diagnosis import parsed
 from lit_specrl.drafting import DraftModel, Eagle3Drafter
 from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config
@@ -165,12 +163,3 @@ def _merged(adapted: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for name, weight in named_weights(adapted):
         weights[name].data.copy_(weight)
     return model
-
-
-def export_command(arguments: list[str]) -> None:
-    """`lit-specrl export CHECKPOINT FOLDER [--model ...] [--dtype ...] [--adapter_only true] [--drafter FOLDER]`."""
-    parser = ArgumentParser(
-        prog="lit-specrl export", description=export_checkpoint.__doc__, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_function_arguments(export_checkpoint, as_positional=True)
-    print(export_checkpoint(**parsed(parser, arguments).as_dict()))

@@ -136,10 +136,7 @@ def train(arguments: list[str] | None = None) -> LitSpecRLCLI:
             "prog": "lit-specrl",
             "exit_on_error": False,
             "allow_abbrev": False,  # a typo must not be taken for a shorter name
-            "description": "Reinforcement learning with verifiable rewards. "
-            "`lit-specrl export --help` turns a checkpoint into a HuggingFace folder. "
-            "`lit-specrl bench --help` measures the library on this machine. "
-            "`lit-specrl drafter --help` makes a drafter for speculative rollouts.",
+            "description": "Reinforcement learning with verifiable rewards. `lit-specrl --help` lists all commands.",
         },
         args=arguments,
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 
+from lit_specrl.cli.commands import Command, overview, unknown
 from lit_specrl.cli.messages import ConfigurationError, told, wants_debug
 
 _TRAINING = {
@@ -14,22 +14,32 @@ _TRAINING = {
     "test": "score a policy on the test data",
     "predict": "write responses to the prompts",
 }
-_OTHERS = {
-    "export": "turn a checkpoint into a HuggingFace folder",
-    "bench": "measure the library on this machine",
-    "drafter": "make a drafter for speculative rollouts",
+COMMANDS = {
+    "export": Command(
+        "lit-specrl export",
+        "turn a checkpoint into a HuggingFace folder",
+        "lit_specrl.cli.export.export_checkpoint",
+        is_positional=True,
+    ),
+    "drafter": Command(
+        "lit-specrl drafter",
+        "make a drafter for speculative rollouts",
+        "lit_specrl.cli.drafter.make_drafter",
+        takes_fit_options=True,
+    ),
 }
+_SUMMARIES = (
+    _TRAINING
+    | {name: command.summary for name, command in COMMANDS.items()}
+    | {"bench": "measure the library on this machine"}
+)
 _FIRST = "lit-specrl fit --config recipes/quickstart.yaml"
-_HELP = """usage: lit-specrl COMMAND [options]
+_DESCRIPTION = f"""Reinforcement learning with verifiable rewards. Begin with
 
-Reinforcement learning with verifiable rewards. Begin with
-
-  {first}
-
-commands:
-{commands}
-
-`lit-specrl COMMAND --help` lists the options of a command. Every command takes --debug, which prints the traceback of an error.
+  {_FIRST}"""
+_FURTHER_HELP = """
+`lit-specrl COMMAND --help` lists the options of a command. `lit-specrl fit --model.help DAPO` lists the arguments of
+an algorithm. Every command takes --debug, which prints the traceback of an error.
 """
 
 
@@ -38,7 +48,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if sys.path[:1] not in ([""], [os.getcwd()]):
         sys.path.insert(0, os.getcwd())  # a reward beside the configuration is found, as by `python train.py`
-    command = f"lit-specrl {arguments[0]}" if arguments and arguments[0] in _TRAINING | _OTHERS else "lit-specrl"
+    command = f"lit-specrl {arguments[0]}" if arguments and arguments[0] in _SUMMARIES else "lit-specrl"
     with told(command, wants_debug(sys.argv[1:])):
         _call(arguments)
 
@@ -46,31 +56,24 @@ def main() -> None:
 def _call(arguments: list[str]) -> None:
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
-        width = max(map(len, _TRAINING | _OTHERS))
-        commands = [f"  {command:{width}}  {text}" for command, text in (_TRAINING | _OTHERS).items()]
-        print(_HELP.format(first=_FIRST, commands="\n".join(commands)))
-    elif name == "export":
-        from lit_specrl.cli.export import export_command
-
-        export_command(arguments[1:])
+        print(overview("lit-specrl COMMAND [options]", _DESCRIPTION, _SUMMARIES))
+        print(_FURTHER_HELP)
+    elif name in COMMANDS:
+        result = COMMANDS[name].call(arguments[1:])
+        if result is not None:
+            print(result)
     elif name == "bench":
         from lit_specrl.bench.command import bench_command
 
         bench_command(arguments[1:])
-    elif name == "drafter":
-        from lit_specrl.cli.drafter import drafter_command
-
-        drafter_command(arguments[1:])
     elif name in _TRAINING or name.startswith("-"):
         _check_files(arguments)
         from lit_specrl.cli.fit import train
 
         train(arguments)
     else:
-        similar = difflib.get_close_matches(name, _TRAINING | _OTHERS, 1)
-        hint = f"did you mean {similar[0]}?" if similar else f"expected one of {', '.join(_TRAINING | _OTHERS)}"
-        said = f"there is no command {name!r}; {hint}" if name else f"a command is missing; {hint}"
-        raise ConfigurationError(f"{said} Begin with: {_FIRST}" if similar else f"{said}. Begin with: {_FIRST}")
+        said = unknown(name, "command", list(_SUMMARIES))
+        raise ConfigurationError(f"{said}{'' if said.endswith('?') else '.'} Begin with: {_FIRST}")
 
 
 def _check_files(arguments: list[str]) -> None:

@@ -1,4 +1,5 @@
 import json
+import pkgutil
 import sys
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from lit_specrl.bench import command
 from lit_specrl.bench.report import Report
 from lit_specrl.cli import main as cli
+from lit_specrl.cli.commands import Command
 from lit_specrl.cli.messages import ConfigurationError, exit_code
 
 REPORT = {
@@ -41,7 +43,7 @@ def benchmark(monkeypatch):
         calls.append((repeats, device))
         return Report(**{**REPORT, "failures": ["the sums differ"] if repeats == 13 else []})
 
-    monkeypatch.setitem(command.BENCHMARKS, "adding", adding)
+    monkeypatch.setitem(command.BENCHMARKS, "adding", Command("lit-specrl bench adding", "Add numbers.", adding))
     return calls
 
 
@@ -89,7 +91,9 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_anything_runs(benc
         (["logprobs", "--vocabulary", "5"], ["vocabulary"]),
         (["shared-prompts"], ["model"]),
         (["sharing"], ["sharing", "logprobs", "shared-prompts"]),
-        ([], ["subcommand"]),
+        ([], ["benchmark", "logprobs", "shared-prompts"]),
+        (["rollout", "--config=run.yaml"], ["lit-specrl bench rollout needs --without"]),
+        (["logprobs", "--json"], ["--json needs a file"]),
     ],
 )
 def test_wrong_arguments_are_named(arguments, named, capsys):
@@ -101,12 +105,17 @@ def test_wrong_arguments_are_named(arguments, named, capsys):
 
 
 def test_help_tells_what_each_benchmark_does(capsys):
-    with pytest.raises(SystemExit) as end:
-        command.bench_command(["--help"])
-    assert end.value.code == 0
+    command.bench_command(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Compare the log-probs of the library" in text
     assert "Time forward and backward of one training step" in text
+
+
+@pytest.mark.parametrize("name", command.BENCHMARKS)
+def test_the_list_of_benchmarks_says_what_their_docstrings_say(name):
+    benchmark = command.BENCHMARKS[name]
+    first_line = pkgutil.resolve_name(benchmark.function).__doc__.splitlines()[0]
+    assert first_line == benchmark.summary
 
 
 def test_lit_specrl_hands_bench_its_arguments(benchmark, monkeypatch):

@@ -10,7 +10,8 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM
 
-from lit_specrl.cli.drafter import drafter_command, pretraining_configuration
+from lit_specrl.cli.drafter import pretraining_configuration
+from lit_specrl.cli.main import COMMANDS
 from lit_specrl.drafting.eagle3 import check_head
 from lit_specrl.drafting.networks import Eagle3Network
 
@@ -67,7 +68,7 @@ SMALL = ["--num_rollouts=16", "--num_passes=2", "--num_speculative_tokens=2"]
 
 def test_a_new_head_learns_from_what_the_policy_says(config, model, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in Path(model).iterdir()}
-    drafter_command(["--config", config, "--output", str(tmp_path / "head"), "--vocabulary_size=40", *SMALL])
+    COMMANDS["drafter"].call(["--config", config, "--output", str(tmp_path / "head"), "--vocabulary_size=40", *SMALL])
     network = Eagle3Network.load(str(tmp_path / "head"))
     check_head(str(tmp_path / "head"), AutoModelForCausalLM.from_pretrained(model).config)
     assert len(network.vocabulary) == 40 and network.module.config.speculators_config.verifier.name_or_path == model
@@ -77,7 +78,9 @@ def test_a_new_head_learns_from_what_the_policy_says(config, model, tmp_path, ca
     assert not (tmp_path / "root").exists() or not list((tmp_path / "root").rglob("*.ckpt"))
 
     weights = {name: weight.clone() for name, weight in network.weights()}
-    drafter_command(["--config", config, "--output", str(tmp_path / "better"), f"--head={tmp_path / 'head'}", *SMALL])
+    COMMANDS["drafter"].call(
+        ["--config", config, "--output", str(tmp_path / "better"), f"--head={tmp_path / 'head'}", *SMALL]
+    )
     better = dict(Eagle3Network.load(str(tmp_path / "better")).weights())
     assert any(not torch.equal(better[name], weights[name]) for name in weights)
 
@@ -88,7 +91,7 @@ def test_a_small_model_learns_from_a_file(config, model, make_llama, tmp_path):
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     small = make_llama(num_hidden_layers=1)
     options = [f"--draft_model={small}", f"--rollouts={tmp_path / 'rollouts.jsonl'}", *SMALL]
-    drafter_command(["--config", config, "--output", str(tmp_path / "small"), *options])
+    COMMANDS["drafter"].call(["--config", config, "--output", str(tmp_path / "small"), *options])
     trained, old = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "small", small))
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), old.parameters(), strict=True))
 
@@ -117,13 +120,13 @@ def test_only_engine_and_training_of_the_drafter_are_left(config):
 )
 def test_wrong_arguments_are_told(config, tmp_path, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        drafter_command(["--config", config, "--output", str(tmp_path / "head"), *options])
+        COMMANDS["drafter"].call(["--config", config, "--output", str(tmp_path / "head"), *options])
     assert not (tmp_path / "head").exists()
 
 
 def test_files_that_are_no_rollouts_are_told(config, tmp_path):
     (tmp_path / "rollouts.jsonl").write_text('{"prompt": "1", "completion": "2"}\n{"question": "3"}\n')
     with pytest.raises(MisconfigurationException, match="line 2: no completion and no prompt; found question"):
-        drafter_command(
+        COMMANDS["drafter"].call(
             ["--config", config, "--output", str(tmp_path / "head"), f"--rollouts={tmp_path / 'rollouts.jsonl'}"]
         )

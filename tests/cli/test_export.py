@@ -1,4 +1,5 @@
 import json
+import sys
 
 import lightning as L
 import pytest
@@ -8,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_specrl import GRPO, PromptDataModule
-from lit_specrl.cli.export import export_checkpoint, export_command
+from lit_specrl.cli.export import export_checkpoint
+from lit_specrl.cli.main import COMMANDS, main
 from lit_specrl.data import ArithmeticSource
 
 
@@ -202,12 +204,13 @@ def test_weights_of_another_architecture_are_refused(refused, tiny_model, tiny_q
     assert message.startswith(f"the weights of {tmp_path / 'last.ckpt'} do not fit the architecture of {tiny_qwen}: ")
 
 
-def test_the_command_prints_the_folder_or_says_what_is_wrong(trained, tmp_path, capsys):
+def test_the_command_prints_the_folder_or_says_what_is_wrong(trained, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "model"
-    export_command([trained[2], str(folder), "--dtype", "bfloat16"])
+    monkeypatch.setattr(sys, "argv", ["lit-specrl", "export", trained[2], str(folder), "--dtype", "bfloat16"])
+    main()
     assert capsys.readouterr().out.strip() == str(folder)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(ValueError, match=r".* holds no adapters"):
-        export_command([trained[2], str(tmp_path / "adapter"), "--adapter_only", "true"])
+        COMMANDS["export"].call([trained[2], str(tmp_path / "adapter"), "--adapter_only", "true"])
     with pytest.raises(ValueError, match=r".*model exists already"):
-        export_command([trained[2], str(folder)])
+        COMMANDS["export"].call([trained[2], str(folder)])

@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_specrl.cli import fit
 from lit_specrl.cli import main as cli
 from lit_specrl.cli.fit import train as run
 from lit_specrl.cli.messages import ConfigurationError
@@ -90,6 +91,43 @@ def test_building_block_completes_a_recipe(block, fitted, capsys, tmp_path, monk
     assert merged(yaml.safe_load(block.read_text()), printed_config(arguments, capsys)) == []
     run([*arguments, *ONE_CPU])
     assert len(fitted) == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=relative)
+@pytest.mark.parametrize("block", BLOCKS, ids=relative)
+def test_a_block_keeps_what_it_does_not_name(recipe, block, tmp_path, monkeypatch):
+    """Two blocks of engines said `callbacks:` and took away the recipe's other callbacks without a word."""
+    monkeypatch.chdir(tmp_path)
+    written = yaml.safe_load(recipe.read_text()), yaml.safe_load(block.read_text())
+    first, second = (callbacks_of(settings) for settings in written)
+    assert "callbacks" not in written[1].get("trainer", {})
+    merged = [*(callback for callback in first if callback not in second), *second]
+    config = parsed_config([*config_arguments(recipe, block), *ONE_CPU])
+    assert [callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks] == merged
+
+
+def callbacks_of(settings):
+    """Class names of a file's callbacks."""
+    trainer = settings.get("trainer", {})
+    callbacks = trainer.get("callbacks", []) + trainer.get("callbacks+", [])
+    return [callback["class_path"].rpartition(".")[2] for callback in callbacks]
+
+
+def parsed_config(arguments):
+    """What the command line makes of files and options; nothing is built."""
+
+    class Parsed(Exception):
+        pass
+
+    class ParseOnly(fit.LitSpecRLCLI):
+        def before_instantiate_classes(self):
+            raise Parsed(self.config.fit)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "LitSpecRLCLI", ParseOnly)
+        with pytest.raises(Parsed) as found:
+            run(arguments)
+    return found.value.args[0]
 
 
 @pytest.mark.parametrize("config", RECIPES + BLOCKS, ids=relative)
@@ -180,12 +218,27 @@ def test_unknown_class_is_named():
     assert "GRPOO" in refused(["fit", "--model=GRPOO"])
 
 
-def test_help_lists_all_commands(capsys):
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        ("GRPO", ["num_generations", "temperature", "lora"]),
+        ("DAPO", ["num_generations", "max_generation_rounds", "overlong_buffer"]),
+        ("PPO", ["num_generations", "critic", "gae_lambda"]),
+    ],
+)
+def test_help_of_an_algorithm_lists_its_arguments(algorithm, arguments, capsys):
     with pytest.raises(SystemExit) as end:
-        run(["--help"])
+        run(["fit", "--model.help", algorithm])
     assert end.value.code == 0
     output = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "export"):
+    for argument in arguments:
+        assert re.search(rf"--model\.{argument}\b", output)
+
+
+def test_help_lists_all_commands(capsys, monkeypatch):
+    main(monkeypatch, "--help")
+    output = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "export", "drafter", "bench"):
         assert re.search(rf"\b{command}\b", output)
 
 

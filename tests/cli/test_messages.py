@@ -416,7 +416,7 @@ CONFIGURATION = {
         "PromptDataModule has no data for `validate`",
     ),
     # other commands
-    "export alone": (["export"], {}, "checkpoint"),
+    "export alone": (["export"], {}, "lit-specrl export needs checkpoint and folder;"),
     "export of nothing": (
         ["export", "nowhere.ckpt", "exported"],
         {},
@@ -438,14 +438,15 @@ CONFIGURATION = {
         {},
         "has no adapter; did you mean adapter_only?",
     ),
-    "unknown benchmark": (["bench", "logprob"], {}, "logprob"),
+    "unknown benchmark": (["bench", "logprob"], {}, "there is no benchmark 'logprob'; did you mean logprobs?"),
     "misspelt option of a benchmark": (["bench", "logprobs", "--repeat=3"], {}, "has no repeat; did you mean repeats?"),
     "text for a number of a benchmark": (
         ["bench", "logprobs", "--repeats=many"],
         {},
         "repeats must be a whole number, got the text 'many'",
     ),
-    "benchmark without callbacks": (["bench", "rollout", "--config=run.yaml"], {}, "--without"),
+    "benchmark without callbacks": (["bench", "rollout", "--config=run.yaml"], {}, "bench rollout needs --without;"),
+    "benchmark without a name": (["bench"], {}, "a benchmark is missing; expected one of rollout, logprobs"),
     "benchmark without an unknown callback": (
         ["bench", "rollout", "--config=run.yaml", "--without=PrefixCache"],
         {},
@@ -456,7 +457,12 @@ CONFIGURATION = {
         {},
         "GRPO has no bet; did you mean beta?",
     ),
-    "drafter without a folder": (["drafter", "--config=run.yaml"], {}, "--output"),
+    "drafter without a folder": (["drafter", "--config=run.yaml"], {}, "lit-specrl drafter needs --output;"),
+    "two drafters": (
+        ["drafter", "--config=run.yaml", "--output=head", "--head=a", "--draft_model=b"],
+        {},
+        "--head and --draft_model are two drafters; give one of them",
+    ),
     "drafter without a configuration": (["drafter", "--output=head"], {}, "a configuration is missing"),
     "drafter from no rollouts": (
         ["drafter", "--config=run.yaml", "--output=head", "--num_rollouts=0"],
@@ -667,12 +673,24 @@ def test_debug_prints_the_traceback_and_otherwise_a_file_has_it(answer):
 
 def test_what_can_be_said_without_imports_is_said_without_them():
     program = (
-        "import sys; from lit_specrl import cli; sys.argv = ['lit-specrl', 'fit', '--config', 'nowhere.yaml']\n"
+        "import sys; from lit_specrl.cli import main as cli; sys.argv = ['lit-specrl', 'fit', '--config', 'nowhere.yaml']\n"
         "try: cli.main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "2 False\n"
     assert done.stderr.startswith("lit-specrl fit: there is no configuration file nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["bench", "--help"], ["bench", "rollout", "--help"], ["drafter", "--help"]]
+)
+def test_help_needs_no_torch(arguments):
+    program = (
+        f"import sys; from lit_specrl.cli import main; sys.argv = ['lit-specrl', *{arguments}]\n"
+        "try: main.main()\nexcept SystemExit as end: assert not end.code\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: lit-specrl") and done.stdout.endswith("\nFalse\n")
 
 
 def test_without_a_network_a_missing_model_is_told_at_once(tmp_path):
