@@ -13,6 +13,11 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.algorithms import DAPO as DAPO
     from lit_specrl.algorithms import GRPO as GRPO
     from lit_specrl.algorithms import PPO as PPO
+    from lit_specrl.algorithms.advantage_estimators import GAE as GAE
+    from lit_specrl.algorithms.advantage_estimators import AdvantageEstimator as AdvantageEstimator
+    from lit_specrl.algorithms.advantage_estimators import GroupAdvantages as GroupAdvantages
+    from lit_specrl.algorithms.advantage_estimators import LeaveOneOut as LeaveOneOut
+    from lit_specrl.algorithms.dynamic_sampling import DynamicSampling as DynamicSampling
     from lit_specrl.algorithms.rlvr import RLVRModule as RLVRModule
     from lit_specrl.callbacks import AdaptiveScheduler as AdaptiveScheduler
     from lit_specrl.callbacks import CompletionWriter as CompletionWriter
@@ -32,14 +37,20 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.drafting import DraftModel as DraftModel
     from lit_specrl.drafting import Eagle3Drafter as Eagle3Drafter
     from lit_specrl.drafting import HistoryDrafter as HistoryDrafter
+    from lit_specrl.drafting import LookUpDrafter as LookUpDrafter
     from lit_specrl.drafting import NGramDrafter as NGramDrafter
     from lit_specrl.engines import RolloutEngine as RolloutEngine
     from lit_specrl.engines import TransformersEngine as TransformersEngine
     from lit_specrl.engines import VLLMEngine as VLLMEngine
+    from lit_specrl.experience import Experience as Experience
+    from lit_specrl.losses import KLPenalty as KLPenalty
+    from lit_specrl.losses import PolicyLoss as PolicyLoss
+    from lit_specrl.losses import TokenLoss as TokenLoss
     from lit_specrl.models.critic import SeparateCritic as SeparateCritic
     from lit_specrl.models.critic import SharedTrunkCritic as SharedTrunkCritic
     from lit_specrl.models.policy import Policy as Policy
     from lit_specrl.precision import auto_precision as auto_precision
+    from lit_specrl.prefix_cache import AcceptanceRule as AcceptanceRule
     from lit_specrl.prefix_cache.lenience import AdaptiveLenience as AdaptiveLenience
     from lit_specrl.rewards import EquationReward as EquationReward
     from lit_specrl.rewards import ExactReward as ExactReward
@@ -49,7 +60,6 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.rewards import OverlongReward as OverlongReward
     from lit_specrl.rewards import Reward as Reward
     from lit_specrl.rewards import RewardFunction as RewardFunction
-    from lit_specrl.types import Experience as Experience
     from lit_specrl.types import PromptBatch as PromptBatch
     from lit_specrl.types import RolloutRequest as RolloutRequest
     from lit_specrl.types import Rollouts as Rollouts

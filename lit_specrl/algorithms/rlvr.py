@@ -22,6 +22,7 @@ from lit_specrl.algorithms.gradient_step import GradientStep
 from lit_specrl.algorithms.hyperparameters import hyperparameters
 from lit_specrl.algorithms.kl_reward import kl_in_reward
 from lit_specrl.algorithms.objective import Objective
+from lit_specrl.algorithms.optimizers import make_optimizers, optimizers_of, step_lr_schedulers
 from lit_specrl.algorithms.run_checks import (
     check_at_least_one,
     check_run,
@@ -42,7 +43,7 @@ from lit_specrl.engines.rollout_worker import RolloutWorker
 from lit_specrl.experience import Experience, padded_experience
 from lit_specrl.losses import ImportanceSampling, KLCoefficient, KLPenalty, TokenLoss, named_loss
 from lit_specrl.metrics import RolloutStatistics, ValueStatistics, merge
-from lit_specrl.models.critic import Critic
+from lit_specrl.models.critic import Critic, build_models
 from lit_specrl.models.policy import Policy
 from lit_specrl.models.scorer import Scorer
 from lit_specrl.precision import warn_if_slow
@@ -227,7 +228,7 @@ class RLVRModule(L.LightningModule):
         for minibatch in experience.minibatches(self.num_minibatches, passes=self.num_iterations):
             self.update_critic(minibatch)
             self.update_policy(minibatch)
-        self._step_lr_schedulers()
+        self.step_metrics |= step_lr_schedulers(self)
         self.step += 1
         self._log_step()
 
@@ -287,14 +288,14 @@ class RLVRModule(L.LightningModule):
 
     def update_policy(self, experience: Experience) -> None:
         """One optimizer step of the policy on the given rows, and of a critic that shares its passes."""
-        optimizer, critic_optimizer = self._optimizers()
+        optimizer, critic_optimizer = optimizers_of(self)
         self.policy_version += self.updater.update_policy(
             experience, optimizer, critic_optimizer, kl_coef=self._kl_in_loss, step=self.step
         )
 
     def update_critic(self, experience: Experience) -> None:
         """One optimizer step of a critic with passes of its own."""
-        self.updater.update_critic(experience, self._optimizers()[1], self.step)
+        self.updater.update_critic(experience, optimizers_of(self)[1], self.step)
 
     def trained_rows(self, experience: Experience) -> list[int]:
         """Rows that the next update computes; of the others the gradient is zero."""
@@ -304,27 +305,11 @@ class RLVRModule(L.LightningModule):
     def _kl_in_loss(self) -> float:
         return 0.0 if self.kl_in_reward else self.kl_coefficient.value
 
-    def _optimizers(self) -> tuple[Any, Any]:
-        """Of the policy and of the critic. Lightning counts the steps of the first alone (`trainer.global_step`)."""
-        wrapped: Any = self.optimizers()
-        if self.critic is None:
-            return wrapped, None
-        raw: Any = self.optimizers(use_pl_optimizer=False)
-        return wrapped[0], raw[1]
-
     def _backward(self, loss: Tensor) -> None:
         """Add to the gradients of this rank; sharded ones are averaged over the ranks as they come."""
         block_backward_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         with block_backward_sync():
             self.manual_backward(loss)
-
-    def _step_lr_schedulers(self) -> None:
-        names = ["actor", "critic"] if self.critic is not None else ["actor"]
-        for name, optimizer in zip(names, self._optimizers(), strict=False):
-            self.step_metrics[f"{name}/lr"] = float(optimizer.param_groups[0]["lr"])
-        schedulers: Any = self.lr_schedulers() or []
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            scheduler.step()
 
     def _log_step(self) -> None:
         for name, value in self.report.finish(self.policy_version).items():
@@ -398,17 +383,15 @@ class RLVRModule(L.LightningModule):
             return
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
-        self.policy = self.worker.policy = Policy.build(self.model_name, lora=self.lora, **self.model_options)
-        if self.critic is not None:
-            self.critic.build(self.policy, self.model_name, **self.model_options)
-        reference = None  # kept out of checkpoints by not being a submodule
-        if self.kl_coefficient.value and self.lora is None:
-            reference = Policy.build(self.model_name, **{**self.model_options, "gradient_checkpointing": False})
-            reference.requires_grad_(False).eval()
-        if self.is_sharded:
-            for shardable in (self.policy, reference, self.critic):
-                if shardable is not None:
-                    shardable.shard(**sharding(self.trainer))
+        self.policy, reference = build_models(
+            self.model_name,
+            self.model_options,
+            lora=self.lora,
+            critic=self.critic,
+            with_reference=self.kl_coefficient.value > 0,
+            sharding=sharding(self.trainer) if self.is_sharded else None,
+        )
+        self.worker.policy = self.policy
         self.scorer = Scorer(
             self.policy,
             reference,
@@ -430,14 +413,7 @@ class RLVRModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
-        trained = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
-        owned: list[Any] = [(trained, self.make_optimizer, self.make_lr_scheduler)]
-        if self.critic is not None:
-            parameters = list(self.critic.trained_parameters(self.policy))
-            owned.append((parameters, self.critic.make_optimizer, self.critic.make_lr_scheduler))
-        optimizers = [make_optimizer(parameters) for parameters, make_optimizer, _ in owned]
-        schedulers = [make(optimizer) for optimizer, (_, _, make) in zip(optimizers, owned, strict=True) if make]
-        return optimizers, schedulers
+        return make_optimizers(self.policy, self.critic, self.make_optimizer, self.make_lr_scheduler)
 
     def on_train_start(self) -> None:
         self._signals.install(self.trainer)
@@ -543,16 +519,3 @@ class RLVRModule(L.LightningModule):
             hook = getattr(callback, name, None)  # as Lightning calls its own
             if hook is not None:
                 hook(self.trainer, self, *arguments)
-
-
-def require_rlvr_module(callback: L.Callback, pl_module: L.LightningModule) -> RLVRModule:
-    """The module, if it is one that this library's callbacks work with.
-
-    Raises:
-        MisconfigurationException: it is another LightningModule.
-    """
-    if not isinstance(pl_module, RLVRModule):
-        raise MisconfigurationException(
-            f"{type(callback).__name__} works with an RLVRModule such as GRPO, got {type(pl_module).__name__}"
-        )
-    return pl_module

@@ -9,8 +9,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one
+from lit_specrl.algorithms.rlvr import RLVRModule
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one, require_rlvr_module
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule

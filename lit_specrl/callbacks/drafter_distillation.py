@@ -16,10 +16,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.algorithms.run_checks import check_at_least_one
 from lit_specrl.callbacks.rank_store import RankStore
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one, require_rlvr_module
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.checkpoints.rank_files import DRAFTER_SAMPLES
 from lit_specrl.distributed.collectives import gather_objects
@@ -27,6 +27,7 @@ from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.distillation.buffer import DistillationBuffer, DistillationSample
 from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
 from lit_specrl.drafting.distillation.reward_weights import WeightScope, reward_weights
+from lit_specrl.drafting.distillation.samples import copied, cut, floor_fraction, is_held_out, mean
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.experience import Experience
@@ -279,7 +280,7 @@ class DrafterDistillation(RolloutCallback):
             return {}
         before = self._evaluate(held_out)
         weights = {name: weight.clone() for name, weight in self.network.weights()}
-        optimizer = _copied(self.training.optimizer.state_dict())
+        optimizer = copied(self.training.optimizer.state_dict())
         losses = []
         for index in range(num_updates):
             losses.append(self.training.update(updates[index] if index < len(updates) else []))
@@ -292,8 +293,8 @@ class DrafterDistillation(RolloutCallback):
         metrics = {
             "drafter/loss": sum(losses) / len(losses),
             "drafter/updates": float(len(losses)),
-            "drafter/weight_mean": _mean([sample.weight for sample in drawn]),
-            "drafter/weight_floor_fraction": _floor_fraction(drawn),
+            "drafter/weight_mean": mean([sample.weight for sample in drawn]),
+            "drafter/weight_floor_fraction": floor_fraction(drawn),
             "drafter/rolled_back": 0.0,
         }
         if after.num_drafts and after.acceptance_length < before.acceptance_length - _ROLLBACK_TOLERANCE:
@@ -375,48 +376,3 @@ class DrafterDistillation(RolloutCallback):
         vocabulary = self.network.vocabulary
         digest = "all" if vocabulary is None else xxhash.xxh3_64_hexdigest(vocabulary.cpu().numpy().tobytes())
         return {"layers": str(list(self.network.layers)), "vocabulary": digest}
-
-
-def is_held_out(sample: DistillationSample, fraction: float) -> bool:
-    """Whether a response is for evaluation alone; the same for the same tokens, in every step and run."""
-    digest = xxhash.xxh3_64_intdigest(sample.token_ids.numpy().tobytes())
-    return digest / 2**64 < fraction
-
-
-def cut(samples: Sequence[DistillationSample], num_tokens: int) -> list[list[DistillationSample]]:
-    """Parts of at least `num_tokens` tokens each, but for the last.
-
-    Example:
-        >>> cut([], 10)
-        []
-    """
-    parts: list[list[DistillationSample]] = []
-    room = 0
-    for sample in samples:
-        if room <= 0:
-            parts.append([])
-            room = num_tokens
-        parts[-1].append(sample)
-        room -= len(sample)
-    return parts
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(len(values), 1)
-
-
-def _floor_fraction(samples: Sequence[DistillationSample]) -> float:
-    """Share of responses that count least, where not all count alike."""
-    weights = [sample.weight for sample in samples]
-    if not weights or min(weights) == max(weights):
-        return 0.0
-    return _mean([float(weight == min(weights)) for weight in weights])
-
-
-def _copied(state: Any) -> Any:
-    """A deep copy that the next optimizer step does not reach."""
-    if isinstance(state, torch.Tensor):
-        return state.clone()
-    if isinstance(state, dict):
-        return {name: _copied(value) for name, value in state.items()}
-    return [_copied(value) for value in state] if isinstance(state, list) else state

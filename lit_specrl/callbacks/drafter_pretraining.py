@@ -16,14 +16,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.algorithms.run_checks import check_at_least_one
-from lit_specrl.callbacks.drafter_distillation import cut, default_optimizer, is_held_out
-from lit_specrl.callbacks.rollout_callback import RolloutCallback
+from lit_specrl.callbacks.drafter_distillation import default_optimizer
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
 from lit_specrl.distributed.collectives import gather_objects, sum_over_ranks
 from lit_specrl.drafting import Drafter, Eagle3Drafter
 from lit_specrl.drafting.distillation.buffer import DistillationBuffer, DistillationSample
 from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
+from lit_specrl.drafting.distillation.samples import cut, is_held_out
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
 from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network

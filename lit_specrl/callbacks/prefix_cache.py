@@ -14,10 +14,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.algorithms.streak_warning import StreakWarning
 from lit_specrl.callbacks.rank_store import RankStore
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
 from lit_specrl.checkpoints.rank_files import PREFIX_CACHE
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.experience import Experience

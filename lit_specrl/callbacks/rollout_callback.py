@@ -63,6 +63,19 @@ class RolloutCallback(L.Callback):
         """Called in training when rewards, advantages and the log-probs of the step are known, before the update."""
 
 
+def require_rlvr_module(callback: L.Callback, pl_module: L.LightningModule) -> RLVRModule:
+    """The module, if it is one that this library's callbacks work with.
+
+    Raises:
+        MisconfigurationException: it is another LightningModule.
+    """
+    if not isinstance(pl_module, RLVRModule):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} works with an RLVRModule such as GRPO, got {type(pl_module).__name__}"
+        )
+    return pl_module
+
+
 def callbacks_of(trainer: L.Trainer, kind: type[C]) -> list[C]:
     """The trainer's callbacks of a class."""
     return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
-from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of
+from lit_specrl.algorithms.rlvr import RLVRModule
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_rlvr_module
 from lit_specrl.engines import TransformersEngine
 from lit_specrl.models.memory import ModelSize, device_memory, model_size, training_memory
 from lit_specrl.precision import fast_dtype

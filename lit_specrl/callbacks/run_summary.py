@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.algorithms.rlvr import RLVRModule
+from lit_specrl.callbacks.rollout_callback import require_rlvr_module
 
 
 class RunSummary(L.Callback):

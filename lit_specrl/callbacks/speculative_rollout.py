@@ -9,10 +9,10 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig
 
-from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.algorithms.streak_warning import StreakWarning
 from lit_specrl.callbacks.prefix_cache import PrefixCache
-from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one, require_rlvr_module
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep

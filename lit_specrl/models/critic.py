@@ -303,3 +303,38 @@ class SharedTrunkCritic(Critic):
         assert statistics.values is not None
         per_token_loss, found = self.loss(statistics.values, part)  # [n, R]
         return loss + self.coefficient * (per_token_loss * weights).sum(), found
+
+
+def build_models(
+    model: str,
+    options: dict[str, Any],
+    *,
+    lora: dict[str, Any] | None,
+    critic: Critic | None,
+    with_reference: bool,
+    sharding: dict[str, Any] | None,
+) -> tuple[Policy, Policy | None]:
+    """The policy, its critic's weights, and the policy before training.
+
+    Args:
+        model: hub name or local folder of the policy.
+        options: as those of `Policy.build`.
+        lora: as that of `Policy.build`; the reference is then the policy without adapters.
+        critic: is built; `None` without one.
+        with_reference: whether a reference is wanted.
+        sharding: arguments of `Policy.shard`; `None` for whole models.
+
+    Returns:
+        Policy and reference; `None` where it is not wanted, or is the policy without adapters.
+    """
+    policy, reference = Policy.build(model, lora=lora, **options), None
+    if critic is not None:
+        critic.build(policy, model, **options)
+    if with_reference and lora is None:
+        reference = Policy.build(model, **{**options, "gradient_checkpointing": False})
+        reference.requires_grad_(False).eval()
+    if sharding is not None:
+        for shardable in (policy, reference, critic):
+            if shardable is not None:
+                shardable.shard(**sharding)
+    return policy, reference

@@ -23,10 +23,10 @@ from lit_specrl.callbacks import (
     RolloutCallback,
     SpeculativeRollout,
 )
-from lit_specrl.callbacks.drafter_distillation import cut, is_held_out
 from lit_specrl.callbacks.tensorboard_report import layout_for
 from lit_specrl.drafting import DraftModel, Eagle3Drafter, NGramDrafter
 from lit_specrl.drafting.distillation.buffer import DistillationSample
+from lit_specrl.drafting.distillation.samples import cut, is_held_out
 from lit_specrl.drafting.networks import Eagle3Network
 from lit_specrl.engines import VLLMEngine
 

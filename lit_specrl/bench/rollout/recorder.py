@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 import torch
 
-from lit_specrl.algorithms.rlvr import RLVRModule, require_rlvr_module
+from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.bench.report import describe_hardware
 from lit_specrl.bench.rollout.records import EvaluationRecord, RunRecord, StepRecord
-from lit_specrl.callbacks.rollout_callback import RolloutCallback
+from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.types import Rollouts
 

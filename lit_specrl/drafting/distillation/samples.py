@@ -1,0 +1,56 @@
+"""Which samples a drafter is trained on, and in which portions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import xxhash
+
+from lit_specrl.drafting.distillation.buffer import DistillationSample
+
+
+def is_held_out(sample: DistillationSample, fraction: float) -> bool:
+    """Whether a response is for evaluation alone; the same for the same tokens, in every step and run."""
+    digest = xxhash.xxh3_64_intdigest(sample.token_ids.numpy().tobytes())
+    return digest / 2**64 < fraction
+
+
+def cut(samples: Sequence[DistillationSample], num_tokens: int) -> list[list[DistillationSample]]:
+    """Parts of at least `num_tokens` tokens each, but for the last.
+
+    Example:
+        >>> cut([], 10)
+        []
+    """
+    parts: list[list[DistillationSample]] = []
+    room = 0
+    for sample in samples:
+        if room <= 0:
+            parts.append([])
+            room = num_tokens
+        parts[-1].append(sample)
+        room -= len(sample)
+    return parts
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def floor_fraction(samples: Sequence[DistillationSample]) -> float:
+    """Share of responses that count least, where not all count alike."""
+    weights = [sample.weight for sample in samples]
+    if not weights or min(weights) == max(weights):
+        return 0.0
+    return mean([float(weight == min(weights)) for weight in weights])
+
+
+def copied(state: Any) -> Any:
+    """A deep copy that the next optimizer step does not reach."""
+    if isinstance(state, torch.Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {name: copied(value) for name, value in state.items()}
+    return [copied(value) for value in state] if isinstance(state, list) else state
