@@ -2,6 +2,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch import nan
 
 from lit_specrl.experience import Experience, padded_experience, rows_with_gradient
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
@@ -57,7 +58,7 @@ def as_lists(experience):
 
 
 def close(values):
-    return [pytest.approx(row) for row in values]
+    return [pytest.approx(row, nan_ok=True) for row in values]
 
 
 def test_rollouts_become_rectangles(rollouts):
@@ -74,8 +75,9 @@ def test_rollouts_become_rectangles(rollouts):
         "rewards": [1.0, 0.0, 0.5, 0.5],
         "policy_version": 5,
         "old_logprobs": None,
-        "reference_logprobs": None,
-        "recorded_logprobs": None,
+        "reference_logprobs": close([[nan, nan, 0], [nan, nan, nan], [nan, 0, 0], [nan, nan, 0]]),
+        "recorded_logprobs": close([[nan, nan, 0], [nan, nan, nan], [nan, 0, 0], [nan, nan, 0]]),
+        "kl_penalty": None,
         "values": None,
         "returns": None,
     }
@@ -136,8 +138,9 @@ def test_selected_rows_bring_their_prompts_and_no_padding_beyond_their_own(exper
         "rewards": [0.0, 1.0],
         "policy_version": 5,
         "old_logprobs": close([[-0.5, -0.6, -0.7], [0.5, 0.4, 0.5]]),
-        "reference_logprobs": None,
-        "recorded_logprobs": None,
+        "reference_logprobs": close([[nan, nan, nan], [nan, nan, 0]]),
+        "recorded_logprobs": close([[nan, nan, nan], [nan, nan, 0]]),
+        "kl_penalty": None,
         "values": None,
         "returns": None,
     }
@@ -200,6 +203,6 @@ def test_moving_copies_every_tensor(full_experience):
     moved = full_experience.to("meta")
     devices = {name: value.device.type for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
     assert set(devices.values()) == {"meta"}
-    assert len(devices) == 14
+    assert len(devices) == 15
     assert isinstance(moved, Experience)
     assert full_experience.prompt_ids.device.type == "cpu"

@@ -308,7 +308,7 @@ DRAFTERS = {
 def test_adapters_alone_give_the_rollouts_of_merged_weights(drafter, two_engines):
     """Sampled, verified and speculated; before and after the policy has learnt."""
     policy, engines = two_engines(DRAFTERS[drafter])
-    drafts, seen = {}, []
+    cached, seen = {}, []
     for version in (1, 2):
         rollouts, scores = {}, {name: {} for name in engines}
         for name, engine in engines.items():
@@ -318,16 +318,16 @@ def test_adapters_alone_give_the_rollouts_of_merged_weights(drafter, two_engines
                 return len(logprobs) // 2
 
             engine.load_policy(policy, version)
-            rollouts[name] = engine.generate(ask(version, drafts=dict(drafts), accept=accept))
+            rollouts[name] = engine.generate(ask(version, cached_responses=dict(cached), accept=accept))
         merged, unmerged = rollouts["vllm"], rollouts["unmerged"]
         assert unmerged.response_ids == merged.response_ids
         for ours, theirs in zip(unmerged.sampling_logprobs, merged.sampling_logprobs, strict=True):
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-3, equal_nan=True)
-        assert scores["unmerged"].keys() == scores["vllm"].keys() == drafts.keys()
+        assert scores["unmerged"].keys() == scores["vllm"].keys() == cached.keys()
         for row, ours in scores["unmerged"].items():
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(scores["vllm"][row]), rtol=0, atol=1e-3)
         seen.append(merged.response_ids)
-        drafts = {row: response[:-1] for row, response in enumerate(merged.response_ids) if len(response) > 1}
+        cached = {row: response[:-1] for row, response in enumerate(merged.response_ids) if len(response) > 1}
         move(policy)
     assert seen[0] != seen[1]
 
