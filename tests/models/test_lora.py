@@ -318,7 +318,7 @@ def test_adapters_alone_give_the_rollouts_of_merged_weights(drafter, two_engines
                 return len(logprobs) // 2
 
             engine.load_policy(policy, version)
-            rollouts[name] = engine.generate(ask(version, drafts=dict(drafts), accept=accept))
+            rollouts[name] = engine.generate(ask(version, cached_responses=dict(drafts), accept=accept))
         merged, unmerged = rollouts["vllm"], rollouts["unmerged"]
         assert unmerged.response_ids == merged.response_ids
         for ours, theirs in zip(unmerged.sampling_logprobs, merged.sampling_logprobs, strict=True):
