@@ -1,4 +1,5 @@
-"""Processes that train together, as torchrun would start them, and that can be killed. For programs of their own, which fork."""
+"""Processes that train together, as torchrun would start them, and that can be killed. For programs of their own, which
+fork."""
 
 import os
 import signal

@@ -32,7 +32,8 @@ def questions(folder, texts=QUESTIONS, **options):
 
 
 class Trace(RolloutCallback):
-    """By step of training: the rounds of generation, the experience, what was reported; and the rollouts of evaluation."""
+    """By step of training: the rounds of generation, the experience, what was reported; and the rollouts of
+    evaluation."""
 
     def __init__(self):
         self.rounds, self.experiences, self.metrics, self.evaluation = [], [], [], []

@@ -44,7 +44,8 @@ def rollouts():
 
 
 def test_lengths_and_rewards_by_hand(rollouts):
-    """A row that no reward applies to counts as 0 in `reward` and `reward_std`, whose deviations are sqrt(2), 0 and 3 / sqrt(2)."""
+    """A row that no reward applies to counts as 0 in `reward` and `reward_std`, whose deviations are sqrt(2), 0 and 3 /
+    sqrt(2)."""
     statistics = RolloutStatistics.of(rollouts, {"rewards/math/timeouts": 1.0})
     assert statistics.elapsed_s == 3
     assert statistics.metrics() == {

@@ -13,7 +13,7 @@ from lit_specrl import DrafterDistillation, NGramDrafter, PrefixCache, Speculati
 from lit_specrl.bench.command import bench_command
 from lit_specrl.bench.rollout.runs import Run, RunFailedError
 from lit_specrl.callbacks.tensorboard_report import LAYOUT
-from lit_specrl.cli import main as cli
+from lit_specrl.cli.fit import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -46,7 +46,7 @@ def test_the_command_line_is_understood(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     arguments = [argument for argument in shlex.split(command)[1:] if argument != "--print_config"]
     with pytest.raises(SystemExit) as stop:
-        cli.run([*arguments, "--print_config"])
+        train([*arguments, "--print_config"])
     assert stop.value.code in (0, None)
     assert re.search("class_path: lit_specrl.(GRPO|DAPO|PPO)", capsys.readouterr().out)
 

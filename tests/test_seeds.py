@@ -64,7 +64,8 @@ def correlation(first, second):
 
 
 def test_numbers_for_another_purpose_row_or_token_are_independent():
-    """50 000 pairs each; five standard deviations of a correlation, which is 1 / sqrt(50 000) for independent numbers."""
+    """50 000 pairs each; five standard deviations of a correlation, which is 1 / sqrt(50 000) for independent
+    numbers."""
     bound = 5 / math.sqrt(50_000)
     sampling, acceptance = (row_uniforms(range(1000), 51, purpose) for purpose in ("sampling", "acceptance"))
     assert abs(correlation(sampling[:, 1:], acceptance[:, 1:])) < bound

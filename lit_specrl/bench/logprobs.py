@@ -57,11 +57,11 @@ def bench_logprobs(
 ) -> Report:
     """Compare the log-probs of the library, computed in chunks, with logits in full.
 
-    A pass is forward (log-probs and entropies), backward and the addition to existing gradients. Each version has a process
-    of its own, where inputs and gradients are in place before anything is measured. Peak extra memory is that of the
-    first pass (`PeakMemory`): of the process on a CPU, of torch's allocator on a GPU.
-    Seconds are those of the passes after it, chunked and plain in turn. If the plain version does not fit the free memory, it
-    is not run, and the report says so.
+    A pass is forward (log-probs and entropies), backward and the addition to existing gradients. Each version has a
+    process of its own, where inputs and gradients are in place before anything is measured. Peak extra memory is that
+    of the first pass (`PeakMemory`): of the process on a CPU, of torch's allocator on a GPU.
+    Seconds are those of the passes after it, chunked and plain in turn. If the plain version does not fit the free
+    memory, it is not run, and the report says so.
 
     Gradients differ by norm(chunked - plain) / norm(plain); the command fails above 1e-4 (float32) or 2e-2 (bfloat16).
 
@@ -73,8 +73,8 @@ def bench_logprobs(
         device: where to compute; "auto" takes a GPU if there is one.
         repeats: timed passes of each version.
         keep_freed_memory: on a CPU, let the timed passes use again what the passes before them freed, as training does
-            (`lit_specrl.allocator`). The plain version gains most, and may hold five copies of the logits instead of three,
-            because glibc leaves holes between them.
+            (`lit_specrl.allocator`). The plain version gains most, and may hold five copies of the logits instead of
+            three, because glibc leaves holes between them.
     """
     check_at_least_one(vocab_size=vocab_size, num_tokens=num_tokens, hidden_size=hidden_size, repeats=repeats)
     problem = Problem(vocab_size, num_tokens, hidden_size, dtype, resolve_device(device), keep_freed_memory)
@@ -203,7 +203,7 @@ def _gradient_differences(ours: dict[str, Tensor], reference: dict[str, Tensor])
     return {name: float((ours[name] - gradient).norm() / gradient.norm()) for name, gradient in reference.items()}
 
 
-# ---------------------------------------------------------------------------------------------- in the process of a version
+# ------------------------------------------------------------------------------------------ in the process of a version
 
 
 class _Inputs(NamedTuple):
@@ -230,8 +230,9 @@ class Problem:
 
     @property
     def plain_bytes(self) -> int:
-        """What a process with the plain version takes: log-probs, their gradient and that of the logits in float32 (five copies
-        with freed memory kept), head, its gradient and the addend to it in float32, and half a GiB for the process.
+        """What a process with the plain version takes: log-probs, their gradient and that of the logits in float32
+        (five copies with freed memory kept), head, its gradient and the addend to it in float32, and half a GiB for the
+        process.
         """
         copies = 5 if self.keep_freed_memory else 3
         return 4 * self.vocab_size * (copies * self.num_tokens + 3 * self.hidden_size) + 2**29

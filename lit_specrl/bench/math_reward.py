@@ -20,9 +20,9 @@ def bench_math_reward(
 ) -> Report:
     """Answers that `MathReward` decides in a second, on the references of your own data.
 
-    Three answers are given to every question: its reference, which is decided by comparing texts; the reference in parentheses, which
-    is not (a few, such as sets, are no longer right in parentheses); and the reference of the next question. The first call also starts the
-    worker processes and is left out.
+    Three answers are given to every question: its reference, which is decided by comparing texts; the reference in
+    parentheses, which is not (a few, such as sets, are no longer right in parentheses); and the reference of the next
+    question. The first call also starts the worker processes and is left out.
 
     Args:
         path: file with questions and references, as for `FileSource`.

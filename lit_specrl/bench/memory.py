@@ -10,8 +10,10 @@ import torch
 class PeakMemory:
     """Measures from its making on.
 
-    On a CPU that is resident memory of the process, buffers of the matrix library included. Freed memory that the process kept and uses again is not
-    seen: where that may be, call `give_back_freed_memory` before the process takes any. On a GPU it is what torch's allocator handed out.
+    On a CPU that is resident memory of the process, buffers of the matrix library included. Freed memory that the
+    process kept and uses again is not
+    seen: where that may be, call `give_back_freed_memory` before the process takes any. On a GPU it is what torch's
+    allocator handed out.
 
     Args:
         device: "cpu" or "cuda".

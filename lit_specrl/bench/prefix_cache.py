@@ -22,7 +22,8 @@ def bench_prefix_cache(rows: int = 8192, tokens: int = 1000, repeats: int = 5) -
 
     The cache stores them, looks them up, writes its file and reads it.
 
-    The default is the size of SPEC-RL's runs (Liu et al. 2025, arXiv 2509.23232): 1024 prompts of 8 responses, about 1000 tokens each.
+    The default is the size of SPEC-RL's runs (Liu et al. 2025, arXiv 2509.23232): 1024 prompts of 8 responses, about
+    1000 tokens each.
 
     Args:
         rows: responses of a step.

@@ -35,7 +35,8 @@ class Report:
     torch_version: str
     settings: dict[str, Any]
     tables: dict[str, list[dict[str, Any]]]
-    """Rows by title; the keys of a row are the names of its columns, unit included. `None` is what could not be measured."""
+    """Rows by title; the keys of a row are the names of its columns, unit included. `None` is what could not be
+    measured."""
     notes: list[str] = field(default_factory=list)
     """What the reader must know about the numbers."""
     failures: list[str] = field(default_factory=list)

@@ -38,13 +38,15 @@ def bench_shared_prompts(
 
     A shared prompt is computed once for all its responses.
 
-    The rows have random tokens; response lengths lie within 30 % of the given one, so that there is padding. Rows are cut into micro-batches
-    as in training, which shares prompts only where that saves a tenth of the tokens: `shared_rows` tells for how many rows it did. Every
-    budget is tried both ways once untimed, then in turn; the two ways are compared at the budget that suits each best. The optimizer's step is not
-    part of it. On a CPU freed memory is kept, as in training.
+    The rows have random tokens; response lengths lie within 30 % of the given one, so that there is padding. Rows are
+    cut into micro-batches as in training, which shares prompts only where that saves a tenth of the tokens:
+    `shared_rows` tells for how many rows it did. Every budget is tried both ways once untimed, then in turn; the two
+    ways are compared at the budget that suits each best. The optimizer's step is not part of it. On a CPU freed memory
+    is kept, as in training.
 
-    The log-prob difference is the largest over all tokens and budgets, divided by the mean size of a log-prob. In bf16 it is the
-    rounding of bf16, which single random tokens feel strongly; 32-true shows that the two ways compute the same.
+    The log-prob difference is the largest over all tokens and budgets, divided by the mean size of a log-prob. In bf16
+    it is the rounding of bf16, which single random tokens feel strongly; 32-true shows that the two ways compute the
+    same.
 
     Args:
         model: hub name or local folder, in the transformers format.
@@ -182,7 +184,8 @@ def training_pass(policy: Policy, step: Experience, micro_batches: list[MicroBat
 def random_step(
     num_prompts: int, num_generations: int, prompt_length: int, response_length: int, vocab_size: int
 ) -> Experience:
-    """The same random rows for the same sizes: B prompts of equal length, N = B * G responses of varied length, normal advantages."""
+    """The same random rows for the same sizes: B prompts of equal length, N = B * G responses of varied length, normal
+    advantages."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:

@@ -45,9 +45,10 @@ def bench_speculation(
 ) -> Report:
     """Time vLLM without speculation, with each number of drafted tokens, and with the scheduler.
 
-    Two loads: batches of equal responses, and one that drains from `rows` to a single response, as a step of reinforcement learning does. The
-    prompts are sums to be written out; responses go on to a fixed length, whatever they say. The history is what each row said before.
-    All ways take turns: the engine that cannot speculate is in a process of its own, and whichever does not run sleeps.
+    Two loads: batches of equal responses, and one that drains from `rows` to a single response, as a step of
+    reinforcement learning does. The prompts are sums to be written out; responses go on to a fixed length, whatever
+    they say. The history is what each row said before. All ways take turns: the engine that cannot speculate is in a
+    process of its own, and whichever does not run sleeps.
 
     Args:
         model: hub name or folder of the policy.
@@ -225,7 +226,8 @@ class _Bench:
 
 @contextmanager
 def _plain_engine(*arguments: Any) -> Iterator[Ask]:
-    """An engine that cannot speculate, in a process of its own: vLLM keeps state that two engines of a process would share."""
+    """An engine that cannot speculate, in a process of its own: vLLM keeps state that two engines of a process would
+    share."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, arguments), daemon=True)

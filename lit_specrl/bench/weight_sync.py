@@ -29,8 +29,9 @@ def bench_weight_sync(
 
     Memory is what goes beyond policy and engine (`PeakMemory`).
 
-    The policy's weights are float32, in this process like the engine. They go over one tensor after the other. Memory is measured first; the first hand-over
-    is told apart, because it touches the engine's memory for the first time. Others are timed after that, on a CPU with freed memory kept, as in training.
+    The policy's weights are float32, in this process like the engine. They go over one tensor after the other. Memory
+    is measured first; the first hand-over is told apart, because it touches the engine's memory for the first time.
+    Others are timed after that, on a CPU with freed memory kept, as in training.
 
     Args:
         model: hub name or local folder, in the transformers format.

@@ -31,7 +31,8 @@ class Command:
         summary: one line for the list of commands.
         function: the function, or its import path: it is imported when it is called, or asked for its options.
         is_positional: arguments without a default are given without their names.
-        takes_fit_options: options that are not its own are those of `lit-specrl fit`; the function's `fit_arguments` takes them.
+        takes_fit_options: options that are not its own are those of `lit-specrl fit`; the function's `fit_arguments`
+            takes them.
     """
 
     program: str

@@ -1,6 +1,7 @@
 """What is wrong with a configuration that the parser refuses: the first key that does not fit, in the user's words.
 
-The parser tells of every type that a value could have had; here each value is looked at alone, along the signatures of its classes.
+The parser tells of every type that a value could have had; here each value is looked at alone, along the signatures of
+its classes.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ def make_drafter(
     """Make a drafter that knows the task, before training the policy.
 
     The policy of a configuration of `lit-specrl fit` answers its training prompts, and a drafter is trained on the
-    responses. The policy is not changed. By default the drafter is a new EAGLE-3 head. `Eagle3Drafter` takes its folder:
+    responses. The policy is not changed. By default the drafter is a new EAGLE-3 head. `Eagle3Drafter` takes its
+    folder:
 
       lit-specrl drafter --config recipes/quickstart.yaml --output drafter
       lit-specrl fit --config recipes/quickstart.yaml --config configs/callbacks/eagle3.yaml

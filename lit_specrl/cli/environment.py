@@ -6,8 +6,9 @@ from importlib import import_module, metadata
 def check_torchvision() -> None:
     """Refuse a torchvision that does not fit torch.
 
-    vLLM installs torchvision, torchaudio and torchcodec. Builds for CUDA beside a CPU build of torch cannot be imported, and
-    transformers then fails at every model with a message about something else. This library needs none of the three.
+    vLLM installs torchvision, torchaudio and torchcodec. Builds for CUDA beside a CPU build of torch cannot be
+    imported, and transformers then fails at every model with a message about something else. This library needs none of
+    the three.
 
     Raises:
         ImportError: torchvision is installed and cannot be imported.

@@ -42,11 +42,12 @@ def export_checkpoint(
     Args:
         checkpoint: a `.ckpt` of `lit-specrl fit`: a file, or the folder that sharded training writes.
         folder: where the model goes; must not exist. It appears when it is complete.
-        model: hub name or folder that the run started from, for architecture and tokenizer; by default as in the checkpoint.
+        model: hub name or folder that the run started from, for architecture and tokenizer; by default as in the
+            checkpoint.
         dtype: of the written weights.
         adapter_only: of a run with `lora`, write the adapters for peft instead of the model that they are merged into.
-        drafter: a folder for the drafter that `DrafterDistillation` has trained, as `Eagle3Drafter` or `DraftModel` and vLLM load it; must
-            not exist either. `None` leaves it out.
+        drafter: a folder for the drafter that `DrafterDistillation` has trained, as `Eagle3Drafter` or `DraftModel` and
+            vLLM load it; must not exist either. `None` leaves it out.
 
     Raises:
         ImportError: the run had `lora`, and peft is missing.

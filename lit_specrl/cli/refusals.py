@@ -1,4 +1,5 @@
-"""What is wrong when a class of the configuration refuses its arguments: its own words, and the key that they are about."""
+"""What is wrong when a class of the configuration refuses its arguments: its own words, and the key that they are
+about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The types of a configuration's values: which classes a type takes, whether a value fits, and how a user would say it."""
+"""The types of a configuration's values: which classes a type takes, whether a value fits, and how a user would say
+it."""
 
 from __future__ import annotations
 

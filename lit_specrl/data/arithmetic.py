@@ -28,7 +28,8 @@ class ArithmeticSource(PromptSource):
         name: what results are reported under.
 
     Raises:
-        ValueError: for settings out of range, and from `load` when the split has fewer distinct questions than asked for.
+        ValueError: for settings out of range, and from `load` when the split has fewer distinct questions than asked
+            for.
 
     Example:
         >>> ArithmeticSource(1).load()

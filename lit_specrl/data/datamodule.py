@@ -27,9 +27,9 @@ STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": (
 class PromptDataModule(L.LightningDataModule):
     """Prompts for training and evaluation, rendered and tokenised with the tokenizer of the LightningModule.
 
-    Data is given by the name of a preset (`deepmath`, `gsm8k`, `math500`, ...), by the path of a file, by a source, or by
-    several of these: a list, or a dict whose keys are the names that results are reported under. All data is read, checked
-    and cut into batches in `setup`, before a model is loaded.
+    Data is given by the name of a preset (`deepmath`, `gsm8k`, `math500`, ...), by the path of a file, by a source, or
+    by several of these: a list, or a dict whose keys are the names that results are reported under. All data is read,
+    checked and cut into batches in `setup`, before a model is loaded.
 
     Args:
         train: what to learn from.
@@ -51,17 +51,18 @@ class PromptDataModule(L.LightningDataModule):
         num_train_prompts: training prompts of all ranks; filled by `setup`.
 
     Raises:
-        ValueError: for unknown presets, and from `setup` for data that cannot be read, rendered or cut into batches, or whose
-            columns rewards could not be given.
-        MisconfigurationException: from `setup`, when the stage has no data, the LightningModule no tokenizer, or a reward no
-            answers to compare with.
+        ValueError: for unknown presets, and from `setup` for data that cannot be read, rendered or cut into batches, or
+            whose columns rewards could not be given.
+        MisconfigurationException: from `setup`, when the stage has no data, the LightningModule no tokenizer, or a
+            reward no answers to compare with.
 
     Example::
 
         PromptDataModule("deepmath", validation=["math500", "gsm8k_test"])
         PromptDataModule(
             ArithmeticSource(256), validation=ArithmeticSource(64, split="validation"),
-            template=PromptTemplate(examples=[{"question": "What is 2 + 6 + 3?", "answer": "2 + 6 = 8. 8 + 3 = 11. Answer: 11"}]),
+            template=PromptTemplate(examples=[{"question": "What is 2 + 6 + 3?", "answer": "2 + 6 = 8. 8 + 3 = 11.
+            Answer: 11"}]),
         )
     """
 

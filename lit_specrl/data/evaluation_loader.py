@@ -12,8 +12,8 @@ from lit_specrl.types import PromptBatch, SamplingConfig
 class EvaluationLoader:
     """Yields every prompt once, in the order of the data.
 
-    Ranks yield equally many batches and no batch is empty: the prompts of a rank are spread over its batches so that sizes
-    differ by at most one. With one prompt per rank and step, a rank may hold two where the numbers do not divide.
+    Ranks yield equally many batches and no batch is empty: the prompts of a rank are spread over its batches so that
+    sizes differ by at most one. With one prompt per rank and step, a rank may hold two where the numbers do not divide.
 
     Args:
         prompts: all prompts of all ranks.

@@ -17,7 +17,8 @@ from lit_specrl.data.sources import PromptSource, read_rows
 class FileSource(PromptSource):
     """Questions from a local `.jsonl`, `.json` (a list of objects), `.csv` or `.parquet` file.
 
-    Text files are read as UTF-8, also where they end in `.gz`. A `.csv` file has the names of its columns in the first line.
+    Text files are read as UTF-8, also where they end in `.gz`. A `.csv` file has the names of its columns in the first
+    line.
 
     Args:
         path: the file; the extension decides how it is read.
@@ -27,12 +28,12 @@ class FileSource(PromptSource):
             `hash`, `number` or a regular expression with one group; `None` takes the column whole.
         name: what results are reported under; the file's stem by default.
         limit: use the first `limit` rows only.
-        columns: further columns to keep for reward functions, as a list, or as a dict from their name to the one that rewards
-            see, such as `{"source": "origin"}`; `None` keeps all.
+        columns: further columns to keep for reward functions, as a list, or as a dict from their name to the one that
+            rewards see, such as `{"source": "origin"}`; `None` keeps all.
 
     Raises:
-        ValueError: from `load`, for a missing, empty or damaged file, an unknown extension, a line that is not JSON or a
-            column that is not there.
+        ValueError: from `load`, for a missing, empty or damaged file, an unknown extension, a line that is not JSON or
+            a column that is not there.
 
     Example::
 

@@ -18,14 +18,15 @@ class HubSource(PromptSource):
         answer: column with the reference answer; `None` when there is none.
         answer_format: how the reference is cut out of the answer column, a format of `extract_answer` such as `boxed`,
             `hash`, `number` or a regular expression with one group; `None` takes the column whole.
-        columns: further columns to keep for reward functions, as a list, or as a dict from their name to the one that rewards
-            see, such as `{"source": "origin"}`; `None` keeps all. Long worked solutions cost memory.
+        columns: further columns to keep for reward functions, as a list, or as a dict from their name to the one that
+            rewards see, such as `{"source": "origin"}`; `None` keeps all. Long worked solutions cost memory.
         revision: branch, tag or commit of the dataset; the newest by default.
         name: what results are reported under; the last part of `path` by default.
         limit: use the first `limit` rows only.
 
     Raises:
-        ValueError: from `load`, when the hub cannot be reached, the dataset or split does not exist, or a column is missing.
+        ValueError: from `load`, when the hub cannot be reached, the dataset or split does not exist, or a column is
+            missing.
 
     Example::
 

@@ -15,9 +15,9 @@ from lit_specrl.types import PromptBatch
 class PromptLoader:
     """Yields training prompts, epoch after epoch; the position survives a checkpoint.
 
-    A pass (`for batch in loader`) is `len(loader)` batches from wherever the stream was left, so that the n-th batch of a
-    run is the same however the run was interrupted. `draw` hands out extra prompts between batches; a pass is as long as
-    without them, the stream just moves faster, and its epochs end earlier than the passes do.
+    A pass (`for batch in loader`) is `len(loader)` batches from wherever the stream was left, so that the n-th batch of
+    a run is the same however the run was interrupted. `draw` hands out extra prompts between batches; a pass is as long
+    as without them, the stream just moves faster, and its epochs end earlier than the passes do.
 
     Every rank yields full batches, equally many, and no batch or draw holds a prompt twice: where an epoch has fewer
     prompts left than are asked for, they sit out and the next epoch begins.
@@ -94,8 +94,8 @@ class PromptLoader:
     def draw(self, num_prompts: int) -> PromptBatch:
         """The next `num_prompts` prompts of this rank from the stream, ahead of the next batch.
 
-        All ranks must draw the same numbers in the same order, so that they begin each epoch together. A prompt occurs once
-        in a draw, but an epoch that ends between a batch and a draw may bring it back in the same training step.
+        All ranks must draw the same numbers in the same order, so that they begin each epoch together. A prompt occurs
+        once in a draw, but an epoch that ends between a batch and a draw may bring it back in the same training step.
 
         Args:
             num_prompts: how many, at most an epoch's worth of a rank.
@@ -142,10 +142,10 @@ class PromptLoader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the last prompt of the saved run; warns when batches differ from those of the saved settings.
 
-        With another batch size the epoch continues at the very next prompt; only how many sit out at its end may change.
-        With another number of ranks it continues after as many prompts over all ranks, rounded down to equally many on each.
-        Since ranks then own other prompts, some of the epoch repeat and some are left out; so it is with another seed or
-        other data. Where the epoch now has too few prompts to go on, the next one begins.
+        With another batch size the epoch continues at the very next prompt; only how many sit out at its end may
+        change. With another number of ranks it continues after as many prompts over all ranks, rounded down to equally
+        many on each. Since ranks then own other prompts, some of the epoch repeat and some are left out; so it is with
+        another seed or other data. Where the epoch now has too few prompts to go on, the next one begins.
         """
         now = self._order_identity()
         changed = [f"{name} {old} -> {now[name]}" for name, old in state_dict["order"].items() if old != now[name]]

@@ -29,9 +29,9 @@ PRESETS: dict[str, PromptSource] = {
 class DataName(str):
     """The name of a preset or the path of a file, as the command line takes it.
 
-    jsonargparse reads a string in place of an object as the name of a class (for `train.jsonl` it would import `train`) and
-    the file of that name as configuration. It tries the types of a setting in their order, so this one stands first; a type
-    that is a path (`__fspath__`) keeps it from opening the file.
+    jsonargparse reads a string in place of an object as the name of a class (for `train.jsonl` it would import `train`)
+    and the file of that name as configuration. It tries the types of a setting in their order, so this one stands
+    first; a type that is a path (`__fspath__`) keeps it from opening the file.
 
     Raises:
         ValueError: for anything else, which may be the name of a class.

@@ -47,8 +47,8 @@ def build_prompts(
         All prompts as one `PromptBatch`, and how many were left out.
 
     Raises:
-        ValueError: for a row that cannot be rendered, for a column that rewards could not be given, for a prompt that is too
-            long under `overlong="raise"`, and when no prompt is short enough.
+        ValueError: for a row that cannot be rendered, for a column that rewards could not be given, for a prompt that
+            is too long under `overlong="raise"`, and when no prompt is short enough.
     """
     for source, source_rows in rows.items():
         if not source_rows:
@@ -104,8 +104,8 @@ def further_columns(row: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row as of `PromptSource.load` that only rewards look at.
 
     Example:
-        >>> further_columns({"question": "2 + 3?", "answer": "5", "level": 1, "messages": [], "columns": {"question": "?"}})
-        {'level': 1, 'messages': [], 'question': '?'}
+        >>> further_columns({"question": "2 + 3?", "answer": "5", "level": 1, "messages": [], "columns": {"question":
+        "?"}}) {'level': 1, 'messages': [], 'question': '?'}
     """
     own = {name: value for name, value in row.items() if name not in OWN_COLUMNS}
     if row.get("question") is not None and "messages" in row:

@@ -10,8 +10,8 @@ from typing import Any
 def reference_text(value: Any) -> str | None:
     """Return a cell as the text of a reference answer; `None` for a cell without one: null, NaN or blank text.
 
-    A whole number reads the same as an integer and as a float, which is what a column of integers with gaps becomes in pandas
-    and Parquet. Numbers are written out without an exponent, truth values as `True` and `False`.
+    A whole number reads the same as an integer and as a float, which is what a column of integers with gaps becomes in
+    pandas and Parquet. Numbers are written out without an exponent, truth values as `True` and `False`.
 
     Raises:
         ValueError: for infinity, and for anything but text and numbers.

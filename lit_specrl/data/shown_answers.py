@@ -18,9 +18,10 @@ _UNSPOKEN = re.compile(r"[\s$*!]|\\[,;!]|\\left\b|\\right\b|(?<=\d),(?=\d{3})|\\
 def shows_answer(turns: list[dict[str, str]], answer: str | None) -> bool:
     r"""Whether the question, or what follows it, gives the reference answer as an answer.
 
-    That is in a box, behind `####`, at the end behind "the answer is" or "Answer:", at the end of a text with a heading such
-    as "Solution:", or at the end of a turn of the assistant that the policy shall continue. Numbers and words of a question
-    that merely equal the answer do not count, and neither do turns before the last question, which may be solved examples.
+    That is in a box, behind `####`, at the end behind "the answer is" or "Answer:", at the end of a text with a heading
+    such as "Solution:", or at the end of a turn of the assistant that the policy shall continue. Numbers and words of a
+    question that merely equal the answer do not count, and neither do turns before the last question, which may be
+    solved examples.
 
     Args:
         turns: the row's own messages, with `role` and `content`.

@@ -38,9 +38,9 @@ class PromptSource(ABC):
     def load(self) -> list[dict[str, Any]]:
         """Return the rows.
 
-        Each has `question` (text) or `messages` (chat turns with `role` and `content`), `answer` (text or `None`), and any
-        further columns, which reach reward functions through `PromptBatch.columns`. Further columns that are called like one
-        of these stand in a dict `columns`; beside a `question`, `messages` is a further column.
+        Each has `question` (text) or `messages` (chat turns with `role` and `content`), `answer` (text or `None`), and
+        any further columns, which reach reward functions through `PromptBatch.columns`. Further columns that are called
+        like one of these stand in a dict `columns`; beside a `question`, `messages` is a further column.
         """
 
 

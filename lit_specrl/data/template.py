@@ -25,9 +25,9 @@ class PromptTemplate:
             `Please reason step by step, and put your final answer within \boxed{}.`
         text: the plain text; `{question}` stands for the question, other braces are left alone.
         chat_template_kwargs: passed to `apply_chat_template`, such as `{"enable_thinking": False}`.
-        date: the day that chat templates see where they write today's date (`strftime_now`), as in Llama 3. It is fixed,
-            because the real one would make other prompts of the same questions on the next day: a resumed run would lose
-            its place in the data and its prefix cache.
+        date: the day that chat templates see where they write today's date (`strftime_now`), as in Llama 3. It is
+            fixed, because the real one would make other prompts of the same questions on the next day: a resumed run
+            would lose its place in the data and its prefix cache.
 
     Raises:
         ValueError: for settings that do not belong together.
@@ -66,16 +66,16 @@ class PromptTemplate:
         A conversation that ends with a turn of the assistant is left open there, for the policy to continue that turn.
 
         Raises:
-            ValueError: for a tokenizer without a chat template (kind `chat`), or messages that the kind or the chat template
-                cannot show.
+            ValueError: for a tokenizer without a chat template (kind `chat`), or messages that the kind or the chat
+                template cannot show.
         """
         return self._render_chat(row, tokenizer) if self.kind == "chat" else self._render_plain(row)
 
     def tokenize(self, texts: list[str], tokenizer: Any) -> list[list[int]]:
         """Token ids of rendered prompts, ragged; a chat template writes its own special tokens.
 
-        A plain text gets those that the tokenizer puts before it, unless it begins with them already, but none behind it:
-        after an end-of-text token there is nothing to continue.
+        A plain text gets those that the tokenizer puts before it, unless it begins with them already, but none behind
+        it: after an end-of-text token there is nothing to continue.
         """
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         if self.kind == "chat":

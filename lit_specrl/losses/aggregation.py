@@ -23,10 +23,10 @@ def token_weights(
 
     | aggregation | weight of a loss token in row n | verl's `loss_agg_mode` | from |
     |---|---|---|---|
-    | "token" | 1 / num_tokens | token-mean | DAPO (Yu et al. 2025, arXiv 2503.14476, equation 8) |
-    | "sequence" | 1 / (tokens of row n * num_sequences) | seq-mean-token-mean | GRPO (Shao et al. 2024, arXiv 2402.03300, equation 3) |
-    | "sequence_sum" | 1 / num_sequences | seq-mean-token-sum | LUSPO (2026, arXiv 2602.05261) |
-    | "fixed" | 1 / (max_completion_length * num_sequences) | seq-mean-token-sum-norm | Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3.2) |
+    | "token" | 1 / num_tokens | token-mean | DAPO (arXiv 2503.14476, equation 8) |
+    | "sequence" | 1 / (tokens of row n * num_sequences) | seq-mean-token-mean | GRPO (arXiv 2402.03300, equation 3) |
+    | "sequence_sum" | 1 / num_sequences | seq-mean-token-sum | LUSPO (arXiv 2602.05261) |
+    | "fixed" | 1 / (max_completion_length * num_sequences) | seq-mean-token-sum-norm | Dr. GRPO (arXiv 2503.20783) |
 
     The denominators belong to one optimizer step: count them over all its micro-batches and ranks. Then the
     micro-batch losses add up to the same number and the same gradient for any split of the rows. Without them

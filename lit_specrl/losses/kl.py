@@ -25,7 +25,7 @@ def kl_penalty(
     | k1 | kl | -d | unbiased, noisy | its expected gradient is 0 |
     | abs | abs | abs(d) | not an estimator of KL | - |
     | k2 | mse | d^2 / 2 | biased, little noise | expected gradient is that of KL |
-    | k3 | low_var_kl | exp(d) - d - 1 | unbiased, never negative | expected gradient is that of KL from reference to policy |
+    | k3 | low_var_kl | exp(d) - d - 1 | unbiased, never negative | gradient, on average: of KL(reference, policy) |
 
     k3 is GRPO's (Shao et al. 2024, arXiv 2402.03300, equation 4) and TRL's. A "+" behind any name (verl's
     straight-through variants) keeps the value and takes the gradient of k2.

@@ -111,10 +111,10 @@ class PolicyLoss(TokenLoss):
 
     *A bound for negative advantages.* The minimum leaves `-r A` unbounded where A < 0 and r grows. Two known remedies:
 
-    | argument | rule | from | where A < 0 | where A > 0 |
-    |---|---|---|---|---|
-    | `delta` | replace r by min(r, delta) before the minimum | INTELLECT-2 (2025, arXiv 2505.07291), TRL | loss at most max(delta, 1 + epsilon_high) * abs(A) | capped by delta too |
-    | `clip_ratio_c` | loss at most c * abs(A) | dual clip (Ye et al. 2019, arXiv 1912.09729, equation 5), verl | loss at most c * abs(A) | untouched |
+    - `delta` replaces r by min(r, delta) before the minimum (INTELLECT-2, 2025, arXiv 2505.07291; TRL). Where A < 0 a
+      token costs at most max(delta, 1 + epsilon_high) * abs(A); where A > 0 it is capped by delta, too.
+    - `clip_ratio_c` bounds the loss by c * abs(A) where A < 0 and leaves A > 0 untouched (dual clip, Ye et al. 2019,
+      arXiv 1912.09729, equation 5; verl).
 
     They agree when the bound exceeds 1 + epsilon_high, which is how both are meant to be used.
 

@@ -59,13 +59,15 @@ class Reward(ABC):
     def identity(self) -> str:
         """Return a text that names what makes the numbers: the code and the settings of this reward.
 
-        It stays the same from process to process and differs where the numbers may: another function under the same name,
-        another constant, another `answer_format`. The weight and the name are no part of it. See `identity_of` for what counts.
+        It stays the same from process to process and differs where the numbers may: another function under the same
+        name, another constant, another `answer_format`. The weight and the name are no part of it. See `identity_of`
+        for what counts.
         """
         return identity_of(type(self), self._made_by())
 
     def _made_by(self) -> dict[str, Any]:
-        """Return what the numbers depend on besides the code: the attributes that are public or hold a constructor argument."""
+        """Return what the numbers depend on besides the code: the attributes that are public or hold a constructor
+        argument."""
         return {name: value for name, value in settings_of(self).items() if name not in ("weight", "name", "counters")}
 
     def close(self) -> None:

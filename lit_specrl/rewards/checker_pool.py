@@ -1,8 +1,8 @@
 """Checker processes that are killed when they take too long.
 
-Why not `multiprocessing` or a pool built on it: its spawned workers import the user's main module again. A training script that
-imports torch at the top would load it in every worker, at every restart after a hung expression; one without
-`if __name__ == "__main__"` would start training there.
+Why not `multiprocessing` or a pool built on it: its spawned workers import the user's main module again. A training
+script that imports torch at the top would load it in every worker, at every restart after a hung expression; one
+without `if __name__ == "__main__"` would start training there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ MAX_FAILED_STARTS = 3
 class CheckerPool:
     """Decides pairs of (reference, answer) in a few processes, each pair within a deadline.
 
-    A checker that exceeds the deadline ends and a new one takes its place; the other checkers go on meanwhile. Checkers start
-    at the first call, stay warm between calls, and end with this object or with the process, even one that is killed.
+    A checker that exceeds the deadline ends and a new one takes its place; the other checkers go on meanwhile. Checkers
+    start at the first call, stay warm between calls, and end with this object or with the process, even one that is
+    killed.
 
     Args:
         num_workers: number of checker processes.
@@ -71,7 +72,8 @@ class CheckerPool:
             RuntimeError: a checker does not start.
         """
         with self._lock:
-            # In a forked process this drops the parent's checkers unharmed: `poll` takes what is no child of ours for ended.
+            # In a forked process this drops the parent's checkers unharmed: `poll` takes what is no child of ours for
+            # ended.
             self._drop([checker for checker in self._checkers if checker.process.poll() is not None])
             try:
                 return self._check_all(pairs)

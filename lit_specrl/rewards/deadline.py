@@ -18,10 +18,10 @@ class DeadlinePassed(Exception):
 class DeadlineThread:
     """Calls plain functions on a daemon thread and stops waiting at a deadline.
 
-    Why a thread and not a process: the function may be a closure and may hold models, clients and counters, none of which
-    travels to a process and back. The price is that Python cannot kill a thread. One that is given up is left behind and
-    ends with the process; no other is started beside it. Code that holds the interpreter lock, such as a runaway regular
-    expression or `9**9**9`, stops the waiting thread too.
+    Why a thread and not a process: the function may be a closure and may hold models, clients and counters, none of
+    which travels to a process and back. The price is that Python cannot kill a thread. One that is given up is left
+    behind and ends with the process; no other is started beside it. Code that holds the interpreter lock, such as a
+    runaway regular expression or `9**9**9`, stops the waiting thread too.
 
     Args:
         timeout_s: time for one call, in seconds.

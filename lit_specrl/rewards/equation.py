@@ -14,8 +14,9 @@ _EQUATION = re.compile(r"(?<![0-9])([0-9]++) *+\+ *+([0-9]++) *+= *+([0-9]++)")
 class EquationReward(Reward):
     """Share of the equations "a + b = c" in a response that hold, where a certain number is asked for.
 
-    A reward for the steps of a long answer: it differs between responses long before whole answers are right. Equations that are missing count as
-    wrong, those beyond the number lower the share, and so does repeating oneself: an equation counts once.
+    A reward for the steps of a long answer: it differs between responses long before whole answers are right. Equations
+    that are missing count as wrong, those beyond the number lower the share, and so does repeating oneself: an equation
+    counts once.
 
     Args:
         num_equations: equations that a full answer has.

@@ -1,7 +1,7 @@
 """Numbers as texts write them, read exactly.
 
-Everything here works on fractions of bounded size and takes time linear in the text: it runs in the training process on whatever a
-policy writes.
+Everything here works on fractions of bounded size and takes time linear in the text: it runs in the training process on
+whatever a policy writes.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class ExactNumber:
 def parse_exact(text: str) -> ExactNumber | None:
     r"""Return the number that `text` writes, `None` if it is no number or none of a size that is worth computing.
 
-    Understood are signs, `$`, commas between thousands, decimals, `1e-5`, `/`, `\frac`, mixed numbers, `\times`, `\cdot`, powers,
-    factorials, sums, brackets and a final `%`.
+    Understood are signs, `$`, commas between thousands, decimals, `1e-5`, `/`, `\frac`, mixed numbers, `\times`,
+    `\cdot`, powers, factorials, sums, brackets and a final `%`.
 
     Example::
 
@@ -215,7 +215,8 @@ class _Reader:
         return base ** int(exponent)
 
     def _exponent(self) -> Fraction:
-        """A group in braces or brackets, or a number with its sign: LaTeX raises one digit only, people mean the number."""
+        """A group in braces or brackets, or a number with its sign: LaTeX raises one digit only, people mean the
+        number."""
         if self._peek() == "-":
             self._take()
             return -self._factorial()

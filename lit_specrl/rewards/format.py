@@ -11,9 +11,9 @@ from lit_specrl.rewards.base import Reward
 class FormatReward(Reward):
     r"""1 where the whole completion matches a regular expression, 0 elsewhere.
 
-    Some chat templates open a tag for the model: their prompts end with `<think>`. The completion then goes on inside the tag, so the
-    pattern is tried on the completion and on the tags at the end of the prompt with the completion. Where the prompt is empty, the tag
-    that the completion closes without opening it counts as opened.
+    Some chat templates open a tag for the model: their prompts end with `<think>`. The completion then goes on inside
+    the tag, so the pattern is tried on the completion and on the tags at the end of the prompt with the completion.
+    Where the prompt is empty, the tag that the completion closes without opening it counts as opened.
 
     Args:
         pattern: regular expression for the completion without surrounding white space; `.` matches line breaks too.
@@ -49,7 +49,8 @@ MAX_TAGS_LENGTH = 200
 
 
 def _opened_tags(prompt: str) -> str:
-    """The tags that end a prompt, as written: of "2+2?<think>\\n", "<think>\\n"; marks such as <|assistant|> are none."""
+    """The tags that end a prompt, as written: of "2+2?<think>\\n", "<think>\\n"; marks such as <|assistant|> are
+    none."""
     start = len(prompt)
     while tag := _LAST_TAG.search(prompt, max(0, len(prompt) - MAX_TAGS_LENGTH), start):
         start = tag.start()

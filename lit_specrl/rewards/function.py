@@ -27,9 +27,9 @@ class RewardFunction(Reward):
     With `timeout_s`, a call that takes longer counts as "does not apply" (`None`) for all its rows, which are counted
     (`timeouts`) and warned about; the third such call in a row is an error. An async function is cancelled, which
     takes effect where it awaits: one that blocks is not stopped. A plain function runs on a daemon thread, see
-    `DeadlineThread`. It cannot be killed: while it hangs, further calls time out at once. On that thread signals do not work,
-    which rules out math-verify (`MathReward` has a time limit of its own), and torch starts anew: current CUDA device 0,
-    gradients on. Leave `timeout_s` out where that matters.
+    `DeadlineThread`. It cannot be killed: while it hangs, further calls time out at once. On that thread signals do not
+    work, which rules out math-verify (`MathReward` has a time limit of its own), and torch starts anew: current CUDA
+    device 0, gradients on. Leave `timeout_s` out where that matters.
 
     Args:
         function: the function, or its import path "package.module.function" or "package.module:function".

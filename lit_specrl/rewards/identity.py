@@ -1,12 +1,15 @@
 """What made the numbers of a reward: its code and its settings, as a text to compare.
 
-Two texts are equal when the code and the settings are, in whatever process they were read. Code is compared as bytecode: comments,
-line numbers and formatting do not count, another minor version of Python does. What is said of a value:
+Two texts are equal when the code and the settings are, in whatever process they were read. Code is compared as
+bytecode: comments, line numbers and formatting do not count, another minor version of Python does. What is said of a
+value:
 
 - numbers, strings, paths, patterns, members of an `Enum`, and containers of them: their value;
-- functions and classes: name and code, with defaults, closure, and the globals that the code names, and so on from there;
+- functions and classes: name and code, with defaults, closure, and the globals that the code names, and so on from
+  there;
 - other objects of the user's classes: their class and public attributes;
-- functions, classes and objects of installed packages: name and version of the package. A model or a client counts by its class.
+- functions, classes and objects of installed packages: name and version of the package. A model or a client counts by
+  its class.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ def identity_of(made_by: type | FunctionType, settings: dict[str, Any]) -> str:
 
     Example::
 
-        identity_of(ExactReward, {"ignore_case": True})  # "lit_specrl.rewards.exact.ExactReward(ignore_case=True)#5b1f0c2e9d3a7784"
+        identity_of(ExactReward, {"ignore_case": True})  #
+        "lit_specrl.rewards.exact.ExactReward(ignore_case=True)#5b1f0c2e9d3a7784"
     """
     description = _Description()
     shown = ", ".join(f"{name}={description.text(value)}" for name, value in sorted(settings.items()))
@@ -159,7 +163,8 @@ class _Description:
 
 
 def _named_globals(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Globals that the code of a function reads, also as attributes of the user's modules; what it assigns is no setting."""
+    """Globals that the code of a function reads, also as attributes of the user's modules; what it assigns is no
+    setting."""
     codes = list(_nested(function.__code__))
     assigned = {step.argval for code in codes for step in dis.get_instructions(code) if step.opname == "STORE_GLOBAL"}
     names = sorted({name for code in codes for name in code.co_names} - assigned)

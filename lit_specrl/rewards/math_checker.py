@@ -1,9 +1,9 @@
 """The process that decides whether two mathematical answers are equal.
 
-`CheckerPool` runs this file as a script: a JSON list [reference, answer] per line on stdin, a verdict per line on stdout.
-It imports nothing of the package, so a checker is small and starts in about a second. A check that takes too long is ended by
-the kernel together with the process, because neither a Python signal handler nor a thread gets a turn while the interpreter
-computes, say, 9**9**9.
+`CheckerPool` runs this file as a script: a JSON list [reference, answer] per line on stdin, a verdict per line on
+stdout. It imports nothing of the package, so a checker is small and starts in about a second. A check that takes too
+long is ended by the kernel together with the process, because neither a Python signal handler nor a thread gets a turn
+while the interpreter computes, say, 9**9**9.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ _SET_BUILDER = re.compile(r"\\\{ ?[a-zA-Z] ?(?:\\mid|\\vert|[|:]) ?(.*)\\\}", re
 def _read(text: str) -> list[Any]:
     r"""Return what the parser makes of a text, and the text.
 
-    A formula that it cannot read to the end is nothing: the parser would go on to look for a number, and find 4 in `4\foo{2}`.
+    A formula that it cannot read to the end is nothing: the parser would go on to look for a number, and find 4 in
+    `4\foo{2}`.
     """
     from math_verify import LatexExtractionConfig, parse
 
@@ -76,7 +77,8 @@ _DECIMAL = re.compile(r"-?\d*\.(\d+)")
 
 
 def _sides(text: str) -> list[str]:
-    """The sides of an equation or a chain of them; the text alone where it is none, or has other relations or several parts."""
+    """The sides of an equation or a chain of them; the text alone where it is none, or has other relations or several
+    parts."""
     depth, start, sides = 0, 0, []
     for position, character in enumerate(text):
         depth += (character in "{([") - (character in "})]")
@@ -162,8 +164,8 @@ SAMPLES = ("17/11", "-13/7", "23/5", "5/13", "-3/17", "29/19", "-31/9", "41/3", 
 def _compare_numbers_relatively() -> None:
     """Let math-verify tell small numbers apart.
 
-    It rounds floats to six places after the point and takes a difference below 1e-15 for none: 2e-7 would be 1e-7, and 1/2006!
-    1/2004!. It also takes sqrt(1/n) and 1/sqrt(n) for different, because they are where n is negative.
+    It rounds floats to six places after the point and takes a difference below 1e-15 for none: 2e-7 would be 1e-7, and
+    1/2006! 1/2004!. It also takes sqrt(1/n) and 1/sqrt(n) for different, because they are where n is negative.
     """
     from math_verify import grader
 

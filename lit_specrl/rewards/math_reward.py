@@ -23,13 +23,14 @@ TIMEOUT_WARNING_FRACTION = 0.05
 class MathReward(Reward):
     r"""1 where the answer equals the reference as mathematics, 0 elsewhere.
 
-    Equal texts and numbers are decided on the spot and exactly: 2e-7 is not 1e-7, while 0.333333 is 1/3 rounded to six digits.
-    Everything else is decided by math-verify in processes of their own. Of two units of a kind one is converted, 50 mm is 5 cm.
-    An inequality is the interval of what fulfils it. An equation whose sides disagree, such as `7 = 5`, is wrong.
-    An answer that is still undecided at the deadline scores 0 and is counted (`timeouts`), as is one that brings its process
-    down twice (`crashes`). Rows without a reference are not scored, nor are those whose reference is no mathematics and is not
-    repeated to the letter (`undecided`). math-verify is generous: it overlooks units of different kinds or on one side only,
-    degree signs, the base in 52_8, and the difference between `x = 5` and `5`.
+    Equal texts and numbers are decided on the spot and exactly: 2e-7 is not 1e-7, while 0.333333 is 1/3 rounded to six
+    digits. Everything else is decided by math-verify in processes of their own. Of two units of a kind one is
+    converted, 50 mm is 5 cm. An inequality is the interval of what fulfils it. An equation whose sides disagree, such
+    as `7 = 5`, is wrong. An answer that is still undecided at the deadline scores 0 and is counted (`timeouts`), as is
+    one that brings its process down twice (`crashes`). Rows without a reference are not scored, nor are those whose
+    reference is no mathematics and is not repeated to the letter (`undecided`). math-verify is generous: it overlooks
+    units of different kinds or on one side only, degree signs, the base in 52_8, and the difference between `x = 5` and
+    `5`.
 
     Args:
         answer_format: where a completion gives its answer, see `extract_answer`.
@@ -44,8 +45,8 @@ class MathReward(Reward):
     Example::
 
         reward = MathReward()
-        reward(["Half?"] * 3, [r"\boxed{\frac12}", "The answer is 0.5.", "#### 2"], answer=["1/2"] * 3)  # [1.0, 1.0, 0.0]
-        reward.close()
+        reward(["Half?"] * 3, [r"\boxed{\frac12}", "The answer is 0.5.", "#### 2"], answer=["1/2"] * 3)  # [1.0, 1.0,
+        0.0] reward.close()
     """
 
     needs_answer = True

@@ -13,9 +13,10 @@ from lit_specrl.rewards.exact_number import parse_exact, readings
 class NumericReward(Reward):
     r"""1 where the answer is the reference number, 0 elsewhere.
 
-    Understood are `1,234.5`, `$18`, `3/4`, `1e-3`, `\frac{3}{4}`, `10^{-5}`, a trailing full stop and `%`, see `parse_exact`. A percentage is compared as written when
-    both sides have the sign or neither has; when one has, both readings count: 50% is 50, and is 0.5. Rows without a
-    reference are not scored, nor are those whose reference is no number (counted as `undecided`).
+    Understood are `1,234.5`, `$18`, `3/4`, `1e-3`, `\frac{3}{4}`, `10^{-5}`, a trailing full stop and `%`, see
+    `parse_exact`. A percentage is compared as written when both sides have the sign or neither has; when one has, both
+    readings count: 50% is 50, and is 0.5. Rows without a reference are not scored, nor are those whose reference is no
+    number (counted as `undecided`).
 
     Args:
         answer_format: where a completion gives its answer, see `extract_answer`.

@@ -47,9 +47,9 @@ class RewardScores:
 class RewardSet:
     r"""Evaluates several rewards on the same rows and adds them up.
 
-    Plain rewards run one after the other on the calling thread, then all async ones run at the same time on an event loop
-    that lives as long as the set, so that their network sessions stay usable from call to call. A NaN or an infinity counts
-    as "does not apply", with a warning.
+    Plain rewards run one after the other on the calling thread, then all async ones run at the same time on an event
+    loop that lives as long as the set, so that their network sessions stay usable from call to call. A NaN or an
+    infinity counts as "does not apply", with a warning.
 
     Args:
         rewards: `Reward`s, functions of TRL's signature or import paths of such functions; names must differ.
@@ -109,7 +109,8 @@ class RewardSet:
         return _weighted_sum([reward.weight for reward in self.rewards], values)
 
     def identity(self) -> str:
-        """Return a line per reward that names it and what makes its numbers, see `Reward.identity`; weights are no part of it."""
+        """Return a line per reward that names it and what makes its numbers, see `Reward.identity`; weights are no part
+        of it."""
         return self._identity
 
     def close(self) -> None:

@@ -54,7 +54,8 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
 def in_one_unit(reference: str, answer: str) -> tuple[str, str]:
-    r"""Return both answers as numbers in the unit of the reference; as they are unless both have units of the same kind.
+    r"""Return both answers as numbers in the unit of the reference; as they are unless both have units of the same
+    kind.
 
     Example::
 

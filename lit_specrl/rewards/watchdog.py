@@ -27,7 +27,8 @@ def warning_when_slow(reward: Reward, warn_after_s: float | None) -> Iterator[No
 
 
 def _warn(reward: Reward, elapsed_s: float, started_at: str) -> None:
-    # The moment also makes the text new: Python shows equal warnings only once, which would hide a hang after a slow call.
+    # The moment also makes the text new: Python shows equal warnings only once, which would hide a hang after a slow
+    # call.
     warnings.warn(
         f"reward {reward.name!r} has been running for {elapsed_s:g} s, since {started_at}, and training waits for it. "
         f"If it hangs, give its own calls (requests, processes) a time limit, or a function a RewardFunction(timeout_s=...).",

@@ -21,7 +21,8 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 @pytest.fixture
 def data(tmp_path):
-    """Prompts in this order, with their numbers as answers: `+` can have reward spread, `-` cannot, a blank is left out."""
+    """Prompts in this order, with their numbers as answers: `+` can have reward spread, `-` cannot, a blank is left
+    out."""
 
     def data(marks, batch_size):
         rows = [

@@ -131,7 +131,8 @@ ESTIMATORS = {
 @pytest.mark.parametrize("beta", [0.0, 0.2], ids=["reward", "reward minus KL"])
 @pytest.mark.parametrize("kl_estimator", ["k1", "k3"])
 def test_a_step_follows_the_formula_of_the_estimator(model_folder, data_file, case, beta, kl_estimator):
-    """On-policy, so that the ratios are 1. The penalty is beta times the sum over the row, before groups are compared."""
+    """On-policy, so that the ratios are 1. The penalty is beta times the sum over the row, before groups are
+    compared."""
     options, advantages_of = ESTIMATORS[case]
     module = grpo(model_folder, beta=beta, kl=KLPenalty(kl_estimator, in_reward=True), **options)
     spy = fit(module, data_file)

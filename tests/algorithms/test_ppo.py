@@ -25,7 +25,8 @@ def small_tokens_but_why(prompts, completion_ids, **columns):
 
 
 class Spy(RolloutCallback):
-    """Begins with a policy apart from its reference and a critic that knows something; keeps what each step began with."""
+    """Begins with a policy apart from its reference and a critic that knows something; keeps what each step began
+    with."""
 
     def on_train_start(self, trainer, pl_module):
         generator = torch.Generator().manual_seed(1)

@@ -231,7 +231,8 @@ def test_learning_rate_changes_once_a_step_however_many_updates_it_has(fit, tiny
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_autocast_passes_gradients_to_all_weights(fit, tiny_model, num_iterations):
-    """Rollouts and old log-probs run without gradient inside the same autocast, whose copies of weights must not be used again."""
+    """Rollouts and old log-probs run without gradient inside the same autocast, whose copies of weights must not be
+    used again."""
     module, _ = fit(
         grpo(tiny_model, num_iterations=num_iterations, optimizer=SGD), precision="bf16-mixed", limit_train_batches=1
     )

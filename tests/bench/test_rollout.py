@@ -338,7 +338,7 @@ def test_help_tells_what_counts(capsys):
     assert "Train with and without callbacks" in " ".join(capsys.readouterr().out.split())
 
 
-# ------------------------------------------------------------------------------------------------------------- real runs
+# ------------------------------------------------------------------------------------------------------------ real runs
 
 
 @pytest.fixture

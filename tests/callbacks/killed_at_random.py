@@ -1,7 +1,8 @@
 """Kill a run with everything on at random moments, resume it, and count what is left behind.
 
-A program of its own, for it starts processes. Arguments: model, folder, number of kills, random seed. Temporary files of the run go into a folder of their own. Prints, as JSON, for
-each process the step it began at, how it ended, and the files and bytes that it left in the folder of the run and in that for temporary files.
+A program of its own, for it starts processes. Arguments: model, folder, number of kills, random seed. Temporary files
+of the run go into a folder of their own. Prints, as JSON, for each process the step it began at, how it ended, and the
+files and bytes that it left in the folder of the run and in that for temporary files.
 """
 
 import getpass

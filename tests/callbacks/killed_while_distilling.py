@@ -1,6 +1,7 @@
 """Train with a drafter that learns, from the newest checkpoint on; kill the own process where it is told to.
 
-Arguments: model, folder, and "train", "publish" or "never": the third drafter's update, or the second publication, of this process is never finished.
+Arguments: model, folder, and "train", "publish" or "never": the third drafter's update, or the second publication, of
+this process is never finished.
 """
 
 import os

@@ -15,7 +15,8 @@ from lit_specrl.engines import VLLMEngine
 
 
 def test_a_run_in_which_no_draft_paid_is_resumed_and_exported(tiny_model, tmp_path):
-    """24 steps with drafts that are seldom accepted left numbers of numpy in the checkpoint, which was refused from then on."""
+    """24 steps with drafts that are seldom accepted left numbers of numpy in the checkpoint, which was refused from
+    then on."""
     model, randomness = with_many_stops(tiny_model, tmp_path / "model"), random.Random(0)
     texts = ["".join(randomness.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(8)]
     engine_options = {"dtype": "float32", "max_num_seqs": 16, "cpu_kv_cache_gib": 1, "max_model_len": 128}

@@ -295,7 +295,8 @@ def test_a_process_that_is_killed_goes_on_with_a_whole_drafter(model, tmp_path):
 
 
 def test_what_kills_leave_behind_does_not_pile_up(model, tmp_path):
-    """Each kill orphaned files of the prefix cache, and folders and files in the folder for temporary files, for ever."""
+    """Each kill orphaned files of the prefix cache, and folders and files in the folder for temporary files, for
+    ever."""
     program = [sys.executable, str(Path(__file__).with_name("killed_at_random.py")), model, str(tmp_path / "all")]
     found = subprocess.run([*program, "3", "0"], capture_output=True, text=True, check=True)
     kills = [json.loads(line) for line in found.stdout.splitlines()]

@@ -105,7 +105,8 @@ UNCHANGED = {
 
 @pytest.mark.parametrize("case", UNCHANGED)
 def test_an_unchanged_policy_says_everything_again_without_the_engine(run, model_folder, qwen_folder, case):
-    """With gradient checkpointing, layers in training mode keep no keys and values, and the first draft ended the run."""
+    """With gradient checkpointing, layers in training mode keep no keys and values, and the first draft ended the
+    run."""
     options = dict(UNCHANGED[case])
     block_length, folder = options.pop("block_length", 128), qwen_folder if options.pop("qwen", 0) else model_folder
     engine = CountingEngine()
@@ -155,7 +156,8 @@ def test_blocks_are_longer_where_drafts_are_kept_than_where_they_are_not(run):
 
 
 class ReplayEngine(TransformersEngine):
-    """Gives the response that the same sample got in an earlier step, and generates where there is none; without any cache."""
+    """Gives the response that the same sample got in an earlier step, and generates where there is none; without any
+    cache."""
 
     def __init__(self):
         super().__init__()
@@ -308,7 +310,7 @@ def test_logprobs_from_the_cache_are_those_that_would_be_computed(run, model_fol
         torch.testing.assert_close(taken, found)
 
 
-# -------------------------------------------------------------------------------------------------- which drafts are used
+# ------------------------------------------------------------------------------------------------ which drafts are used
 
 
 def check_prefixes(trace, whole):
@@ -531,7 +533,8 @@ def test_everything_is_logged_under_its_name(run, tmp_path):
 
 
 def test_the_metrics_are_what_they_say(run):
-    """Recorded log-probs of a step belong to the policy that it began with; everything follows from them and the tokens."""
+    """Recorded log-probs of a step belong to the policy that it began with; everything follows from them and the
+    tokens."""
     sizes, scores, cache = [], [], PrefixCache(lenience=1.2)
 
     class Observer(RolloutCallback):

@@ -18,7 +18,8 @@ STILL = 2 * STEPS  # steps at the beginning in which the policy does not change
 
 
 class KeptEngine(VLLMEngine):
-    """Outlives the runs that use it, for a start takes seconds; keeps how many rows it generated or scored each time."""
+    """Outlives the runs that use it, for a start takes seconds; keeps how many rows it generated or scored each
+    time."""
 
     def __init__(self):
         super().__init__(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128)

@@ -86,7 +86,8 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_resumed_run_equals_the_uninterrupted_one(run, model_folder, tmp_path, recwarn, name):
-    """Six steps in three epochs, resumed inside an epoch and at the ends of two; a fresh cache is filled from the file."""
+    """Six steps in three epochs, resumed inside an epoch and at the ends of two; a fresh cache is filled from the
+    file."""
     make, make_cache = RUNS[name]
     full, trace, cache = run(every_step(tmp_path), cache=make_cache(), module=make(model_folder))
     assert sum(trace.of_cache("saved_tokens")) > 0
@@ -124,7 +125,8 @@ def test_the_cache_is_found_when_the_checkpoint_has_moved(run, saved, tmp_path, 
 
 
 def test_runs_that_are_resumed_at_the_end_of_epochs_end_when_they_should(run, tmp_path):
-    """Lightning lost an epoch, or made one twice, when a run that had gone on from the last step of an epoch was resumed at the end of the next."""
+    """Lightning lost an epoch, or made one twice, when a run that had gone on from the last step of an epoch was
+    resumed at the end of the next."""
     _, expected, _ = run(max_epochs=4)
     checkpoint, steps = None, []
     for epoch in range(1, 5):
@@ -201,7 +203,8 @@ def test_caches_do_not_pile_up(run, tmp_path):
 
 
 def test_caches_do_not_pile_up_over_restarts(run, tmp_path):
-    """Lightning keeps each checkpoint that a run was resumed from; caches of those it deletes are of no use to anybody."""
+    """Lightning keeps each checkpoint that a run was resumed from; caches of those it deletes are of no use to
+    anybody."""
     folder, checkpoint = tmp_path / "restarted", None
     for step in (3, 6, 9, 12):
         run(every_step(folder, save_top_k=1), ckpt_path=checkpoint, max_epochs=-1, max_steps=step)
@@ -378,7 +381,8 @@ class Asked:
 
 @pytest.mark.parametrize("length", [MAX_LENGTH // 2, MAX_LENGTH, MAX_LENGTH + 6])
 def test_another_length_limit_cuts_or_continues_what_is_cached(run, model_folder, tmp_path, length):
-    """Rewards may depend on the limit and are asked for again; `finish_reason` and lengths are those of the new limit."""
+    """Rewards may depend on the limit and are asked for again; `finish_reason` and lengths are those of the new
+    limit."""
     options = {"module": grpo(model_folder, [Asked()], optimizer=ADAM), "max_epochs": 1}
     _, before, _ = run(every_step(tmp_path / "saved"), **options)
     checkpoint, asked = tmp_path / "saved" / f"step={STEPS}.ckpt", Asked()

@@ -29,8 +29,8 @@ def test_the_table_holds_accuracy_before_and_after_and_rewards_of_first_and_last
 ):
     """The reward of call k is k in the even rows and k + 2 in the odd ones, and validation samples one row a prompt.
 
-    Calls in order: 0 before training, 1 and 2 train, 3 validates, 4 and 5 train, 6 validates. With rows k, k + 2, k, k + 2
-    accuracies are 1, 4 and 7; rewards of a step are k + 1.
+    Calls in order: 0 before training, 1 and 2 train, 3 validates, 4 and 5 train, 6 validates. With rows k, k + 2, k, k
+    + 2 accuracies are 1, 4 and 7; rewards of a step are k + 1.
     """
     summary = RunSummary()
     trainer = make_trainer(summary, max_epochs=2, num_sanity_val_steps=-1, limit_val_batches=1.0)

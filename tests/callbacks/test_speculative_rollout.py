@@ -56,7 +56,8 @@ def plain(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def history(plain):
-    """The engine and the drafter that most tests share; after the plain engine, for one process should not hold both."""
+    """The engine and the drafter that most tests share; after the plain engine, for one process should not hold
+    both."""
     engine = KeptEngine()
     yield engine, HistoryDrafter(3)
     VLLMEngine.shutdown(engine)
@@ -144,7 +145,8 @@ def test_verified_prefixes_are_continued_from_the_rest_of_their_drafts(history, 
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(history, model, plain, tmp_path):
-    """Also with a scheduler, whose decisions depend on the clock: the products of so small a model round alike at all lengths."""
+    """Also with a scheduler, whose decisions depend on the clock: the products of so small a model round alike at all
+    lengths."""
     engine, drafter = history
 
     def callbacks():

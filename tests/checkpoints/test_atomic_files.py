@@ -40,7 +40,8 @@ def fail_halfway(folder):
 @pytest.mark.parametrize("before", ["file", "folder", "link", None])
 @pytest.mark.parametrize("after", ["file", "folder"])
 def test_anything_takes_the_place_of_anything(tmp_path, monkeypatch, can_exchange, before, after):
-    """A folder could not take the place of a file: the checkpoint of a run that goes on sharded, under the name of the one before."""
+    """A folder could not take the place of a file: the checkpoint of a run that goes on sharded, under the name of the
+    one before."""
     if not can_exchange:
         monkeypatch.setattr(whole_files, "_exchange", lambda *paths: False)
 

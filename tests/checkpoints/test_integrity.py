@@ -1,4 +1,5 @@
-"""Files with a wrong byte, cut, empty, or of something else: refused or set aside by name, or read as they were written."""
+"""Files with a wrong byte, cut, empty, or of something else: refused or set aside by name, or read as they were
+written."""
 
 import random
 import resource
@@ -154,7 +155,7 @@ def test_checksums_find_what_has_changed(tmp_path):
     assert "checksums.json" in changed_files(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------- full disk
+# ------------------------------------------------------------------------------------------------------------ full disk
 
 
 def write_large(path, kind):

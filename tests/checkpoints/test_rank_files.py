@@ -227,7 +227,8 @@ def next_run():
 
 
 def test_what_killed_processes_have_left_is_swept(tmp_path, next_run, cached):
-    """Files of checkpoints that were never finished, of other numbers of ranks, set aside or half written, were never deleted."""
+    """Files of checkpoints that were never finished, of other numbers of ranks, set aside or half written, were never
+    deleted."""
     store, files = RolloutStore(), RankFiles("prefix_cache")
     store.put([cached("a")])
     for step in (1, 2):

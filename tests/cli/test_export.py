@@ -79,7 +79,8 @@ def test_weights_are_written_in_the_dtype_asked_for(trained, tmp_path):
 
 
 def test_an_exported_model_ends_texts_where_the_initial_one_did(tiny_model, tmp_path):
-    """Chat models have several end-of-text tokens, and only their generation config tells; it used to be left behind."""
+    """Chat models have several end-of-text tokens, and only their generation config tells; it used to be left
+    behind."""
     start = tmp_path / "start"
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(start)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(start)

@@ -1,6 +1,7 @@
 """Mistakes that users make, and what the command line answers: one screen, the right sentence, no traceback.
 
-With `LIT_SPECRL_MESSAGES=FILE` the answers go into that file, a line for each mistake: exit code, lines printed, first line.
+With `LIT_SPECRL_MESSAGES=FILE` the answers go into that file, a line for each mistake: exit code, lines printed, first
+line.
 """
 
 import copy

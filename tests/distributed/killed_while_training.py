@@ -1,7 +1,8 @@
 """Kill a run again and again at random moments, resume it, and compare with a run that was left alone.
 
-A program of its own, for it forks. Arguments: model, folder, what is trained, "kill" or "terminate", number of ranks, of kills, and the random seed. Runs that are killed save a
-checkpoint in every step; those that are terminated (SIGTERM) when they are told to end. Prints how many kills found a run that had begun to train and had not ended.
+A program of its own, for it forks. Arguments: model, folder, what is trained, "kill" or "terminate", number of ranks,
+of kills, and the random seed. Runs that are killed save a checkpoint in every step; those that are terminated (SIGTERM)
+when they are told to end. Prints how many kills found a run that had begun to train and had not ended.
 """
 
 import json
@@ -77,7 +78,8 @@ def newest(folder):
 
 
 def train(model, data, folder, what, how, num_ranks, tell):
-    """Go on from the newest checkpoint, until the end; everything that is worth a warning about what is kept is an error."""
+    """Go on from the newest checkpoint, until the end; everything that is worth a warning about what is kept is an
+    error."""
     for message in (".*prefix cache.*", ".*responses that the drafter.*"):
         warnings.filterwarnings("error", message=message)
     torch.set_num_threads(1)

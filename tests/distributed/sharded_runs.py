@@ -1,4 +1,5 @@
-"""What `test_fsdp2.py` compares: runs of two processes with sharded weights, and the same runs of one. A program of its own, for it forks.
+"""What `test_fsdp2.py` compares: runs of two processes with sharded weights, and the same runs of one. A program of its
+own, for it forks.
 
 Arguments: model, folder. Writes `NAME-NUM_RANKS-RANK.pt` for each of `RUNS`, and a checkpoint of one of them.
 """

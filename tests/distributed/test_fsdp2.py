@@ -67,7 +67,8 @@ def test_the_engine_says_what_the_policy_says_after_every_sync(runs, name):
 
 
 def test_a_rank_that_draws_in_vain_and_learns_nothing_meets_the_other_in_every_pass(runs):
-    """Dynamic sampling: rank 1 trains on no row. One rank computed shared prompts in a pass of their own, the other did not, and both waited for ever."""
+    """Dynamic sampling: rank 1 trains on no row. One rank computed shared prompts in a pass of their own, the other did
+    not, and both waited for ever."""
     found, _ = runs
     ranks = [found["dapo", "2", rank] for rank in "01"]
     torch.testing.assert_close(ranks[0]["weights"], ranks[1]["weights"], rtol=0, atol=0)

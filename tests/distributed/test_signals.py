@@ -27,7 +27,8 @@ def handlers():
 
 
 class Told(RolloutCallback):
-    """Sends a signal when the rollouts of a step are there, and its update is not; keeps the steps that were completed."""
+    """Sends a signal when the rollouts of a step are there, and its update is not; keeps the steps that were
+    completed."""
 
     def __init__(self, number=None, step=2):
         self.number, self.step, self.steps = number, step, []
@@ -96,7 +97,8 @@ def test_slurm_saves_between_two_steps_and_the_requeued_run_goes_on(tiny_model, 
 
 @pytest.mark.parametrize(("patience_s", "status"), [(-1, -signal.SIGTERM), (10, 0)])
 def test_who_insists_ends_the_process_at_once(tiny_model, tmp_path, patience_s, status):
-    """But not the second of two signals that come together, as torchrun's workers get them; the step is completed then."""
+    """But not the second of two signals that come together, as torchrun's workers get them; the step is completed
+    then."""
     program = f"""
 import os, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})

@@ -27,7 +27,8 @@ def sampled(probs, draws):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("is_sampled", [True, False])
 def test_what_two_drafted_tokens_emit_has_the_targets_distribution(seed, is_sampled):
-    """The chance of every text of three tokens, added up over the steps that emit it, from a grid of uniforms instead of a sample."""
+    """The chance of every text of three tokens, added up over the steps that emit it, from a grid of uniforms instead
+    of a sample."""
     target = distributions(1 + VOCABULARY + VOCABULARY**2, seed)  # first, second given the first, third given both
     drafter = distributions(1 + VOCABULARY, seed + 100)
     count = 400_000

@@ -106,7 +106,8 @@ def expected_acceptance(network, samples):
 
 
 def test_the_engine_proposes_what_the_network_does(colocated):
-    """At temperature 0 the accepted tokens of every position can be counted beforehand; so after training and publication."""
+    """At temperature 0 the accepted tokens of every position can be counted beforehand; so after training and
+    publication."""
     engine = colocated.engine
     network = engine.drafter.network()
     plain, before = greedy(colocated)

@@ -88,7 +88,8 @@ def test_a_greedy_response_is_the_same_from_any_of_its_prefixes_with_a_sliding_w
 def test_tokens_after_a_prefix_follow_the_policys_softmax(colocated, prompts, temperature):
     """First and second token after two prefixes of one prompt, in one request, against the exact probabilities.
 
-    A correct engine rarely exceeds 3 standard deviations; the distribution after another prefix is off by more than 100.
+    A correct engine rarely exceeds 3 standard deviations; the distribution after another prefix is off by more than
+    100.
     """
     prompt, prefixes = prompts[2], [[9], [11, 12, 13]]
     rollouts = generate(
@@ -107,7 +108,8 @@ def test_tokens_after_a_prefix_follow_the_policys_softmax(colocated, prompts, te
 
 @with_engines(EXACT)
 def test_a_seed_decides_how_its_row_goes_on_whatever_else_is_generated(colocated, prompts):
-    """Alone, a row has no gap between its prefix and what follows; in float32, where no draw lies on a boundary here."""
+    """Alone, a row has no gap between its prefix and what follows; in float32, where no draw lies on a boundary
+    here."""
     together = generate(colocated, prompts, PREFIXES, group=2, length=60)
     alone = [
         generate(colocated, [prompts[row // 2]], [PREFIXES[row]], seeds=[row], length=60).response_ids[0]
@@ -227,7 +229,8 @@ def test_prefixes_in_portions_give_the_same_rows(colocated, prompts, monkeypatch
 def test_longest_rows_first_take_fewer_steps(colocated, prompts, monkeypatch):
     """Forty rows for 32 places, every fifth six tokens long, the others one.
 
-    In the order of the rows a long one waits until the first 32 have had a step (vLLM) or have all ended (transformers).
+    In the order of the rows a long one waits until the first 32 have had a step (vLLM) or have all ended
+    (transformers).
     """
     monkeypatch.setattr(colocated.engine, "stop_token_ids", frozenset())
     monkeypatch.setattr(ProgressMeter.__init__, "__defaults__", (0.0,))  # report after every step

@@ -1,4 +1,5 @@
-"""A pretrained model through both engines. `make test` converts it from a wheel and passes its folder in LIT_SPECRL_MODEL."""
+"""A pretrained model through both engines. `make test` converts it from a wheel and passes its folder in
+LIT_SPECRL_MODEL."""
 
 import os
 
@@ -70,7 +71,8 @@ def test_greedy_tokens_are_the_same_in_both_engines(policy, model, prompts):
 
 @pytest.mark.parametrize(("dtype", "mean", "largest"), [("float32", 1e-4, 1e-3), ("bfloat16", 0.06, 0.8)])
 def test_sampled_tokens_have_the_log_probs_of_the_policy(policy, model, prompts, dtype, mean, largest):
-    """In bfloat16 the engine was seen to be 0.036 nats off on average and 0.4 at most; the bounds are about twice that."""
+    """In bfloat16 the engine was seen to be 0.036 nats off on average and 0.4 at most; the bounds are about twice
+    that."""
     sampling = SamplingConfig(num_generations=4, max_completion_length=24, temperature=1.0)
     engine = VLLMEngine(dtype=dtype, cpu_kv_cache_gib=1)
     difference = policy_logprobs(policy, generate(engine, policy, model, prompts, sampling), 1.0)
@@ -79,7 +81,8 @@ def test_sampled_tokens_have_the_log_probs_of_the_policy(policy, model, prompts,
 
 
 def test_drafted_lengths_change_no_more_than_rounding(policy, model, prompts):
-    """It was said that rollouts are the very same whatever a scheduler does; shapes of products, and with them last bits, depend on it.
+    """It was said that rollouts are the very same whatever a scheduler does; shapes of products, and with them last
+    bits, depend on it.
 
     Rows are compared up to the first other token. With the same lengths the same bits come again.
     """

@@ -133,7 +133,8 @@ def probability_transforms(colocated, rollouts, temperature):
 
 
 def kolmogorov_distance(values):
-    """Largest distance to the uniform distribution, in units of its standard deviation; 2.2 is rarer than 1 in 10,000."""
+    """Largest distance to the uniform distribution, in units of its standard deviation; 2.2 is rarer than 1 in
+    10,000."""
     ordered, count = values.sort().values, len(values)
     ranks = torch.arange(count, dtype=torch.float64)
     return math.sqrt(count) * float(torch.maximum(ordered - ranks / count, (ranks + 1) / count - ordered).max())
@@ -330,7 +331,8 @@ def test_lengths_beyond_the_drafter_are_refused(colocated):
     assert generate(colocated).num_rows == 3 * GROUP
 
 
-# -------------------------------------------------------------------------------------------------------------- drafters
+# --------------------------------------------------------------------------------------------------------------
+# drafters
 
 
 def test_values_that_no_drafter_can_have():

@@ -73,7 +73,8 @@ def test_accept_sees_the_policys_logprobs_of_each_draft_once(colocated, prompts)
 @with_engines(VLLM)
 @pytest.mark.parametrize("prompt_length", [31, 32, 33, 70])
 def test_a_prompt_is_computed_once_for_its_drafts_and_no_logprob_is_lost_by_it(colocated, prompt_length, monkeypatch):
-    """Half of the drafts are the same, so that the KV cache holds blocks that are to be scored; no draft alone would tell."""
+    """Half of the drafts are the same, so that the KV cache holds blocks that are to be scored; no draft alone would
+    tell."""
     prompt, cached = [5 + position % 60 for position in range(prompt_length)], []
     drafts = drafts_of([50, 50, 40, 60])
     drafts |= {row + 4: draft for row, draft in drafts.items()}
@@ -185,7 +186,8 @@ def test_tokens_that_scoring_samples_are_not_counted(colocated, prompts):
 
 @with_engines(["vllm-llama"])
 def test_a_draft_as_long_as_the_engine_can_go_is_verified_too(colocated):
-    """Scoring asks vLLM for one token more; where the model has no position for it, the draft's last token is generated anew."""
+    """Scoring asks vLLM for one token more; where the model has no position for it, the draft's last token is generated
+    anew."""
     prompt, draft, lengths = [5] * (MAX_LENGTH - 12), [8] * 12, []
     rollouts = verify(
         colocated, [prompt], {0: draft}, lambda row, logprobs: lengths.append(len(logprobs)) or len(logprobs)
@@ -248,7 +250,8 @@ def test_engine_is_usable_after_a_request_that_it_refuses(colocated, prompts):
 @with_engines(VLLM)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_rollouts_have_the_distribution_that_the_rule_documents(colocated, prompts, level):
-    """Drafts of two tokens by the policy at temperature 1.7, of which the first may end the response; kept, cut and continued by the engine."""
+    """Drafts of two tokens by the policy at temperature 1.7, of which the first may end the response; kept, cut and
+    continued by the engine."""
     num_samples = 2 * NUM_SAMPLES
     prompt, rule = prompts[2], RatioAcceptance(1.2, level=level)
     draft, target = (pair_distribution(colocated.policy, prompt, t).view(128, 128) for t in (1.7, 1.0))  # [V, V]

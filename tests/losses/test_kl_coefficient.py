@@ -48,9 +48,9 @@ def test_the_weight_follows_that_of_verl(horizon):
     ("arguments", "message"),
     [
         ({"value": -0.1}, "beta must not be negative, got -0.1; 0 switches the KL penalty off"),
-        ({"value": 0.1, "target": 0.0}, "kl_target must be positive, got 0.0; leave it out for a constant beta"),
-        ({"value": 0.0, "target": 0.1}, "kl_target=0.1 needs a positive beta to begin with, got 0"),
-        ({"value": 0.1, "horizon": 0}, "kl_horizon must be at least 1 row, got 0"),
+        ({"value": 0.1, "target": 0.0}, "the KL target must be positive, got 0.0; leave it out for a constant beta"),
+        ({"value": 0.0, "target": 0.1}, "the KL target 0.1 needs a positive beta to begin with, got 0"),
+        ({"value": 0.1, "horizon": 0}, "the KL horizon must be at least 1 row, got 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):

@@ -180,7 +180,8 @@ def test_a_separate_critic_is_deterministic_in_training_mode(tiny_model, tmp_pat
 def test_loss_is_half_the_squared_error_clipped_around_the_old_values(
     critic_class, cliprange_value, losses, num_clipped
 ):
-    """Values 2, 1 and 9 against returns 3, 2 and 0; the first moved from 0, the second from 1, the third does not count."""
+    """Values 2, 1 and 9 against returns 3, 2 and 0; the first moved from 0, the second from 1, the third does not
+    count."""
     mask = torch.tensor([[True, True, False]])
     zeros = torch.zeros(1, 3)
     part = Experience(

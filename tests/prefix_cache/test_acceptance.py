@@ -205,7 +205,8 @@ def test_a_sequence_is_kept_with_the_smallest_product_of_ratios_so_far(lenience,
 
 
 def every_text(num_texts, length=4, vocabulary=3):
-    """Log-probs of all texts of a length under two random models whose tokens depend on all before them; [num_texts, V^length, length] each."""
+    """Log-probs of all texts of a length under two random models whose tokens depend on all before them; [num_texts,
+    V^length, length] each."""
     generator = torch.Generator().manual_seed(0)
     texts = torch.cartesian_prod(*[torch.arange(vocabulary)] * length)
     models = []

@@ -143,7 +143,8 @@ def test_a_draft_survives_a_block_when_all_its_tokens_so_far_were_kept(cached, s
 
 
 def test_a_sequence_is_judged_over_its_blocks(cached, score):
-    """What the first token has gained makes up for what the second one loses, which the second block alone could not know."""
+    """What the first token has gained makes up for what the second one loses, which the second block alone could not
+    know."""
     draft = np.float32([NOW - math.log(4), NOW + math.log(4), NOW])
     for level, survives in [("sequence", True), ("token", False)]:
         seeds = [28, 0, 29, 52]  # the first row's coins are below a half and, by token, above a quarter
@@ -198,7 +199,7 @@ def test_the_engine_is_told_what_the_policy_would_have_been(cached, score):
     }
 
 
-# ------------------------------------------------------------------------------------------------- what is known already
+# ------------------------------------------------------------------------------------------------ what is known already
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def test_only_dropped_rows_that_nobody_scored_yet_are_scored(whole_and_others, s
     }
 
 
-# -------------------------------------------------------------------------------------------------------- the next drafts
+# ------------------------------------------------------------------------------------------------------ the next drafts
 
 
 def test_kept_tokens_keep_the_logprobs_of_their_generation_and_new_ones_get_todays(cached, score, plain):
@@ -368,7 +369,8 @@ def test_a_draft_that_survives_epochs_remembers_its_generation(cached, score):
     assert (draft.step, draft.policy_version) == (3, 4)
 
 
-# ------------------------------------------------------------------------------------------------------------ statistics
+# ------------------------------------------------------------------------------------------------------------
+# statistics
 
 
 def test_statistics_are_the_sum_over_the_groups(cached, score):
@@ -398,7 +400,7 @@ def test_statistics_are_the_sum_over_the_groups(cached, score):
     )
 
 
-# --------------------------------------------------------------------------------------------------------- control group
+# -------------------------------------------------------------------------------------------------------- control group
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (0.01, 1), (0.25, 2), (0.5, 4), (0.9, 7)])

@@ -14,8 +14,8 @@ from lit_specrl.prefix_cache.statistics import ReuseStatistics
 def groups(cached):
     """Two prompts with two rows each, in step 7.
 
-    First prompt: a draft of which two of three tokens were kept, and a fresh row. Second: a draft that was kept whole and never
-    rewarded, and one that was rejected at once.
+    First prompt: a draft of which two of three tokens were kept, and a fresh row. Second: a draft that was kept whole
+    and never rewarded, and one that was rejected at once.
     """
     previous_logprobs, generation_logprobs = np.float32([-1, -1, -1]), np.float32([-0.25, -0.25, -0.25])
     scored = cached(
@@ -150,7 +150,8 @@ def test_tokens_without_probability_or_without_a_logprob_leave_the_kl_finite(cac
 
 
 def test_the_kl_is_that_of_the_policies_wherever_drafts_are_left(cached):
-    """0.83 nats; of the tokens that were kept it would be 0.36. Scoring stops behind the first rejection, as with blocks of one token."""
+    """0.83 nats; of the tokens that were kept it would be 0.36. Scoring stops behind the first rejection, as with
+    blocks of one token."""
     generator = torch.Generator().manual_seed(0)
     then, now = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.05, 0.475, 0.475])
     drafts, lengths, scores = [], [], []

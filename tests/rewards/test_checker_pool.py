@@ -86,7 +86,8 @@ def test_a_checker_that_stops_responding_altogether_is_killed_by_the_pool(pool, 
 
 
 def test_a_checker_that_became_ready_between_calls_is_taken_up_however_late(pool, monkeypatch):
-    """One of two can do all the work of a call while the other still starts; its word "ready" is read in a later call."""
+    """One of two can do all the work of a call while the other still starts; its word "ready" is read in a later
+    call."""
     monkeypatch.setattr(checker_pool, "START_LIMIT_S", 3.0)
     pool.check([("1", "2-1")])
     pool.check([("1", "2-1")] * 2)

@@ -1,6 +1,7 @@
 r"""MathReward on reference answers of MATH-500 and GSM8K.
 
-The inline sample always runs; the data sets do where `LIT_SPECRL_DATA`, or `shared/data` beside the project, holds them.
+The inline sample always runs; the data sets do where `LIT_SPECRL_DATA`, or `shared/data` beside the project, holds
+them.
 """
 
 import copy

@@ -40,7 +40,8 @@ class Pair(NamedTuple):
 
 
 def ratio_table(pairs: Sequence[Pair]) -> list[Row]:
-    """Seconds without the callbacks divided by seconds with them, spread over the seeds; above 1 the callbacks save time.
+    """Seconds without the callbacks divided by seconds with them, spread over the seeds; above 1 the callbacks save
+    time.
 
     A window that no seed has steps in has no rows.
     """

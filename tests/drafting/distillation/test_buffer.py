@@ -35,7 +35,8 @@ def sample():
 
 @pytest.fixture
 def varied_lessons(sample):
-    """Other k, F and type of features; no features; no response; a reward of NaN, and numbers that are no round ones."""
+    """Other k, F and type of features; no features; no response; a reward of NaN, and numbers that are no round
+    ones."""
     return [
         sample("a", prompt=1, response=2, k=4, feature_size=5, policy_version=3),
         sample("b-1", feature_size=0, reward=float("nan"), weight=0.1),

@@ -50,7 +50,8 @@ def test_divergence_of_a_token_by_hand(policy, drafter, expected):
 
 
 def test_tokens_outside_the_top_are_one_outcome():
-    """0.5 and 0.2 and the rest 0.3 of the policy; 0.1, 0.5 and the rest 0.4 of the drafter, however the rest is shared out."""
+    """0.5 and 0.2 and the rest 0.3 of the policy; 0.1, 0.5 and the rest 0.4 of the drafter, however the rest is shared
+    out."""
     expected = 0.5 * math.log(5) + 0.2 * math.log(0.4) + 0.3 * math.log(0.75)
     for rest in ([0.4, 0.0], [0.1, 0.3]):
         kl = draft_kl(log([rest[0], 0.5, 0.1, rest[1]]), torch.tensor([[2, 1]]), log([0.5, 0.2]), torch.zeros(1))
@@ -58,7 +59,8 @@ def test_tokens_outside_the_top_are_one_outcome():
 
 
 def test_the_policy_is_renormalised_over_the_draft_vocabulary():
-    """The policy gives 0.4 and 0.3 to tokens that can be drafted, 0.1 to others of them and 0.2 to those that cannot: 4/8, 3/8, 1/8."""
+    """The policy gives 0.4 and 0.3 to tokens that can be drafted, 0.1 to others of them and 0.2 to those that cannot:
+    4/8, 3/8, 1/8."""
     kl = draft_kl(log([0.25, 0.25, 0.25, 0.25]), torch.tensor([[3, 0]]), log([0.4, 0.3]), log(0.8))
     expected = 0.5 * math.log(2) + 0.375 * math.log(1.5) + 0.125 * math.log(0.25)
     torch.testing.assert_close(kl, torch.tensor([expected], dtype=torch.float64))

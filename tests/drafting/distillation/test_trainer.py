@@ -63,7 +63,8 @@ def training(network, **options):
 
 @torch.no_grad()
 def test_a_head_drafts_behind_every_token_but_the_first(policy):
-    """Place r at step s is drafted from the features of what comes before place r - s, and the tokens before place r."""
+    """Place r at step s is drafted from the features of what comes before place r - s, and the tokens before place
+    r."""
     network = Eagle3Network(build_head(policy, "policy"))
     samples = [sample(policy, 1, 4, 5), sample(policy, 2, 2, 3)]
     for index, step in enumerate(network.draft_steps(samples, 3)):

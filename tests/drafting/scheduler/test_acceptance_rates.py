@@ -5,7 +5,8 @@ from lit_specrl.drafting.scheduler.acceptance_rates import AcceptanceRates
 
 
 def drafts(chances, count, length, seed=0):
-    """(drafted, accepted) by position of `count` drafts whose tokens are each accepted with a chance given those before."""
+    """(drafted, accepted) by position of `count` drafts whose tokens are each accepted with a chance given those
+    before."""
     generator = np.random.default_rng(seed)
     hits = (generator.random((count, length)) < np.array(chances)[:length]).cumprod(axis=1)
     return [count] * length, hits.sum(axis=0).tolist()

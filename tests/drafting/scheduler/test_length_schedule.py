@@ -55,7 +55,8 @@ def test_the_schedule_finds_the_same_from_timed_steps():
     assert schedule.length(1) >= 3 and (schedule.length(64), schedule.length(256)) == (1, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------ simulation
+# ------------------------------------------------------------------------------------------------------------
+# simulation
 
 
 class Engine:
@@ -230,7 +231,8 @@ def test_a_drafter_that_improves_where_it_does_not_pay_is_noticed_there():
 
 
 def test_what_it_takes_to_begin_again_is_counted_as_lost():
-    """A draft model that has paused computes the running requests again: too dear to look after it as often as for one that has not."""
+    """A draft model that has paused computes the running requests again: too dear to look after it as often as for one
+    that has not."""
 
     def number_of_probes(catch_up_s):
         engine = Engine(conditional=0.02)
