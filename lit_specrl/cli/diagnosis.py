@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_specrl.cli.configuration_files import COMMAND_LINE, in_short, sources
 from lit_specrl.cli.messages import ConfigurationError
+from lit_specrl.cli.other_names import OTHER_NAMES
 from lit_specrl.cli.value_types import (
     LISTS,
     MAPPINGS,
@@ -259,6 +260,8 @@ def _missing(level: Level, settings: Mapping[str, Any]) -> Iterator[_Problem]:
 
 
 def _unknown(name: str, title: str, level: Level) -> str:
+    if name in OTHER_NAMES and "num_generations" in level.names:
+        return f"{title} has no {name}; here it is {OTHER_NAMES[name]}"
     similar = difflib.get_close_matches(name, level.names, 1, 0.6) or [
         n for n in level.names if n.lower() == name.lower()
     ]

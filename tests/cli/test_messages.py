@@ -116,6 +116,12 @@ CONFIGURATION = {
     "option of no section": ([*FIT, "--max_epochs=4"], {}, "has no max_epochs; it belongs under trainer"),
     "option of another section": ([*FIT, "--num_generations=4"], {}, "has no num_generations; it belongs under model"),
     "misspelt section": (FIT, {"trainner": {"max_epochs": 2}}, "has no trainner; did you mean trainer?"),
+    "an earlier version's argument": (
+        FIT,
+        model(kl_in_reward=True),
+        "GRPO has no kl_in_reward; here it is kl: {in_reward: ...}",
+    ),
+    "TRL's argument": (FIT, model(reward_funcs=["x.y"]), "GRPO has no reward_funcs; here it is rewards"),
     "misspelt argument": (FIT, model(rewardz=[]), "GRPO has no rewardz; did you mean rewards?"),
     "misspelt data argument": (FIT, data(batchsize=4), "PromptDataModule has no batchsize; did you mean batch_size?"),
     "misspelt trainer argument": (FIT, trainer(maxepochs=4), "trainer has no maxepochs; did you mean max_epochs?"),
