@@ -215,19 +215,11 @@ def padded_experience(rollouts: Rollouts, mask_truncated_completions: bool = Fal
 def _known_logprobs(rollouts: Rollouts, name: str, response_mask: Tensor) -> Tensor:
     """Log-probs of `KnownRow`, [N, R]; NaN where they are not known, 0 on padding."""
     logprobs = torch.full(response_mask.shape, torch.nan).masked_fill_(~response_mask, 0)
-    for row, known in enumerate(rollouts.known_values(name)):
-        if known is not None:
-            logprobs[row, : len(known)] = torch.as_tensor(known, dtype=torch.float32)
+    for row, known in enumerate(rollouts.known):
+        values = None if known is None else getattr(known, name)
+        if values is not None:
+            logprobs[row, : len(values)] = torch.as_tensor(values, dtype=torch.float32)
     return logprobs
-
-
-def unknown_rows(logprobs: Tensor) -> list[int]:
-    """Rows whose log-probs are not known.
-
-    Args:
-        logprobs: [N, R] nats, NaN where they are not known.
-    """
-    return logprobs.isnan().any(-1).nonzero().squeeze(-1).tolist()
 
 
 def rows_with_gradient(experience: Experience, every_row_matters: bool) -> list[int]:

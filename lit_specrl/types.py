@@ -276,15 +276,6 @@ class Rollouts:
         """Response tokens that are no part of a prefix."""
         return self.num_tokens - sum(len(prefix) for prefix in self.request.prefixes)
 
-    def known_values(self, name: str) -> list[Any]:
-        """[N] a field of `KnownRow`, `None` where it is not known.
-
-        Example::
-
-            rollouts.known_values("rewards")  # [{"exact": 1.0}, None]
-        """
-        return [None if row is None else getattr(row, name) for row in self.known or [None] * self.num_rows]
-
     @property
     def truncated(self) -> list[bool]:
         """[N] True where the response was cut at the length limit."""

@@ -35,14 +35,13 @@ from lit_specrl.algorithms.run_checks import (
 from lit_specrl.algorithms.step_report import StepReport
 from lit_specrl.algorithms.updater import Updater
 from lit_specrl.allocator import keep_freed_memory
-from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.distributed.fsdp2 import sharding
 from lit_specrl.distributed.signals import DeferredSignals
 from lit_specrl.engines.base import RolloutEngine
 from lit_specrl.engines.rollout_worker import RolloutWorker
 from lit_specrl.experience import Experience, padded_experience
 from lit_specrl.losses import ImportanceSampling, KLCoefficient, KLPenalty, TokenLoss, named_loss
-from lit_specrl.metrics import RolloutStatistics, ValueStatistics, merge
+from lit_specrl.metrics import RolloutStatistics
 from lit_specrl.models.critic import Critic, build_models
 from lit_specrl.models.policy import Policy
 from lit_specrl.models.scorer import Scorer
@@ -282,9 +281,7 @@ class RLVRModule(L.LightningModule):
             advantages = advantages[:, None] * experience.response_mask
         experience.advantages = advantages  # [N, R]
         if experience.returns is not None:
-            assert experience.values is not None
-            values = ValueStatistics.of(experience.values, experience.returns, experience.loss_mask)
-            self.step_metrics |= merge(gather_objects(values)).metrics()
+            self.report.add_values(experience)
 
     def update_policy(self, experience: Experience) -> None:
         """One optimizer step of the policy on the given rows, and of a critic that shares its passes."""

@@ -6,7 +6,8 @@ import time
 
 from lit_specrl.algorithms.constant_rewards import ConstantRewards
 from lit_specrl.distributed.collectives import gather_objects, num_ranks
-from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, merge
+from lit_specrl.experience import Experience
+from lit_specrl.metrics import CriticStatistics, RolloutStatistics, UpdateStatistics, ValueStatistics, merge
 from lit_specrl.timing import StageTimer
 
 
@@ -31,6 +32,12 @@ class StepReport:
         self.critic_updates: list[CriticStatistics] = []
         self.updates = UpdateStatistics()
         self._started_at = time.perf_counter()
+
+    def add_values(self, experience: Experience) -> None:
+        """Take in the critic's values and returns of this rank."""
+        assert experience.values is not None and experience.returns is not None
+        values = ValueStatistics.of(experience.values, experience.returns, experience.loss_mask)
+        self.metrics |= merge(gather_objects(values)).metrics()
 
     def finish(self, policy_version: int) -> dict[str, float]:
         """Merge over ranks; every rank must call it.

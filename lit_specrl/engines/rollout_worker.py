@@ -102,9 +102,9 @@ class RolloutWorker:
         prompts = rollouts.prompts
         names = [reward.name for reward in self.rewards.rewards]
         known = {
-            row: rewards
-            for row, rewards in enumerate(rollouts.known_values("rewards"))
-            if rewards is not None and list(rewards) == names
+            row: found.rewards
+            for row, found in enumerate(rollouts.known)
+            if found is not None and found.rewards is not None and list(found.rewards) == names
         }
         rows = [row for row in range(rollouts.num_rows) if row not in known]
         owners = [rollouts.request.prompt_index(row) for row in rows]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_specrl.distributed.collectives import max_over_ranks
-from lit_specrl.experience import Experience, padded_rows, unknown_rows
+from lit_specrl.experience import Experience, padded_rows
 from lit_specrl.models.blockwise_logprobs import KeepScoring, block_logprobs
 from lit_specrl.models.hidden_states import HiddenStates
 from lit_specrl.models.micro_batches import MicroBatch, plan_micro_batches
@@ -95,16 +95,16 @@ class Scorer:
             What was computed.
         """
         assert experience.recorded_logprobs is not None
-        rows = list(range(experience.num_rows)) if every_row else unknown_rows(experience.recorded_logprobs)
+        rows = list(range(experience.num_rows)) if every_row else _unknown_rows(experience.recorded_logprobs)
         statistics = self.token_statistics(experience, rows)
-        experience.record_logprobs(statistics.logprobs[rows], rows)
+        experience.recorded_logprobs[rows] = statistics.logprobs[rows]
         experience.old_logprobs = experience.recorded_logprobs
         return statistics
 
     def record_reference_logprobs(self, experience: Experience) -> None:
         """Enter the log-probs of all response tokens under the initial policy, where they are not yet known."""
         assert experience.reference_logprobs is not None
-        rows = unknown_rows(experience.reference_logprobs)
+        rows = _unknown_rows(experience.reference_logprobs)
         if self.reference is None:
             with self.policy.adapters_disabled():
                 found = self.token_statistics(experience, rows)
@@ -217,3 +217,8 @@ class Scorer:
 
 def _look(observer: ForwardObserver, part: Experience, temperature: float, states: HiddenStates, head: Tensor) -> None:
     observer.observe(part, states, head, temperature)
+
+
+def _unknown_rows(logprobs: Tensor) -> list[int]:
+    """Rows with NaN, which stands for log-probs that are not known; logprobs [N, R]."""
+    return logprobs.isnan().any(-1).nonzero().squeeze(-1).tolist()
