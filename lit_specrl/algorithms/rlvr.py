@@ -215,14 +215,16 @@ class RLVRModule(L.LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         self.report.begin()
-        rollouts = self.rollout(batch, f"train/{self.step}")
+        rollouts = self.generate(batch, self.sampling, f"train/{self.step}")
+        self.reward(rollouts)
         if self.dynamic_sampling:
             rollouts = self.fill_up(rollouts)
         experience = padded_experience(rollouts, self.mask_truncated_completions).to(self.device)
         if self.dynamic_sampling:
             experience.keep_only(groups_with_spread(experience.rewards, self.sampling.num_generations))
-        self.score(experience)
-        self.estimate_advantages(experience)
+        self.add_old_logprobs(experience)
+        self.add_reference_logprobs(experience)
+        self.add_advantages(experience)
         self._hook("on_experience_end", rollouts, experience)
         for minibatch in experience.minibatches(self.num_minibatches, passes=self.num_iterations):
             self.update_critic(minibatch)
@@ -231,27 +233,27 @@ class RLVRModule(L.LightningModule):
         self.step += 1
         self._log_step()
 
-    def rollout(self, prompts: PromptBatch, purpose: str) -> Rollouts:
-        """Responses of the current policy under the training settings, with rewards."""
-        rollouts = self.generate(prompts, self.sampling, purpose)
+    def reward(self, rollouts: Rollouts) -> None:
+        """Ask the rewards; the answers go into `rollouts`."""
         counters = self.worker.score(rollouts)
         self.report.generated.append(RolloutStatistics.of(rollouts, counters))
-        return rollouts
 
     def fill_up(self, rollouts: Rollouts) -> Rollouts:
         """DAPO's dynamic sampling: rounds of fresh prompts until every group has reward spread."""
+
+        def generate(prompts: PromptBatch, index: int) -> Rollouts:
+            found = self.generate(prompts, self.sampling, f"train/{self.step}/{index}")
+            self.reward(found)
+            return found
+
         assert self.dynamic_sampling is not None
-        rollouts, metrics = self.dynamic_sampling.fill_up(
-            rollouts,
-            lambda prompts, index: self.rollout(prompts, f"train/{self.step}/{index}"),
-            cast(PromptStream, self.trainer.train_dataloader),
-            self.device,
-        )
+        stream = cast(PromptStream, self.trainer.train_dataloader)
+        rollouts, metrics = self.dynamic_sampling.fill_up(rollouts, generate, stream, self.device)
         self.step_metrics |= metrics
         return rollouts
 
-    def score(self, experience: Experience) -> None:
-        """Old and reference log-probs and values, as far as the updates need them and they are not known yet.
+    def add_old_logprobs(self, experience: Experience) -> None:
+        """Log-probs under the policy that the step begins with, and the critic's values, where the updates need them.
 
         Where there is a single update, its own forward pass gives the old log-probs.
         """
@@ -260,17 +262,20 @@ class RLVRModule(L.LightningModule):
         if self.num_iterations * self.num_minibatches > 1 or self.kl_in_reward or with_values:
             with self.timer("old_log_prob"):
                 statistics = self.scorer.record_old_logprobs(experience, every_row=with_values)
-        if self.kl_coefficient.value:
-            with self.timer("ref"):
-                self.scorer.record_reference_logprobs(experience)
-        else:
-            experience.reference_logprobs = None
         if self.critic is not None:
             with nullcontext() if with_values else self.timer("values"):
                 experience.values = self.critic.values(statistics, self.scorer, experience)
 
-    def estimate_advantages(self, experience: Experience) -> None:
-        """Fill in the advantages, and with a critic the returns."""
+    def add_reference_logprobs(self, experience: Experience) -> None:
+        """Log-probs under the initial policy; none without a KL penalty."""
+        if not self.kl_coefficient.value:
+            experience.reference_logprobs = None
+            return
+        with self.timer("ref"):
+            self.scorer.record_reference_logprobs(experience)
+
+    def add_advantages(self, experience: Experience) -> None:
+        """Advantages, and with a critic returns."""
         if self.kl_in_reward:
             experience.kl_penalty, metrics = kl_in_reward(
                 experience, self.kl_coefficient, self.objective.kl_estimator
