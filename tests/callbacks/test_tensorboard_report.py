@@ -159,6 +159,7 @@ def test_the_settings_of_the_run_are_shown(report, module):
     events, _ = report()
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert events.summary_metadata["_hparams_/session_start_info"].plugin_data.plugin_name == "hparams"
+    assert b"learning_rate" in events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"num_generations" in events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
 
 
