@@ -1,7 +1,7 @@
 """From rewards to advantages: how much better than expected was each rollout, or each token.
 
-Rows of one prompt are neighbours (row n answers prompt n // G, `types.py`). A reward of NaN marks a row that nobody
-could score: it takes no part in any mean or deviation and its advantage is 0, as in TRL. Means over a group need only
+Rows of one prompt are neighbours (row n answers prompt n // G, `types.py`). A reward of NaN marks a row without
+a score: it takes no part in any mean or deviation and its advantage is 0, as in TRL. Means over a group need only
 that group; what is taken over the batch (`scale_rewards="batch"`, `normalize=True`) covers the rows handed in, so
 hand in those of all ranks.
 """

@@ -246,8 +246,8 @@ class DrafterDistillation(RolloutCallback):
 
     def _keep(self, pl_module: RLVRModule) -> None:
         """Weigh what was kept of this step by the rewards of all ranks, and store it."""
-        taught = self.collector.pop()
-        found = gather_objects([(sample.uid, sample.reward) for sample in taught])
+        collected = self.collector.pop()
+        found = gather_objects([(sample.uid, sample.reward) for sample in collected])
         everyone = [entry for rank in found for entry in rank]
         if everyone:
             numbers = {uid: number for number, uid in enumerate(dict.fromkeys(uid for uid, _ in everyone))}
@@ -259,8 +259,8 @@ class DrafterDistillation(RolloutCallback):
                 self.max_weight,
             ).tolist()
             start = sum(len(entries) for entries in found[: pl_module.global_rank])
-            own = weights[start : start + len(taught)]
-            self.samples.put(replace(sample, weight=weight) for sample, weight in zip(taught, own, strict=True))
+            own = weights[start : start + len(collected)]
+            self.samples.put(replace(sample, weight=weight) for sample, weight in zip(collected, own, strict=True))
         self.samples.expire(pl_module.policy_version)
 
     def _train(self) -> dict[str, float]:
