@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import training
+from reuse_runs import fit, grpo, questions
 
 from lit_specrl import GRPO, PromptDataModule
 from lit_specrl.data import FileSource
@@ -48,3 +49,15 @@ def module(tiny_model):
 def make_trainer(tmp_path):
     """A trainer on the CPU that logs every step."""
     return partial(training.make_trainer, default_root_dir=tmp_path, limit_val_batches=0)
+
+
+@pytest.fixture
+def run(model_folder, tmp_path):
+    """Train on the questions for three epochs; returns the module and what happened."""
+
+    def run(*callbacks, module=None, data=None, max_epochs=3, trainer=None, **options):
+        module = module or grpo(model_folder, **options)
+        data = data or questions(tmp_path)
+        return module, fit(module, data, *callbacks, max_epochs=max_epochs, **trainer or {})
+
+    return run
