@@ -182,7 +182,7 @@ def test_logprobs_from_the_cache_are_those_that_would_be_computed(run, model_fol
         torch.testing.assert_close(taken, found)
 
 
-# ---------------------------------------------------------------------------------------- which cached responses are used
+# -------------------------------------------------------------------------------------- which cached responses are used
 
 
 def check_prefixes(trace, whole):
