@@ -1,6 +1,7 @@
 """The names that `lit_specrl` offers, to programs and to type checkers."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,12 @@ def test_a_users_program_is_checked_with_the_types_of_the_library(tmp_path):
     (tmp_path / "mypy.ini").write_text(SETTINGS)
     command = [sys.executable, "-m", "mypy", "train.py"]
     done = subprocess.run(
-        [*command, f"--cache-dir={tmp_path / 'cache'}"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [*command, f"--cache-dir={tmp_path / 'cache'}"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(Path(lit_specrl.__file__).parents[1])},  # also where it is not installed
+        capture_output=True,
+        text=True,
+        check=False,
     )
     revealed = [
         line.partition("Revealed type is ")[2].strip('"') for line in done.stdout.splitlines() if "Revealed" in line

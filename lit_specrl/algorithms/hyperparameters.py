@@ -47,8 +47,10 @@ def _plain(value: Any) -> Any:
         return f"{_plain(value.func)}({', '.join(arguments)})"
     if callable(value) and hasattr(value, "__name__"):
         return str(value.__name__)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return ", ".join(str(_plain(entry)) for entry in value)
+    if not hasattr(value, "__dict__"):
+        return str(value)
     attributes = {name: entry for name, entry in vars(value).items() if not name.startswith("_")}
     shown = [f"{name}={entry}" for name, entry in attributes.items() if entry is None or isinstance(entry, _PLAIN)]
     return f"{type(value).__name__}({', '.join(shown)})"

@@ -25,8 +25,8 @@ def rank_share(uids: list[str], rank: int, world_size: int) -> list[int]:
         world_size: number of ranks.
 
     Example:
-        >>> rank_share(["d", "a", "c", "b"], rank=0, world_size=2), rank_share(["d", "a", "c", "b"], rank=1,
-        world_size=2) ([1, 3], [0, 2])
+        >>> [rank_share(["d", "a", "c", "b"], rank, world_size=2) for rank in range(2)]
+        [[1, 3], [0, 2]]
     """
     by_uid = sorted(range(len(uids)), key=lambda index: uids[index])
     start, stop = (len(uids) * r // world_size for r in (rank, rank + 1))

@@ -104,8 +104,9 @@ def further_columns(row: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row as of `PromptSource.load` that only rewards look at.
 
     Example:
-        >>> further_columns({"question": "2 + 3?", "answer": "5", "level": 1, "messages": [], "columns": {"question":
-        "?"}}) {'level': 1, 'messages': [], 'question': '?'}
+        >>> row = {"question": "2 + 3?", "answer": "5", "level": 1, "messages": [], "columns": {"question": "?"}}
+        >>> further_columns(row)
+        {'level': 1, 'messages': [], 'question': '?'}
     """
     own = {name: value for name, value in row.items() if name not in OWN_COLUMNS}
     if row.get("question") is not None and "messages" in row:

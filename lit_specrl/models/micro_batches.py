@@ -44,8 +44,9 @@ def plan_micro_batches(
         can_share_prompts: whether the policy is able to share prompts.
 
     Example:
-        >>> [(batch.rows, batch.share_prompts, batch.num_tokens) for batch in plan_micro_batches([0, 0, 1], [9, 9, 2],
-        [3, 1, 8], 24)] [([2], False, 10), ([0, 1], True, 15)]
+        >>> plan = plan_micro_batches([0, 0, 1], [9, 9, 2], [3, 1, 8], max_tokens=24)
+        >>> [(batch.rows, batch.share_prompts, batch.num_tokens) for batch in plan]
+        [([2], False, 10), ([0, 1], True, 15)]
     """
     apart = _pack_rows(prompt_lengths, response_lengths, max_tokens)
     if not can_share_prompts:

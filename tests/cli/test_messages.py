@@ -222,9 +222,15 @@ CONFIGURATION = {
     "null for a number": (FIT, data(batch_size=None), "batch_size must be at least 1 prompt, got None"),
     "a value that is none of several": (
         FIT,
-        model(advantage_estimator="grpoo"),
-        "advantage_estimator must be one of grpo, rloo, gae, got the text 'grpoo'",
+        model(scale_rewards="grup"),
+        "scale_rewards must be one of group, batch, none, got the text 'grup'",
     ),
+    "an estimator that there is not": (
+        FIT,
+        model(advantage_estimator="grpoo"),
+        "advantage_estimator must be 'grpo', 'rloo', 'gae' or an AdvantageEstimator by class_path, got 'grpoo'",
+    ),
+    "a loss that there is not": (FIT, model(loss_type="grpoo"), "loss_type must be one of grpo, dapo"),
     "another value that is none of several": (FIT, data(overlong="cut"), "overlong must be one of drop, raise"),
     "a number as callbacks": (FIT, trainer(callbacks=3), "callbacks must be a list (of a class_path such as"),
     "a number as trainer": (FIT, {"trainer": 3}, "trainer must be a mapping, got the number 3"),

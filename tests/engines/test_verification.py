@@ -213,7 +213,7 @@ def test_expected_lengths_decide_which_draft_is_verified_first(colocated, prompt
 @with_engines(["transformers-llama"])
 def test_an_engine_that_cannot_verify_refuses_drafts(colocated, prompts):
     with pytest.raises(
-        ValueError, match="TransformersEngine cannot verify drafts; verify with the policy, or use VLLM"
+        ValueError, match="TransformersEngine cannot verify cached responses; verify with the policy, or use VLLM"
     ):
         verify(colocated, prompts, {0: [8]}, lambda row, logprobs: 0)
 
