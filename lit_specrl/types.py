@@ -21,6 +21,20 @@ from numpy.typing import NDArray
 FinishReason = Literal["stop", "length"]
 
 
+def check_at_least_one(**counts: int) -> None:
+    """Refuse counts below 1, by the names that the user typed.
+
+    Raises:
+        ValueError: the first one.
+
+    Example:
+        >>> check_at_least_one(num_passes=6)
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How responses are sampled.
@@ -146,15 +160,9 @@ class RolloutRequest:
         """Index into the prompts of the prompt that `row` answers."""
         return row // self.sampling.num_generations
 
-
-_NOTHING_TO_REUSE: dict[str, Any] = {
-    "cached_responses": {},
-    "accept": None,
-    "verify_block_length": None,
-    "past_responses": {},
-    "expected_lengths": [],
-}
-"""For a request whose rows got other numbers: it is answered, and these belong to the old numbers."""
+    def answered(self) -> RolloutRequest:
+        """The request without what helped to answer it, which goes by the numbers that its rows had then."""
+        return RolloutRequest(self.prompts, self.sampling, self.seeds, self.policy_version, self.prefixes)
 
 
 @dataclass(frozen=True)
@@ -226,8 +234,7 @@ class Rollouts:
                 prompts=self.prompts.select(groups),
                 seeds=pick(self.request.seeds),
                 prefixes=pick(self.request.prefixes),
-                **_NOTHING_TO_REUSE,
-            ),
+            ).answered(),
             response_ids=pick(self.response_ids),
             sampling_logprobs=pick(self.sampling_logprobs),
             finish_reasons=pick(self.finish_reasons),
@@ -246,8 +253,7 @@ class Rollouts:
                 prompts=self.prompts + other.prompts,
                 seeds=self.request.seeds + other.request.seeds,
                 prefixes=_joined(self.request.prefixes, other.request.prefixes, self.num_rows, other.num_rows, []),
-                **_NOTHING_TO_REUSE,
-            ),
+            ).answered(),
             response_ids=self.response_ids + other.response_ids,
             sampling_logprobs=self.sampling_logprobs + other.sampling_logprobs,
             finish_reasons=self.finish_reasons + other.finish_reasons,

@@ -117,6 +117,18 @@ def test_rollouts_are_joined_in_order():
     assert joined.truncated == [False, True, False, False, False, False]
 
 
+def test_what_helped_to_answer_stays_with_the_rows_that_it_was_for():
+    """Rows get other numbers when groups are selected or joined; these fields kept the old ones."""
+    rollouts = rollouts_of("ab")
+    request = rollouts.request
+    request.cached_responses, request.past_responses = {0: [1]}, {0: [2]}
+    request.expected_lengths, request.accept, request.verify_block_length = [3] * 4, lambda row, logprobs: 0, 8
+    for changed in (rollouts.select_groups([1]).request, (rollouts + rollouts_of("c", first_row=4)).request):
+        assert (changed.cached_responses, changed.past_responses, changed.expected_lengths) == ({}, {}, [])
+        assert (changed.accept, changed.verify_block_length) == (None, None)
+    assert request.cached_responses == {0: [1]}
+
+
 def test_unscored_rollouts_are_selected_and_joined_too():
     whole = rollouts_of("ab", scored=False) + rollouts_of("c", first_row=4, scored=False)
     part = whole.select_groups([1])

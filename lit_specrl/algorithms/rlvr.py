@@ -24,7 +24,6 @@ from lit_specrl.algorithms.kl_reward import kl_in_reward
 from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.optimizers import make_optimizers, optimizers_of, step_lr_schedulers
 from lit_specrl.algorithms.run_checks import (
-    check_at_least_one,
     check_run,
     check_training_sampling,
     check_weights_fit,
@@ -48,7 +47,7 @@ from lit_specrl.models.scorer import Scorer
 from lit_specrl.precision import warn_if_slow
 from lit_specrl.rewards import Reward, RewardSet
 from lit_specrl.timing import StageTimer
-from lit_specrl.types import PromptBatch, PromptStream, Rollouts, SamplingConfig
+from lit_specrl.types import PromptBatch, PromptStream, Rollouts, SamplingConfig, check_at_least_one
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -20,20 +20,6 @@ from lit_specrl.models.pretrained import check_model_exists
 from lit_specrl.types import SamplingConfig
 
 
-def check_at_least_one(**counts: int) -> None:
-    """Refuse counts below 1, by the names that the user typed.
-
-    Raises:
-        ValueError: the first one.
-
-    Example:
-        >>> check_at_least_one(num_passes=6)
-    """
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-
-
 def check_training_sampling(sampling: SamplingConfig, importance_sampling: ImportanceSampling | None) -> None:
     """Refuse settings of training rollouts from which nothing can be learned, or only something biased.
 

@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lit_specrl import types
+
 
 @dataclass(frozen=True)
 class Report:
@@ -108,7 +110,5 @@ def describe_hardware(device: str) -> str:
 
 
 def check_at_least_one(**counts: int) -> None:
-    """Refuse settings that leave nothing to measure, by the names the user typed."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"--{name} must be at least 1, got {count}")
+    """Refuse settings that leave nothing to measure, by the options that the user typed."""
+    types.check_at_least_one(**{f"--{name}": count for name, count in counts.items()})

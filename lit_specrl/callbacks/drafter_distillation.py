@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.algorithms.rlvr import RLVRModule
-from lit_specrl.algorithms.run_checks import check_at_least_one
 from lit_specrl.callbacks.rank_store import RankStore
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one, require_rlvr_module
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
@@ -31,7 +30,7 @@ from lit_specrl.drafting.distillation.samples import copied, cut, floor_fraction
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.experience import Experience
-from lit_specrl.types import RolloutRequest, Rollouts
+from lit_specrl.types import RolloutRequest, Rollouts, check_at_least_one
 
 _ROLLBACK_TOLERANCE = 0.01
 """Tokens of acceptance length by which a training may make the drafter worse on responses that it has not seen."""

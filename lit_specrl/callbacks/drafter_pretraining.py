@@ -17,7 +17,6 @@ from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_specrl.algorithms.rlvr import RLVRModule
-from lit_specrl.algorithms.run_checks import check_at_least_one
 from lit_specrl.callbacks.drafter_distillation import default_optimizer
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
 from lit_specrl.distributed.collectives import gather_objects, sum_over_ranks
@@ -30,7 +29,7 @@ from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
 from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network
 from lit_specrl.experience import Experience, padded_rows
 from lit_specrl.models.pretrained import load_pretrained
-from lit_specrl.types import PromptBatch
+from lit_specrl.types import PromptBatch, check_at_least_one
 
 
 class DrafterPretraining(RolloutCallback):

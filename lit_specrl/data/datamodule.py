@@ -61,8 +61,7 @@ class PromptDataModule(L.LightningDataModule):
         PromptDataModule("deepmath", validation=["math500", "gsm8k_test"])
         PromptDataModule(
             ArithmeticSource(256), validation=ArithmeticSource(64, split="validation"),
-            template=PromptTemplate(examples=[{"question": "What is 2 + 6 + 3?", "answer": "2 + 6 = 8. 8 + 3 = 11.
-            Answer: 11"}]),
+            template=PromptTemplate(examples=[{"question": "What is 2 + 6?", "answer": "2 + 6 = 8. Answer: 8"}]),
         )
     """
 

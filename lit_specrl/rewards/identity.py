@@ -37,8 +37,8 @@ def identity_of(made_by: type | FunctionType, settings: dict[str, Any]) -> str:
 
     Example::
 
-        identity_of(ExactReward, {"ignore_case": True})  #
-        "lit_specrl.rewards.exact.ExactReward(ignore_case=True)#5b1f0c2e9d3a7784"
+        identity_of(ExactReward, {"ignore_case": True})
+        # "lit_specrl.rewards.exact.ExactReward(ignore_case=True)#5b1f0c2e9d3a7784"
     """
     description = _Description()
     shown = ", ".join(f"{name}={description.text(value)}" for name, value in sorted(settings.items()))

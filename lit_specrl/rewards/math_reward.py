@@ -45,8 +45,9 @@ class MathReward(Reward):
     Example::
 
         reward = MathReward()
-        reward(["Half?"] * 3, [r"\boxed{\frac12}", "The answer is 0.5.", "#### 2"], answer=["1/2"] * 3)  # [1.0, 1.0,
-        0.0] reward.close()
+        completions = [r"\boxed{\frac12}", "The answer is 0.5.", "#### 2"]
+        reward(["Half?"] * 3, completions, answer=["1/2"] * 3)  # [1.0, 1.0, 0.0]
+        reward.close()
     """
 
     needs_answer = True
