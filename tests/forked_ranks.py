@@ -3,9 +3,10 @@ fork."""
 
 import os
 import signal
-import socket
 import time
 import traceback
+
+from ports import free_port
 
 
 class Ranks:
@@ -17,7 +18,7 @@ class Ranks:
     """
 
     def __init__(self, num_ranks, train):
-        self.children, port = [], _free_port()
+        self.children, port = [], free_port()
         self.reading, self.writing = os.pipe()
         for rank in range(num_ranks):
             child = os.fork()
@@ -89,9 +90,3 @@ def _exists(group):
     except ProcessLookupError:
         return False
     return True
-
-
-def _free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]

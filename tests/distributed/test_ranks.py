@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from ports import free_port
 from torch import distributed as dist
 from training import QUESTIONS, make_trainer, with_many_stops
 
@@ -172,6 +173,7 @@ def both_ranks(model_folder, tmp_path_factory):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(free_port()),
         "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
     }
     command = [sys.executable, "-X", "faulthandler", __file__, model_folder, str(folder)]
