@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,9 @@ class StageTimer:
 
     Stages must not be nested: what they add up to is then at most the time that has passed.
 
+    Args:
+        on_start: called with the name of a stage that begins.
+
     Example:
         >>> timer = StageTimer()
         >>> with timer("gen"):
@@ -23,12 +26,15 @@ class StageTimer:
         ['gen']
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_start: Callable[[str], None] | None = None) -> None:
+        self._on_start = on_start
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         started_at = time.perf_counter()
+        if self._on_start is not None:
+            self._on_start(stage)
         try:
             yield
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -197,7 +198,7 @@ class RLVRModule(L.LightningModule):
         self.policy_version = 0
         """Updates of the policy done."""
         self.policy: Policy | None = None
-        self.timer = StageTimer()
+        self.timer = StageTimer(partial(self._hook, "on_stage_start"))
         self.report = StepReport(self.timer)
         self.worker = RolloutWorker(model, RewardSet(list(rewards)), seed, self.timer, self._hook)
         names = ", ".join(f"{reward.weight:g} {reward.name}" for reward in self.worker.rewards.rewards)

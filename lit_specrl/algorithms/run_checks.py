@@ -92,6 +92,25 @@ def max_length_of_run(data: Any, *samplings: SamplingConfig) -> int | None:
     return prompt_length + max(sampling.max_completion_length for sampling in everything if sampling)
 
 
+def max_rows_of_run(data: Any, num_ranks: int, training: SamplingConfig, evaluation: SamplingConfig) -> int | None:
+    """Rows of a rank's largest request; `None` where the data does not say.
+
+    Args:
+        data: the data module, or `None`.
+        num_ranks: that share the prompts of a step.
+        training: of the module.
+        evaluation: of the module.
+    """
+    batch_size = getattr(data, "batch_size", None)
+    if batch_size is None:
+        return None
+    eval_batch_size = getattr(data, "eval_batch_size", batch_size)
+    of_evaluation = [evaluation, *(sampling for sampling in getattr(data, "sampling", {}).values() if sampling)]
+    rows = [batch_size * training.num_generations]
+    rows += [eval_batch_size * sampling.num_generations for sampling in of_evaluation]
+    return -(-max(rows) // num_ranks)
+
+
 def write_atomic_checkpoints(strategy: Strategy) -> None:
     """Let checkpoints be whole or absent, where the run says nothing else of how they are written."""
     writer = strategy.checkpoint_io

@@ -14,7 +14,7 @@ from lit_specrl.types import RolloutProgress
 
 class RolloutProgressBar(TQDMProgressBar, RolloutCallback):
     """Lightning's progress bar with the reward of the latest step, and finished rows and tokens per second inside a
-    rollout.
+    rollout. On a terminal it also tells the stage that a step is in.
 
     Args:
         refresh_rate: steps between updates of the bar; inside a rollout it moves twice a second.
@@ -27,6 +27,11 @@ class RolloutProgressBar(TQDMProgressBar, RolloutCallback):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+    def on_stage_start(self, trainer: L.Trainer, pl_module: RLVRModule, stage: str) -> None:
+        bar = self._bar(trainer) if self.is_enabled else None
+        if bar is not None and bar.fp.isatty():
+            bar.set_postfix(self.get_metrics(trainer, pl_module) | {"stage": stage}, refresh=True)
 
     def on_rollout_progress(self, trainer: L.Trainer, pl_module: RLVRModule, progress: RolloutProgress) -> None:
         bar = self._bar(trainer)

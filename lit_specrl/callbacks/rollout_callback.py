@@ -48,6 +48,9 @@ class RolloutCallback(L.Callback):
         """Tabs of TensorBoard (`TensorBoardReport`): tab -> chart -> kind and names of its curves."""
         return {}
 
+    def on_stage_start(self, trainer: L.Trainer, pl_module: RLVRModule, stage: str) -> None:
+        """Called when a stage of a step begins, such as `update_weights`; names as in the metrics `timing_s/NAME`."""
+
     def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
         """Called before the engine sees the request; may change it."""
 

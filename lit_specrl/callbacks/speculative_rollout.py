@@ -10,15 +10,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig
 
 from lit_specrl.algorithms.rlvr import RLVRModule
+from lit_specrl.algorithms.run_checks import max_rows_of_run
 from lit_specrl.algorithms.streak_warning import StreakWarning
 from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one, require_rlvr_module
+from lit_specrl.callbacks.run_plan import memory_of_a_rank
 from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.engines.vllm.version import installed_version
 from lit_specrl.experience import Experience
+from lit_specrl.models.memory import model_size
 from lit_specrl.types import Rollouts
 
 
@@ -92,7 +95,13 @@ class SpeculativeRollout(RolloutCallback):
             self._check_drafter(trainer, self.drafter)
             self.drafter.check(AutoConfig.from_pretrained(module.model_name))
         module.engine, self.engine.drafter = self.engine, self.drafter
-        self.engine.check_run(trainer.world_size, module.max_length, trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        data = getattr(trainer, "datamodule", None)
+        self.engine.num_rows = max_rows_of_run(data, trainer.world_size, module.sampling, module.eval_sampling)
+        self.engine.check_run(trainer.world_size, module.max_length, device)
+        if device.type == "cuda":
+            parts = memory_of_a_rank(trainer, module, model_size(module.model_name, module.lora))
+            self.engine.training_bytes = sum(size for purpose, size in parts.items() if purpose != "engine")
 
     def _check_drafter(self, trainer: L.Trainer, drafter: Drafter) -> None:
         if not self.engine.can_speculate:

@@ -37,6 +37,8 @@ _MISLEADING_WARNINGS = [
     r".*Total length of `list` across ranks is zero",  # a run without validation data
     r".*args parameter is intended to run from within Python",  # the arguments are those of the process, without --debug
     r".*No seed found, seed set to",  # told by the next line
+    r".*recommended to use `self.log\(.*sync_dist=True",  # what is logged has been summed over the ranks
+    r".*torch.distributed.reduce_op",  # vLLM 0.32, about its own code
 ]
 
 
@@ -132,7 +134,8 @@ def train(arguments: list[str] | None = None) -> LitSpecRLCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},  # a resumed run writes into the folder of the first
-        trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": 1},
+        trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": 1}
+        | {"enable_model_summary": False},  # the table of the run says more
         parser_kwargs={
             "prog": "lit-specrl",
             "exit_on_error": False,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer
 
 from lit_specrl.engines.base import RolloutEngine
@@ -64,11 +66,14 @@ class RolloutWorker:
         if self.engine is None:
             self.engine = TransformersEngine()
         if not self._is_started:
+            rank_zero_info(f"starting the engine: {self.engine.describe(self.policy.device)}")
+            started_at = time.perf_counter()
             with self.timer("start_engine"):
                 stop_token_ids = self.policy.eos_token_ids | {self.tokenizer.eos_token_id} - {None}
                 length = self.max_length or self.policy.model.config.get_text_config().max_position_embeddings
                 self.engine.start(self.policy, self.model_name, length, stop_token_ids)
             self._is_started = True
+            rank_zero_info(f"the engine has started in {time.perf_counter() - started_at:.0f} s")
         if self.engine.policy_version != policy_version:
             with self.timer("update_weights"):
                 self.engine.load_policy(self.policy, policy_version)

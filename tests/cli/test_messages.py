@@ -275,7 +275,7 @@ CONFIGURATION = {
     "data that is no JSON": (FIT, data(train="broken.jsonl"), "broken.jsonl, line 1: not valid JSON"),
     "data with other columns": (FIT, data(train="columns.jsonl"), "no column 'question'"),
     "empty data": (FIT, data(train="nothing.jsonl"), "nothing.jsonl"),
-    "sleep level 5": (FIT, engine(sleep_level=5), "sleep_level must be 0 or 1, got 5"),
+    "sleep level 5": (FIT, engine(sleep_level=5), "sleep_level must be 0, 1, 2 or auto, got 5"),
     "no sequences": (FIT, engine(max_num_seqs=0), "max_num_seqs must be at least 1, got 0"),
     "unknown option of vLLM": (
         FIT,

@@ -185,10 +185,9 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens_only(colocated, prompts):
 def test_the_trainers_autocast_does_not_reach_the_engine(colocated, prompts, monkeypatch):
     """The kernels of vLLM 0.32 on a CPU take no notice of autocast, so its state is watched as well as the outcome."""
     plain = colocated.generate(prompts, group=4)
-    states, step = set(), colocated.engine.llm.llm_engine.step
-    monkeypatch.setattr(
-        colocated.engine.llm.llm_engine, "step", lambda: states.add(torch.is_autocast_enabled("cpu")) or step()
-    )
+    core, states = colocated.engine.llm.llm_engine.engine_core, set()
+    step = core.get_output
+    monkeypatch.setattr(core, "get_output", lambda: states.add(torch.is_autocast_enabled("cpu")) or step())
     with torch.autocast("cpu", torch.bfloat16):
         colocated.sync()
         inside = colocated.generate(prompts, group=4)

@@ -78,14 +78,17 @@ def test_a_prompt_is_computed_once_for_its_drafts_and_no_logprob_is_lost_by_it(c
     prompt, cached = [5 + position % 60 for position in range(prompt_length)], []
     drafts = drafts_of([50, 50, 40, 60])
     drafts |= {row + 4: draft for row, draft in drafts.items()}
-    step = colocated.engine.llm.llm_engine.step
+    core = colocated.engine.llm.llm_engine.engine_core
+    step = core.get_output
 
     def spied():
         outputs = step()
-        cached.extend(output.num_cached_tokens for output in outputs if output.finished)
+        # a scored draft is prefilled and finished in one step
+        found = [output.prefill_stats for output in outputs.outputs if output.finish_reason is not None]
+        cached.extend(stats.num_cached_tokens for stats in found if stats is not None)
         return outputs
 
-    monkeypatch.setattr(colocated.engine.llm.llm_engine, "step", spied)
+    monkeypatch.setattr(core, "get_output", spied)
     seen = handed_over(colocated, [prompt], drafts, group=8, length=64)
     exact = {row: next_token_logprobs(colocated.policy, prompt + draft, 1.0) for row, draft in drafts.items()}
     for row, logprobs in seen:

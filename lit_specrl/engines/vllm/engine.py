@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_specrl.drafting.history import RowHistory, TextHistory
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
-from lit_specrl.engines.vllm.jobs import FinishedRow, Job, filler_job, jobs_of_all_ranks, run, scoring_job
+from lit_specrl.engines.vllm.jobs import Job, filler_job, generation_job, jobs_of_all_ranks, scoring_job
+from lit_specrl.engines.vllm.loop import FinishedRow, run
+from lit_specrl.engines.vllm.plan import rows_at_once, sleep_level
 from lit_specrl.engines.vllm.speculation import Speculation
 from lit_specrl.engines.vllm.startup import build_llm, take_over_sampling
 from lit_specrl.engines.vllm.startup import shutdown as shutdown_llm
+from lit_specrl.engines.vllm.startup_log import told_by_vllm
 from lit_specrl.engines.vllm.version import check_options, check_version
 from lit_specrl.engines.vllm.weights import adapter_options, load_adapters
 from lit_specrl.engines.vllm.weights import load_weights as load_llm_weights
@@ -27,6 +31,11 @@ from lit_specrl.types import RolloutRequest
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _CPU_BATCHED_TOKENS = 4096  # prompt tokens of one engine step on a CPU
 _CPU_BLOCK_SIZE = 32  # tokens; under vLLM's own 128 the rows of a group seldom find their prompt in the KV prefix cache
+_SLEEP = (
+    "awake while the policy trains",
+    "asleep while the policy trains, weights on the host",
+    "asleep while the policy trains, weights dropped",
+)  # by level
 _PROFILE_PROMPT = 8  # tokens
 _PROFILE_STEPS = 5  # of each setting
 
@@ -40,11 +49,14 @@ class VLLMEngine(RolloutEngine):
             float32 policy.
         gpu_memory_utilization: fraction of the GPU that the engine may hold; not used on a CPU.
         cpu_kv_cache_gib: size of the key-value cache on a CPU, in GiB.
-        max_num_seqs: most responses decoded at once.
+        max_num_seqs: most responses decoded at once. `None` takes as many as the run asks for, up to 1024 on a GPU and
+            256 on a CPU.
         max_model_len: longest prompt plus response, in tokens; `None` takes what data and sampling settings need.
         enforce_eager: run without compilation and CUDA graphs. `None` is True on a CPU and False on a GPU.
-        sleep_level: what `sleep` gives back on a GPU. 1 = the key-value cache, with the weights moved to the host;
-            0 = nothing. Level 2 (drop the weights) is refused: it loses a drafter's weights without any error.
+        sleep_level: what `sleep` gives back on a GPU while the policy trains. 0 = nothing; 1 = the key-value cache,
+            with the weights moved to the host; 2 = both, without a copy: the policy's weights are handed over again,
+            those of a drafter are kept on the host. "auto" = 0 where engine and training fit the device together, with
+            15 % of it for activations, and else 2, or 1 under `merge_adapters: false`.
         tensor_parallel_size: ranks that hold one engine between them, for policies that do not fit one device. They
             generate for all of their prompts together, neither verify nor speculate, and must be neighbours (of one
             node, if it is to be fast). 1 = an engine for each rank.
@@ -62,17 +74,20 @@ class VLLMEngine(RolloutEngine):
         dtype: str = "auto",
         gpu_memory_utilization: float = 0.5,
         cpu_kv_cache_gib: float = 2,
-        max_num_seqs: int = 256,
+        max_num_seqs: int | None = None,
         max_model_len: int | None = None,
         enforce_eager: bool | None = None,
-        sleep_level: int = 1,
+        sleep_level: int | Literal["auto"] = "auto",
         tensor_parallel_size: int = 1,
         merge_adapters: bool = True,
         options: dict[str, Any] | None = None,
     ):
-        if sleep_level not in (0, 1):
+        if sleep_level not in (0, 1, 2, "auto"):
+            raise ValueError(f"sleep_level must be 0, 1, 2 or auto, got {sleep_level}")
+        if sleep_level == 2 and not merge_adapters:
             raise ValueError(
-                f"sleep_level must be 0 or 1, got {sleep_level}; level 2 would drop weights that are not restored"
+                "sleep_level=2 would drop the weights under the adapters, which merge_adapters=False hands over no more; "
+                "use sleep_level=1"
             )
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
@@ -105,6 +120,8 @@ class VLLMEngine(RolloutEngine):
         self._drafter_fingerprint: str | None = None
         self._adapter: Any = None  # what requests name, where adapters are not merged
         self._asleep = False
+        self._on_gpu = False
+        self._sleep_level = 0
 
     def dtype_on(self, device: torch.device) -> str:
         """The dtype of weights and cache on a device."""
@@ -148,8 +165,7 @@ class VLLMEngine(RolloutEngine):
         options: dict[str, Any] = {
             "dtype": self.dtype_on(policy.device),
             "max_model_len": self.max_model_len or min(max_length + room, positions),
-            "max_num_seqs": self.max_num_seqs,
-            "async_scheduling": False,
+            "max_num_seqs": self._rows_at_once(),
             "enforce_eager": not self._on_gpu if self.enforce_eager is None else self.enforce_eager,
             "tensor_parallel_size": self.tensor_parallel_size,
         }
@@ -161,16 +177,21 @@ class VLLMEngine(RolloutEngine):
                 "block_size": _CPU_BLOCK_SIZE,
             }
         else:
+            self._sleep_level = self._sleep_level_on(policy.device)
             options |= {
                 "gpu_memory_utilization": self.gpu_memory_utilization,
-                "enable_sleep_mode": self.sleep_level > 0,
+                "enable_sleep_mode": self._sleep_level > 0,
+                "sleep_preserve_parameter_names": ["draft.*"],
             }
+        if self.drafter is not None:
+            # the length of drafts follows from the step before, and is counted where vLLM verifies
+            options["async_scheduling"] = False
         if not self.merge_adapters:
             options |= adapter_options(adapter_ranks(policy.model))
         self._max_model_len: int = options["max_model_len"]
         if self.drafter is not None:
             self.drafter.prepare(model)
-        with torch.autocast(policy.device.type, enabled=False):
+        with torch.autocast(policy.device.type, enabled=False), told_by_vllm(rank_zero_info):
             try:
                 self.llm = build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
             except (RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError) as error:
@@ -241,13 +262,13 @@ class VLLMEngine(RolloutEngine):
                 meter.advance(step.num_tokens, len(newly))
         self.decode_steps = steps
         return [
-            Continuation(
-                finished[row].token_ids,
-                finished[row].logprobs,
-                "stop" if finished[row].finish_reason == "stop" else "length",
-            )
-            for row in rows
+            Continuation(finished[row].token_ids, finished[row].logprobs, finished[row].finish_reason) for row in rows
         ]
+
+    def generation_jobs(self, request: RolloutRequest) -> list[Job]:
+        """What vLLM is asked for the rows of a request without cached responses."""
+        self._histories = {}
+        return [self._generation(request, row) for row in range(request.num_rows)]
 
     @torch.no_grad()
     def profile(self, num_rows: int) -> list[DecodeStep]:
@@ -260,7 +281,7 @@ class VLLMEngine(RolloutEngine):
         longest, room = self.drafter.num_speculative_tokens, self._max_model_len - _PROFILE_PROMPT - 1
         found = []
         with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False), self._speculation.force_token(token=0):
-            for batch in _profile_batches(min(num_rows, self.max_num_seqs)):
+            for batch in _profile_batches(min(num_rows, self._rows_at_once())):
                 plan = iter([length for length in sorted({0, 1, longest}) for _ in range(_PROFILE_STEPS)])
                 jobs = {row: filler_job(_PROFILE_PROMPT, room, row) for row in range(batch)}
                 # stops when the lengths are used up; the engine drops the requests then
@@ -300,28 +321,23 @@ class VLLMEngine(RolloutEngine):
         return None if self.finish_reason(request, row) else self._generation(request, row)
 
     def _generation(self, request: RolloutRequest, row: int) -> Job:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         sampling, prefix = request.sampling, request.prefix(row)
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k or 0,
-            max_tokens=sampling.max_completion_length - len(prefix),
-            stop_token_ids=sorted(self.stop_token_ids),
-            seed=request.seeds[row],
-            logprobs=0,  # of the sampled token
-            detokenize=False,
-            output_kind=RequestOutputKind.CUMULATIVE,
+        return generation_job(
+            request.prompts.prompt_ids[request.prompt_index(row)] + prefix,
+            sampling,
+            sampling.max_completion_length - len(prefix),
+            self.stop_token_ids,
+            request.seeds[row],
+            self._histories.get(row),
         )
-        prompt = request.prompts.prompt_ids[request.prompt_index(row)]
-        return Job(prompt + prefix, params, self._histories.get(row))
 
     def sleep(self) -> None:
-        if self.llm is not None and self._on_gpu and self.sleep_level and not self._asleep:
-            self.llm.sleep(level=self.sleep_level)
-            self._asleep = True
+        if self.llm is None or not self._on_gpu or not self._sleep_level or self._asleep:
+            return
+        self.llm.sleep(level=self._sleep_level)
+        self._asleep = True
+        if self._sleep_level == 2:
+            self.policy_version = None  # the policy's weights are gone
 
     def wake_up(self) -> None:
         if self._asleep:
@@ -338,7 +354,24 @@ class VLLMEngine(RolloutEngine):
     def describe(self, device: torch.device) -> str:
         place = "in process" if self.tensor_parallel_size == 1 else f"over {self.tensor_parallel_size} ranks"
         adapters = "" if self.merge_adapters else ", adapters not merged"
-        return f"{check_version()}, {self.dtype_on(device)}, {place}{adapters}"
+        level = self._sleep_level_on(device) if device.type == "cuda" else 0
+        sleeps = f", {_SLEEP[level]}" if device.type == "cuda" else ""
+        return (
+            f"{check_version()}, {self.dtype_on(device)}, {place}{adapters}, up to {self._rows_at_once(device)} rows at "
+            f"once{sleeps}"
+        )
+
+    def _rows_at_once(self, device: torch.device | None = None) -> int:
+        on_gpu = self._on_gpu if device is None else device.type == "cuda"
+        num_rows = None if self.num_rows is None else self.num_rows * self.tensor_parallel_size
+        return self.max_num_seqs or rows_at_once(num_rows, on_gpu)
+
+    def _sleep_level_on(self, device: torch.device) -> int:
+        """On a GPU."""
+        if self.sleep_level != "auto":
+            return self.sleep_level
+        total = torch.cuda.get_device_properties(device).total_memory
+        return sleep_level(self.memory(0, device), self.training_bytes, total, self.merge_adapters)
 
 
 def _histories(request: RolloutRequest) -> dict[int, RowHistory]:

@@ -27,8 +27,8 @@ class LookUpProposer:
         self.length: int = vllm_config.speculative_config.num_speculative_tokens
         """Tokens to propose; vLLM passes it to other proposers in each step, but not to these."""
         self._vocabulary_size: int = vllm_config.model_config.get_vocab_size()
-        self._histories: dict[str, RowHistory] = {}  # by the name that a request was added under
-        self._readers: dict[str, TokenReader] = {}  # by vLLM's name of a request
+        self._histories: dict[str, RowHistory] = {}  # by vLLM's name of a request
+        self._readers: dict[str, TokenReader] = {}
 
     def load_model(self, *arguments: Any, **options: Any) -> None:
         """Nothing to load."""
@@ -54,8 +54,7 @@ class LookUpProposer:
 
     def _propose_for(self, request: str, token_ids: Any) -> list[int]:
         if request not in self._readers:
-            name, _, _ = request.rpartition("-")  # vLLM has appended a suffix of its own
-            self._readers[request] = self.drafter.reader(self._histories.get(name))
+            self._readers[request] = self.drafter.reader(self._histories.get(request))
         drafted = [int(token) for token in self._readers[request].propose(token_ids, self.length)[: self.length]]
         unknown = [token for token in drafted if not 0 <= token < self._vocabulary_size]
         if unknown:

@@ -7,22 +7,54 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lit_specrl.checkpoints.locks import ProcessFolder
 from lit_specrl.models.lora import Adapter
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _ADAPTER_NAME = "policy"
+_PLAIN_METHODS = ("NoneType", "UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+_DERIVING_LAYERS = ("MLAAttention",)  # compute further weights from those that are loaded
 
 
 def load_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Replace the weights of the running engine and flush its KV prefix cache."""
-    # model.load_weights would fail on CPU, where weights are repacked after loading and have lost their loaders
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-    llm.apply_model(repack_tied_head)
+    """Replace the weights of the running engine and flush its KV prefix cache.
+
+    Each tensor is copied into the engine's own where that is still as it was loaded, as on a GPU. On a CPU vLLM packs
+    its weights for the matrix library, and elsewhere those of experts and quantised layers: there vLLM loads again.
+    """
+    [is_plain] = llm.apply_model(has_plain_weights)
+    if is_plain:
+        llm.apply_model(lambda model: _copy_weights(model, weights))
+    else:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        llm.apply_model(repack_tied_head)
     _flush(llm)
+
+
+def has_plain_weights(model: Any) -> bool:
+    """Whether all weights of a vLLM model are used in the form in which they are loaded."""
+    return all(
+        type(getattr(module, "quant_method", None)).__name__ in _PLAIN_METHODS
+        and getattr(module, "cpu_linear", linear) is linear
+        and type(module).__name__ not in _DERIVING_LAYERS
+        for module in model.modules()
+    )
+
+
+@torch.no_grad()
+def _copy_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    loaded = set(model.load_weights(iter(weights)))
+    missing = sorted(name for name, _ in model.named_parameters() if name not in loaded)
+    if missing:
+        raise RuntimeError(
+            f"the policy has no weights for {len(missing)} parameters of the engine, such as {missing[0]}; is the engine's "
+            "model another than the policy's?"
+        )
 
 
 def adapter_options(ranks: Mapping[str, int]) -> dict[str, Any]:
