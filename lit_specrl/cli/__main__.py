@@ -1,6 +1,6 @@
 """`python -m lit_specrl.cli`."""
 
-from lit_specrl.cli.main import main
+from lit_specrl.cli.main import run
 
 if __name__ == "__main__":
-    main()
+    run()

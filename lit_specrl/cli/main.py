@@ -6,6 +6,7 @@ import os
 import sys
 
 from lit_specrl.cli.commands import Command, overview, unknown
+from lit_specrl.cli.ending import run_and_end
 from lit_specrl.cli.messages import ConfigurationError, told, wants_debug
 
 _TRAINING = {
@@ -43,8 +44,13 @@ an algorithm. Every command takes --debug, which prints the traceback of an erro
 """
 
 
+def run() -> None:
+    """Entry point of `lit-specrl`: the process ends with the command."""
+    run_and_end(main)
+
+
 def main() -> None:
-    """Entry point of `lit-specrl`."""
+    """Do what the process's command line says."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if sys.path[:1] not in ([""], [os.getcwd()]):
         sys.path.insert(0, os.getcwd())  # a reward beside the configuration is found, as by `python train.py`
