@@ -27,8 +27,8 @@ def build_engine(kind):
 class Colocated:
     """A policy and its engine."""
 
-    def __init__(self, engine, folder):
-        self.engine, self.folder, self.policy = engine, folder, Policy.build(folder)
+    def __init__(self, engine, folder, device="cpu"):
+        self.engine, self.folder, self.policy = engine, folder, Policy.build(folder).to(device)
         self.initial = {name: weight.clone() for name, weight in self.policy.state_dict().items()}
         self.start()
 
@@ -42,7 +42,7 @@ class Colocated:
     def perturb(self, seed):
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.policy.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
     def request(self, prompts, seeds=None, group=1, length=12, **sampling):
         """Prompts are lists of token ids; seeds count up from 0."""
@@ -66,7 +66,8 @@ def with_engines(names):
 @torch.no_grad()
 def next_token_logprobs(policy, token_ids, temperature):
     """Log-softmax after every token of one unpadded row, [length, V], by the plain model."""
-    return (policy.model(torch.tensor([token_ids])).logits[0] / temperature).log_softmax(-1)
+    logits = policy.model(torch.tensor([token_ids], device=policy.device)).logits[0].cpu()
+    return (logits / temperature).log_softmax(-1)
 
 
 def policy_logprobs(policy, rollouts, temperature):
@@ -107,8 +108,8 @@ def chi_square_excess(samples, probabilities):
 def pair_distribution(policy, prompt, temperature):
     """Probability of the first two response tokens, [V * V]; a stop token is followed by token 0."""
     first = next_token_logprobs(policy, prompt, temperature)[-1].exp()  # [V]
-    rows = torch.tensor([[*prompt, token] for token in range(len(first))])  # [V, P + 1]
+    rows = torch.tensor([[*prompt, token] for token in range(len(first))], device=policy.device)  # [V, P + 1]
     with torch.no_grad():
-        second = (policy.model(rows).logits[:, -1] / temperature).softmax(-1)  # [V, V]
+        second = (policy.model(rows).logits[:, -1].cpu() / temperature).softmax(-1)  # [V, V]
     second[sorted(STOP_TOKEN_IDS)] = torch.nn.functional.one_hot(torch.tensor(0), len(first)).float()
     return (first[:, None] * second).flatten()
