@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lit_specrl.experience import Experience, TokenBatch
+from lit_specrl.experience import Experience, Layout, TokenBatch
 from lit_specrl.losses import value_loss
 from lit_specrl.metrics import CriticStatistics
 from lit_specrl.models.hidden_states import forward_hidden_states, keeps_cache_by_row
@@ -235,10 +235,12 @@ class SeparateCritic(Critic):
         response_ids: Tensor,
         response_mask: Tensor,
         share_prompts: bool = False,
+        layout: Layout | None = None,
     ) -> Tensor:
         """Values before each response token, [N, R]; arguments as those of `Policy`."""
         batch = TokenBatch(prompt_ids, prompt_mask, prompt_index, response_ids, response_mask)
-        states = forward_hidden_states(self.backbone, batch, share_prompts and self.keeps_cache_by_row)
+        share_prompts = share_prompts and self.keeps_cache_by_row
+        states = forward_hidden_states(self.backbone, batch, share_prompts, layout=layout)
         return self.head(states.last, response_mask)
 
     def values(self, statistics: TokenStatistics | None, scorer: Scorer, experience: Experience) -> Tensor:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_specrl.distributed.collectives import compute_device, whole_tensor
-from lit_specrl.experience import TokenBatch
+from lit_specrl.experience import Layout, TokenBatch
 from lit_specrl.models.hidden_states import HiddenStates, forward_hidden_states, keeps_cache_by_row
 from lit_specrl.models.logprobs import token_logprobs
 from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config, merged_weight
@@ -116,6 +116,7 @@ class Policy(nn.Module):
         share_prompts: bool = False,
         observe: ObserveStates | None = None,
         observed_layers: Sequence[int] = (),
+        layout: Layout | None = None,
     ) -> TokenStatistics:
         """Log-probs and entropies of responses, and values where there is a value head.
 
@@ -130,21 +131,25 @@ class Policy(nn.Module):
                 once per response. Values and gradients are those of the plain pass.
             observe: is given the hidden states.
             observed_layers: decoder layers whose inputs it is given, too.
+            layout: of the rows, with which the host never waits for the device; `None` reads it from the tensors.
         """
         batch = TokenBatch(prompt_ids, prompt_mask, prompt_index, response_ids, response_mask)
+        layout = layout or Layout.of(batch)
         backbone = cast(PreTrainedModel, self.model.base_model)
-        states = forward_hidden_states(backbone, batch, share_prompts, observed_layers)
+        states = forward_hidden_states(backbone, batch, share_prompts, observed_layers, layout)
         hidden = states.last  # [N, R, H]
         head = self.model.get_output_embeddings().weight
         if observe is not None:
             observe(states, head)
+        # [T] places of the response tokens among all N * R; their number is known, so that nobody has to ask for it
+        places = response_mask.flatten().nonzero_static(size=layout.num_tokens).squeeze(-1)
         flat_logprobs, flat_entropy = token_logprobs(
-            hidden[response_mask], head, response_ids[response_mask], temperature
+            hidden.flatten(0, 1).index_select(0, places), head, response_ids.flatten()[places], temperature
         )
-        empty = torch.zeros(response_ids.shape, dtype=torch.float32, device=response_ids.device)
+        empty = torch.zeros(response_ids.numel(), dtype=torch.float32, device=response_ids.device)
         return TokenStatistics(
-            logprobs=empty.masked_scatter(response_mask, flat_logprobs),
-            entropy=empty.masked_scatter(response_mask, flat_entropy),
+            logprobs=empty.index_copy(0, places, flat_logprobs).view(response_ids.shape),
+            entropy=empty.index_copy(0, places, flat_entropy).view(response_ids.shape),
             values=None if self.value_head is None else self.value_head(hidden, response_mask),
         )
 
