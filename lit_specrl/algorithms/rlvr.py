@@ -218,7 +218,8 @@ class RLVRModule(L.LightningModule):
         self.reward(rollouts)
         if self.dynamic_sampling:
             rollouts = self.fill_up(rollouts)
-        experience = padded_experience(rollouts, self.mask_truncated_completions).to(self.device)
+        with self.timer("experience"):
+            experience = padded_experience(rollouts, self.mask_truncated_completions).to(self.device)
         if self.dynamic_sampling:
             experience.keep_only(groups_with_spread(experience.rewards, self.sampling.num_generations))
         self.add_old_logprobs(experience)
@@ -313,9 +314,12 @@ class RLVRModule(L.LightningModule):
             self.manual_backward(loss)
 
     def _log_step(self) -> None:
-        for name, value in self.report.finish(self.policy_version).items():
+        metrics = self.report.finish(self.policy_version)
+        # as tensors of the host: Lightning would copy each number to the device, and back for the logger
+        for name, value in zip(metrics, torch.tensor(list(metrics.values())).unbind(), strict=True):
             self.log(name, value, prog_bar=name == "reward")
-        self.log("tokens/s", self.step_metrics["perf/rollout_tokens_per_s"], prog_bar=True, logger=False)
+        tokens_per_s = torch.tensor(metrics["perf/rollout_tokens_per_s"])
+        self.log("tokens/s", tokens_per_s, prog_bar=True, logger=False)
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
