@@ -21,6 +21,7 @@ from lit_specrl.algorithms.evaluator import Evaluator, prediction_records, sourc
 from lit_specrl.algorithms.gradient_step import GradientStep
 from lit_specrl.algorithms.hyperparameters import hyperparameters
 from lit_specrl.algorithms.kl_reward import kl_in_reward
+from lit_specrl.algorithms.micro_batch_size import DEFAULT_MICRO_BATCH_TOKENS, choose_micro_batch_tokens
 from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.optimizers import make_optimizers, optimizers_of, step_lr_schedulers
 from lit_specrl.algorithms.run_checks import (
@@ -94,7 +95,8 @@ class RLVRModule(L.LightningModule):
         num_iterations: passes over the rollouts of a step.
         num_minibatches: updates per pass; the groups of a step are dealt out in order.
         micro_batch_tokens: most tokens, padding included, in one forward and backward pass. Changes memory and speed,
-            not the result.
+            not the result. `None` chooses on a GPU what fits the memory that is free once the engine has started
+            (`choose_micro_batch_tokens`), and is 8192 on a CPU.
         max_grad_norm: gradients are scaled down to this norm.
         max_skipped_updates: successive updates with a non-finite gradient after which the run stops.
         optimizer: makes the optimizer from the policy's parameters.
@@ -136,7 +138,7 @@ class RLVRModule(L.LightningModule):
         critic: Critic | None = None,
         num_iterations: int = 1,
         num_minibatches: int = 1,
-        micro_batch_tokens: int = 8192,
+        micro_batch_tokens: int | None = None,
         max_grad_norm: float = 1.0,
         max_skipped_updates: int = 3,
         optimizer: OptimizerCallable = default_optimizer,
@@ -162,7 +164,7 @@ class RLVRModule(L.LightningModule):
         check_at_least_one(
             num_iterations=num_iterations,
             num_minibatches=num_minibatches,
-            micro_batch_tokens=micro_batch_tokens,
+            micro_batch_tokens=1 if micro_batch_tokens is None else micro_batch_tokens,
             max_skipped_updates=max_skipped_updates,
         )
         if dtype not in DTYPES:
@@ -218,6 +220,7 @@ class RLVRModule(L.LightningModule):
         self.reward(rollouts)
         if self.dynamic_sampling:
             rollouts = self.fill_up(rollouts)
+        self.size_micro_batches()
         with self.timer("experience"):
             experience = padded_experience(rollouts, self.mask_truncated_completions).to(self.device)
         if self.dynamic_sampling:
@@ -251,6 +254,15 @@ class RLVRModule(L.LightningModule):
         rollouts, metrics = self.dynamic_sampling.fill_up(rollouts, generate, stream, self.device)
         self.step_metrics |= metrics
         return rollouts
+
+    def size_micro_batches(self) -> None:
+        """Choose `micro_batch_tokens` where it was left out, once."""
+        if self.micro_batch_tokens is None:
+            with self.timer("measure_memory") if self.device.type == "cuda" else nullcontext():
+                self.micro_batch_tokens = choose_micro_batch_tokens(
+                    self.scorer, self._backward, optimizers_of(self), self.engine, self.max_length
+                )
+            self.scorer.micro_batch_tokens = self.micro_batch_tokens
 
     def add_old_logprobs(self, experience: Experience) -> None:
         """Log-probs under the policy that the step begins with, and the critic's values, where the updates need them.
@@ -401,7 +413,7 @@ class RLVRModule(L.LightningModule):
             self.policy,
             reference,
             temperature=self.sampling.temperature,
-            micro_batch_tokens=self.micro_batch_tokens,
+            micro_batch_tokens=self.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS,
             is_sharded=self.is_sharded,
         )
         self.updater = Updater(

@@ -174,9 +174,9 @@ class Scorer:
             self._forward(self.policy, part, micro_batch, observer)
         release(self.policy)
 
-    def training_forward(self, part: Experience, micro_batch: MicroBatch) -> TokenStatistics:
+    def training_forward(self, part: Experience, micro_batch: MicroBatch, is_observed: bool = True) -> TokenStatistics:
         """The forward pass of an update, with gradient; the observer sees it."""
-        return self._forward(self.policy, part, micro_batch, self.observer)
+        return self._forward(self.policy, part, micro_batch, self.observer if is_observed else None)
 
     def micro_batches(
         self, experience: Experience, rows: list[int] | None = None

@@ -55,9 +55,7 @@ def seconds(make_llama):
         num_generations=GROUP,
         max_completion_length=LENGTH,
     )
-    data = arithmetic(
-        train=ArithmeticSource(NUM_PROMPTS * NUM_STEPS), batch_size=NUM_PROMPTS, max_prompt_length=128
-    )
+    data = arithmetic(train=ArithmeticSource(NUM_PROMPTS * NUM_STEPS), batch_size=NUM_PROMPTS, max_prompt_length=128)
     make_trainer(UseIt(), watch).fit(module, datamodule=data)
     assert len(watch.steps) == NUM_STEPS
     return watch.steps
