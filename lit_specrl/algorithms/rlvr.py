@@ -21,7 +21,7 @@ from lit_specrl.algorithms.evaluator import Evaluator, prediction_records, sourc
 from lit_specrl.algorithms.gradient_step import GradientStep
 from lit_specrl.algorithms.hyperparameters import hyperparameters
 from lit_specrl.algorithms.kl_reward import kl_in_reward
-from lit_specrl.algorithms.micro_batch_size import DEFAULT_MICRO_BATCH_TOKENS, choose_micro_batch_tokens
+from lit_specrl.algorithms.micro_batch_size import DEFAULT_MICRO_BATCH_TOKENS
 from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.optimizers import make_optimizers, optimizers_of, step_lr_schedulers
 from lit_specrl.algorithms.run_checks import (
@@ -106,6 +106,8 @@ class RLVRModule(L.LightningModule):
         dtype: dtype of the policy's weights.
         attn_implementation: attention of the policy, as in transformers; `None` lets transformers choose.
         gradient_checkpointing: recompute activations in the backward pass; prompts are then not shared.
+        compile_layers: compile the decoder layers (`torch.compile`) for passes over given tokens; prompts are then not
+            shared either.
         seed: seed of the rollouts.
 
     Raises:
@@ -147,6 +149,7 @@ class RLVRModule(L.LightningModule):
         dtype: str = "float32",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         seed: int = 0,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -177,6 +180,7 @@ class RLVRModule(L.LightningModule):
             "dtype": dtype,
             "attn_implementation": attn_implementation,
             "gradient_checkpointing": gradient_checkpointing,
+            "compile_layers": compile_layers,
         }
         self.micro_batch_tokens = micro_batch_tokens
         self.num_iterations, self.num_minibatches = num_iterations, num_minibatches
@@ -258,11 +262,8 @@ class RLVRModule(L.LightningModule):
     def size_micro_batches(self) -> None:
         """Choose `micro_batch_tokens` where it was left out, once."""
         if self.micro_batch_tokens is None:
-            with self.timer("measure_memory") if self.device.type == "cuda" else nullcontext():
-                self.micro_batch_tokens = choose_micro_batch_tokens(
-                    self.scorer, self._backward, optimizers_of(self), self.engine, self.max_length
-                )
-            self.scorer.micro_batch_tokens = self.micro_batch_tokens
+            optimizers = optimizers_of(self)
+            self.micro_batch_tokens = self.updater.size_micro_batches(self.engine, optimizers, self.max_length)
 
     def add_old_logprobs(self, experience: Experience) -> None:
         """Log-probs under the policy that the step begins with, and the critic's values, where the updates need them.

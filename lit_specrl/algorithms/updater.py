@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from lit_specrl.algorithms.dynamic_sampling import groups_with_spread
 from lit_specrl.algorithms.gradient_step import GradientStep
+from lit_specrl.algorithms.micro_batch_size import choose_micro_batch_tokens
 from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.step_report import StepReport
 from lit_specrl.distributed.collectives import average_gradients, num_ranks, sum_over_ranks
+from lit_specrl.engines.base import RolloutEngine
 from lit_specrl.experience import Experience, rows_with_gradient
 from lit_specrl.losses import Aggregation, token_weights
 from lit_specrl.metrics import UpdateStatistics
@@ -143,6 +146,16 @@ class Updater:
                 if not micro_batch.is_dummy:
                     self.report.critic_updates.append(found)
             self._apply_gradient(self.critic_step, optimizer, step)
+
+    def size_micro_batches(
+        self, engine: RolloutEngine | None, optimizers: Sequence[Any], max_length: int | None
+    ) -> int:
+        """Choose the size of micro-batches; arguments as those of `choose_micro_batch_tokens`."""
+        on_gpu = self.scorer.policy.device.type == "cuda"
+        with self.report.timer("measure_memory") if on_gpu else nullcontext():
+            found = choose_micro_batch_tokens(self.scorer, self.backward, optimizers, engine, max_length)
+        self.scorer.micro_batch_tokens = found
+        return found
 
     def warms_up(self, step: int) -> bool:
         """Whether the critic learns alone in this training step."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from lit_specrl.experience import Experience, Layout, TokenBatch
 from lit_specrl.losses import value_loss
 from lit_specrl.metrics import CriticStatistics
+from lit_specrl.models import compiled_layers
 from lit_specrl.models.hidden_states import forward_hidden_states, keeps_cache_by_row
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.policy import Policy, TokenStatistics, shard_by_layer
@@ -207,7 +208,7 @@ class SeparateCritic(Critic):
             check_model_exists(self.model)
             check_weights(self.model)
 
-    def build(self, policy: Policy, model: str, **options: Any) -> None:
+    def build(self, policy: Policy, model: str, compile_layers: bool = False, **options: Any) -> None:
         if self.backbone is not None:
             return
         name = self.model or model
@@ -219,6 +220,8 @@ class SeparateCritic(Critic):
             )
         disable_dropout(self.backbone)
         self.keeps_cache_by_row = keeps_cache_by_row(self.backbone)
+        if compile_layers:
+            compiled_layers.compile_layers(self.backbone)
         self.head = ValueHead(self.backbone.config.get_text_config().hidden_size)
 
     def trained_parameters(self, policy: Policy) -> Iterator[nn.Parameter]:
