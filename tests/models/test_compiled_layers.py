@@ -2,10 +2,13 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from training import History, arithmetic, grpo, make_trainer, weights_of
 from transformers import AutoModelForCausalLM
 
 from lit_specrl import PPO
+from lit_specrl.distributed.collectives import whole_tensor
+from lit_specrl.experience import padded_rows
 from lit_specrl.models.policy import Policy
 
 needs_a_compiler = pytest.mark.skipif(
@@ -91,3 +94,24 @@ def test_names_of_weights_stay_what_they_are(tiny_model, compiled_graphs, tmp_pa
 def test_compiled_layers_compute_each_response_with_its_prompt(tiny_model, compiled_graphs):
     assert Policy.build(tiny_model).can_share_prompts
     assert not Policy.build(tiny_model, compile_layers=True).can_share_prompts
+
+
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_compiled_layers_can_be_sharded(tiny_model, compiled_graphs, mesh):
+    """Their gradients are those of a plain policy, and their weights are gathered under the same names."""
+    part = padded_rows([[5, 6, 7], [8]], [0, 1, 0], [[9, 2], [10, 11, 12], [13]])
+    plain, sharded = (Policy.build(tiny_model, compile_layers=is_compiled) for is_compiled in (False, True))
+    sharded.shard(mesh=mesh)
+    found = []
+    for policy in (plain, sharded):
+        policy(*part.inputs, layout=part.layout).logprobs.sum().backward()
+        gradients = {name: whole_tensor(parameter.grad) for name, parameter in policy.model.named_parameters()}
+        found.append((gradients, dict(policy.named_weights())))
+    assert compiled_graphs
+    torch.testing.assert_close(found[1], found[0])
