@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lit_specrl.distributed.transfer import moved_together
 from lit_specrl.masking import pad_left, pad_right
 from lit_specrl.types import Rollouts
 
@@ -26,6 +28,46 @@ class TokenBatch(NamedTuple):
     """[N, R] long, right-padded."""
     response_mask: Tensor
     """[N, R] bool, True on response tokens."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which prompt each row answers, and how long both are: integers of the host, from which passes are planned without
+    asking a device that is still busy.
+
+    Example: two prompts of two and three tokens, the first with two responses::
+
+        Layout(prompt_index=[0, 0, 1], prompt_lengths=[2, 3], response_lengths=[1, 4, 2])
+    """
+
+    prompt_index: list[int]
+    """[N] the prompt of each row."""
+    prompt_lengths: list[int]
+    """[B] tokens of each prompt."""
+    response_lengths: list[int]
+    """[N] tokens of each response."""
+
+    @classmethod
+    def of(cls, batch: TokenBatch) -> Layout:
+        """Read it from tensors; waits for the device that they are on."""
+        return cls(
+            batch.prompt_index.tolist(), batch.prompt_mask.sum(-1).tolist(), batch.response_mask.sum(-1).tolist()
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens."""
+        return sum(self.response_lengths)
+
+    def select(self, rows: Sequence[int]) -> tuple[Layout, list[int]]:
+        """Of the given rows, with the prompts that they answer in ascending order; and which prompts these are."""
+        prompts = sorted({self.prompt_index[row] for row in rows})
+        place = {prompt: number for number, prompt in enumerate(prompts)}
+        return Layout(
+            prompt_index=[place[self.prompt_index[row]] for row in rows],
+            prompt_lengths=[self.prompt_lengths[prompt] for prompt in prompts],
+            response_lengths=[self.response_lengths[row] for row in rows],
+        ), prompts
 
 
 @dataclass
@@ -108,30 +150,59 @@ class Experience:
         """What policy and critic are given."""
         return TokenBatch(self.prompt_ids, self.prompt_mask, self.prompt_index, self.response_ids, self.response_mask)
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Prompts and lengths of the rows, on the host."""
+        return Layout.of(self.inputs)
+
     def select(self, rows: list[int]) -> Experience:
         """The given rows with their prompts, padded no further than these rows need."""
-        prompts, prompt_index = self.prompt_index[rows].unique(return_inverse=True)
-        prompt_mask = self.prompt_mask[prompts]
-        first_column = prompt_mask.shape[1] - int(prompt_mask.sum(-1).max())
-        num_columns = int(self.response_mask[rows].sum(-1).max())
+        [(_, part)] = self.split([rows])
+        return part
+
+    def split(self, parts: Sequence[list[int]]) -> Iterator[tuple[Tensor, Experience]]:
+        """`select` of several lists of rows, whose numbers reach the device in one copy.
+
+        Args:
+            parts: lists of rows, none of them empty.
+
+        Yields:
+            The numbers of the rows, [n] long on the device, and the rows.
+        """
+        selected = [self.layout.select(rows) for rows in parts]
+        numbers = [
+            torch.tensor(values)
+            for rows, (layout, prompts) in zip(parts, selected, strict=True)
+            for values in (rows, prompts, layout.prompt_index)
+        ]
+        moved = iter(moved_together(numbers, self.response_ids.device))
+        for layout, _ in selected:
+            rows, prompts, prompt_index = next(moved), next(moved), next(moved)
+            yield rows, self._part(rows, prompts, prompt_index, layout)
+
+    def _part(self, rows: Tensor, prompts: Tensor, prompt_index: Tensor, layout: Layout) -> Experience:
+        first_column = self.prompt_ids.shape[1] - max(layout.prompt_lengths)
+        num_columns = max(layout.response_lengths)
         cut: dict[str, Any] = {
             name: value[rows, :num_columns] for name in self.TOKEN_FIELDS if (value := getattr(self, name)) is not None
         }
-        return replace(
+        part = replace(
             self,
             **cut,
             prompt_ids=self.prompt_ids[prompts, first_column:],
-            prompt_mask=prompt_mask[:, first_column:],
+            prompt_mask=self.prompt_mask[prompts, first_column:],
             prompt_index=prompt_index,
             rewards=self.rewards[rows],
         )
+        part.layout = layout
+        return part
 
-    def record_logprobs(self, logprobs: Tensor, rows: list[int]) -> None:
+    def record_logprobs(self, logprobs: Tensor, rows: Tensor | list[int]) -> None:
         """Enter log-probs under the policy that this step began with.
 
         Args:
             logprobs: [n, r] nats, r at most R.
-            rows: the n rows that they are of.
+            rows: the n rows that they are of, [n] long.
         """
         assert self.recorded_logprobs is not None
         self.recorded_logprobs[rows, : logprobs.shape[1]] = logprobs
@@ -151,15 +222,18 @@ class Experience:
         num_prompts = len(self.prompt_ids)
         if num_prompts % count:
             raise ValueError(f"{num_prompts} prompts cannot be divided into {count} minibatches")
-        part = self.prompt_index // (num_prompts // count)  # [N]
-        return [self.select((part == index).nonzero().squeeze(-1).tolist()) for index in range(count)] * passes
+        parts: list[list[int]] = [[] for _ in range(count)]
+        for row, prompt in enumerate(self.layout.prompt_index):
+            parts[prompt // (num_prompts // count)].append(row)
+        return [part for _, part in self.split(parts)] * passes
 
     def to(self, device: torch.device | str) -> Experience:
-        """Copy with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        """Copy with every tensor on `device`, in one copy."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = dict(zip(tensors, moved_together(list(tensors.values()), device), strict=True))
+        copy = replace(self, **moved)
+        copy.layout = self.layout
+        return copy
 
 
 def padded_rows(
@@ -178,7 +252,7 @@ def padded_rows(
     """
     padded_prompts, prompt_mask = pad_left(prompt_ids)  # [B, P]
     padded_responses, response_mask = pad_right(response_ids)  # [N, R]
-    return Experience(
+    experience = Experience(
         prompt_ids=padded_prompts,
         prompt_mask=prompt_mask,
         prompt_index=torch.tensor(prompt_index, dtype=torch.long),
@@ -190,6 +264,10 @@ def padded_rows(
         advantages=torch.zeros(response_mask.shape),
         policy_version=policy_version,
     )
+    experience.layout = Layout(
+        list(prompt_index), [len(prompt) for prompt in prompt_ids], [len(response) for response in response_ids]
+    )
+    return experience
 
 
 def padded_experience(rollouts: Rollouts, mask_truncated_completions: bool = False) -> Experience:
@@ -235,4 +313,4 @@ def rows_with_gradient(experience: Experience, every_row_matters: bool) -> list[
     matters = experience.loss_mask.any(-1)  # [N]
     if not every_row_matters:
         matters &= (experience.advantages * experience.loss_mask).any(-1)
-    return matters.nonzero().squeeze(-1).tolist() or [0]
+    return [row for row, does in enumerate(matters.tolist()) if does] or [0]

@@ -7,7 +7,9 @@ infinity included.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,5 +134,5 @@ def _right_padded_mask(rows: Sequence[Sequence[float]], length: int | None) -> T
 
 def _fill(rows: Sequence[Sequence[float]], mask: Tensor, padding_value: float, dtype: torch.dtype) -> Tensor:
     values = torch.full(mask.shape, padding_value, dtype=dtype)
-    values[mask] = torch.tensor([value for row in rows for value in row], dtype=dtype)
-    return values
+    numbers = np.fromiter(chain.from_iterable(rows), np.float64 if dtype.is_floating_point else np.int64)
+    return values.masked_scatter_(mask, torch.from_numpy(numbers).to(dtype))

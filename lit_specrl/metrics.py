@@ -6,7 +6,7 @@ Sums and counts travel, over micro-batches, rounds of generation and ranks, and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import reduce
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_specrl.advantages import frac_reward_zero_std
+from lit_specrl.distributed.transfer import moved_together
 from lit_specrl.losses import ClipStatistics, MismatchStatistics, ValueClipStatistics
 from lit_specrl.types import Rollouts
 
@@ -225,10 +226,25 @@ class ValueStatistics:
         return metrics
 
 
-def _moved(statistics: Any, device: str) -> Any:
+def _moved(statistics: S, device: str) -> S:
+    """Copy with every tensor on `device`, all of them in one copy."""
+    arrived = iter(moved_together(list(_tensors_of(statistics)), device))
+    return _with_tensors(statistics, arrived)
+
+
+def _tensors_of(statistics: Any) -> Iterator[Tensor]:
     if isinstance(statistics, Tensor):
-        return statistics.to(device)
+        yield statistics
+    elif is_dataclass(statistics):
+        for entry in fields(statistics):
+            yield from _tensors_of(getattr(statistics, entry.name))
+
+
+def _with_tensors(statistics: Any, tensors: Iterator[Tensor]) -> Any:
+    """The statistics with these tensors in place of their own, in the order of `_tensors_of`."""
+    if isinstance(statistics, Tensor):
+        return next(tensors)
     if is_dataclass(statistics) and not isinstance(statistics, type):
-        moved = {entry.name: _moved(getattr(statistics, entry.name), device) for entry in fields(statistics)}
-        return replace(statistics, **moved)
+        entries = {entry.name: _with_tensors(getattr(statistics, entry.name), tensors) for entry in fields(statistics)}
+        return replace(statistics, **entries)
     return statistics

@@ -52,9 +52,8 @@ def experience(rollouts):
 
 
 def as_lists(experience):
-    return {
-        name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(experience).items()
-    }
+    values = {field.name: getattr(experience, field.name) for field in fields(experience)}
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
 
 
 def close(values):

@@ -97,3 +97,11 @@ def test_the_table_of_metrics_defines_what_is_charted():
             for name in names:
                 stem = re.sub(r"[\^$]|\(.*?\)|\.\*", "", name).split("/")[0]
                 assert stem in table, f"{name} is charted, but the README does not define it"
+
+
+def test_every_stage_of_a_step_is_in_the_table_of_metrics():
+    sources = [path.read_text("utf-8") for path in (ROOT / "lit_specrl").rglob("*.py")]
+    stages = {stage for source in sources for stage in re.findall(r'\.timer\("(\w+)"\)', source)}
+    section = README[README.index("## Metrics") : README.index("## Measured")]
+    documented = set(re.findall(r"\w+", " ".join(re.findall(r"timing_s/[^`]*", section))))
+    assert {"gen", "experience", "update_actor"} <= stages <= documented

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,21 +46,22 @@ class GradientStep:
             RuntimeError: too many updates in a row had a non-finite gradient.
         """
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        finite = bool(torch.isfinite(norm))
-        if finite:
+        # the host waits here, once an update, for the device to have computed it
+        norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        is_finite = math.isfinite(norm_value)
+        if is_finite:
             optimizer.step()
             self.num_skipped = 0
         else:
             optimizer.zero_grad()
             self.num_skipped += 1
-            rank_zero_warn(f"step {step}: {self.name} gradient norm is {float(norm)}, the update was skipped")
+            rank_zero_warn(f"step {step}: {self.name} gradient norm is {norm_value}, the update was skipped")
             if self.num_skipped >= self.max_skipped_updates:
                 raise RuntimeError(
                     f"{self.num_skipped} successive updates had a non-finite gradient; lower the learning rate, or look "
                     "for rewards and log-probs that are not finite"
                 )
-        return finite, {
-            f"{self.name}/grad_norm": float(norm),
+        return is_finite, {
+            f"{self.name}/grad_norm": norm_value,
             f"{self.name}/skipped_updates": float(self.num_skipped),
         }

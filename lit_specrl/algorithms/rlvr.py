@@ -22,6 +22,7 @@ from lit_specrl.algorithms.evaluator import Evaluator, prediction_records, sourc
 from lit_specrl.algorithms.gradient_step import GradientStep
 from lit_specrl.algorithms.hyperparameters import hyperparameters
 from lit_specrl.algorithms.kl_reward import kl_in_reward
+from lit_specrl.algorithms.micro_batch_size import DEFAULT_MICRO_BATCH_TOKENS
 from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.optimizers import make_optimizers, optimizers_of, step_lr_schedulers
 from lit_specrl.algorithms.run_checks import (
@@ -95,7 +96,8 @@ class RLVRModule(L.LightningModule):
         num_iterations: passes over the rollouts of a step.
         num_minibatches: updates per pass; the groups of a step are dealt out in order.
         micro_batch_tokens: most tokens, padding included, in one forward and backward pass. Changes memory and speed,
-            not the result.
+            not the result. `None` chooses on a GPU what fits the memory that is free once the engine has started
+            (`choose_micro_batch_tokens`), and is 8192 on a CPU.
         max_grad_norm: gradients are scaled down to this norm.
         max_skipped_updates: successive updates with a non-finite gradient after which the run stops.
         optimizer: makes the optimizer from the policy's parameters.
@@ -105,6 +107,8 @@ class RLVRModule(L.LightningModule):
         dtype: dtype of the policy's weights.
         attn_implementation: attention of the policy, as in transformers; `None` lets transformers choose.
         gradient_checkpointing: recompute activations in the backward pass; prompts are then not shared.
+        compile_layers: compile the decoder layers (`torch.compile`) for passes over given tokens; prompts are then not
+            shared either.
         seed: seed of the rollouts.
 
     Raises:
@@ -137,7 +141,7 @@ class RLVRModule(L.LightningModule):
         critic: Critic | None = None,
         num_iterations: int = 1,
         num_minibatches: int = 1,
-        micro_batch_tokens: int = 8192,
+        micro_batch_tokens: int | None = None,
         max_grad_norm: float = 1.0,
         max_skipped_updates: int = 3,
         optimizer: OptimizerCallable = default_optimizer,
@@ -146,6 +150,7 @@ class RLVRModule(L.LightningModule):
         dtype: str = "float32",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         seed: int = 0,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -163,7 +168,7 @@ class RLVRModule(L.LightningModule):
         check_at_least_one(
             num_iterations=num_iterations,
             num_minibatches=num_minibatches,
-            micro_batch_tokens=micro_batch_tokens,
+            micro_batch_tokens=1 if micro_batch_tokens is None else micro_batch_tokens,
             max_skipped_updates=max_skipped_updates,
         )
         if dtype not in DTYPES:
@@ -176,6 +181,7 @@ class RLVRModule(L.LightningModule):
             "dtype": dtype,
             "attn_implementation": attn_implementation,
             "gradient_checkpointing": gradient_checkpointing,
+            "compile_layers": compile_layers,
         }
         self.micro_batch_tokens = micro_batch_tokens
         self.num_iterations, self.num_minibatches = num_iterations, num_minibatches
@@ -219,7 +225,9 @@ class RLVRModule(L.LightningModule):
         self.reward(rollouts)
         if self.dynamic_sampling:
             rollouts = self.fill_up(rollouts)
-        experience = padded_experience(rollouts, self.mask_truncated_completions).to(self.device)
+        self.size_micro_batches()
+        with self.timer("experience"):
+            experience = padded_experience(rollouts, self.mask_truncated_completions).to(self.device)
         if self.dynamic_sampling:
             experience.keep_only(groups_with_spread(experience.rewards, self.sampling.num_generations))
         self.add_old_logprobs(experience)
@@ -251,6 +259,12 @@ class RLVRModule(L.LightningModule):
         rollouts, metrics = self.dynamic_sampling.fill_up(rollouts, generate, stream, self.device)
         self.step_metrics |= metrics
         return rollouts
+
+    def size_micro_batches(self) -> None:
+        """Choose `micro_batch_tokens` where it was left out, once."""
+        if self.micro_batch_tokens is None:
+            optimizers = optimizers_of(self)
+            self.micro_batch_tokens = self.updater.size_micro_batches(self.engine, optimizers, self.max_length)
 
     def add_old_logprobs(self, experience: Experience) -> None:
         """Log-probs under the policy that the step begins with, and the critic's values, where the updates need them.
@@ -314,9 +328,12 @@ class RLVRModule(L.LightningModule):
             self.manual_backward(loss)
 
     def _log_step(self) -> None:
-        for name, value in self.report.finish(self.policy_version).items():
+        metrics = self.report.finish(self.policy_version)
+        # as tensors of the host: Lightning would copy each number to the device, and back for the logger
+        for name, value in zip(metrics, torch.tensor(list(metrics.values())).unbind(), strict=True):
             self.log(name, value, prog_bar=name == "reward")
-        self.log("tokens/s", self.step_metrics["perf/rollout_tokens_per_s"], prog_bar=True, logger=False)
+        tokens_per_s = torch.tensor(metrics["perf/rollout_tokens_per_s"])
+        self.log("tokens/s", tokens_per_s, prog_bar=True, logger=False)
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
@@ -398,7 +415,7 @@ class RLVRModule(L.LightningModule):
             self.policy,
             reference,
             temperature=self.sampling.temperature,
-            micro_batch_tokens=self.micro_batch_tokens,
+            micro_batch_tokens=self.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS,
             is_sharded=self.is_sharded,
         )
         self.updater = Updater(

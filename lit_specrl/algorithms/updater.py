@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from lit_specrl.algorithms.dynamic_sampling import groups_with_spread
 from lit_specrl.algorithms.gradient_step import GradientStep
+from lit_specrl.algorithms.micro_batch_size import choose_micro_batch_tokens
 from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.step_report import StepReport
 from lit_specrl.distributed.collectives import average_gradients, num_ranks, sum_over_ranks
+from lit_specrl.engines.base import RolloutEngine
 from lit_specrl.experience import Experience, rows_with_gradient
 from lit_specrl.losses import Aggregation, token_weights
 from lit_specrl.metrics import UpdateStatistics
@@ -96,20 +99,21 @@ class Updater:
             owner.zero_grad()
         weights = self._token_weights(experience, self.objective.policy_loss.aggregation)
         value_weights = weights if critic is None else self._token_weights(experience, "token")
-        rows = self.trained_rows(experience, kl_coef, step)
+        rows, layout = self.trained_rows(experience, kl_coef, step), experience.layout
         update = UpdateStatistics(
             num_updates=1,
-            trained_tokens=int((experience.prompt_lengths + experience.response_lengths)[rows].sum()),
+            trained_tokens=sum(
+                layout.prompt_lengths[layout.prompt_index[row]] + layout.response_lengths[row] for row in rows
+            ),
             rows_without_gradient=experience.num_rows - len(rows),
         )
-        for micro_batch in self.scorer.plan(experience, rows):
-            part = experience.select(micro_batch.rows)
-            cut = micro_batch.rows, slice(part.response_ids.shape[1])
+        for micro_batch, row_numbers, part in self.scorer.micro_batches(experience, rows):
+            cut = row_numbers, slice(part.response_ids.shape[1])
             statistics = self.scorer.training_forward(part, micro_batch)
             per_token_loss, found = self.objective(statistics, part, kl_coef)  # [n, R]
             loss = (per_token_loss * weights[cut]).sum()
             if experience.old_logprobs is None:
-                experience.record_logprobs(statistics.logprobs.detach(), micro_batch.rows)
+                experience.record_logprobs(statistics.logprobs.detach(), row_numbers)
             if self.warms_up(step):
                 loss = torch.zeros_like(loss)
             if critic is not None:
@@ -133,15 +137,25 @@ class Updater:
         with self.report.timer("update_critic"):
             optimizer.zero_grad()
             weights = self._token_weights(experience, "token")
-            for micro_batch in self.scorer.plan(experience, rows_with_gradient(experience, every_row_matters=True)):
-                part = experience.select(micro_batch.rows)
-                values = self.critic(*part.inputs, share_prompts=micro_batch.share_prompts)
+            rows = rows_with_gradient(experience, every_row_matters=True)
+            for micro_batch, row_numbers, part in self.scorer.micro_batches(experience, rows):
+                values = self.critic(*part.inputs, share_prompts=micro_batch.share_prompts, layout=part.layout)
                 per_token_loss, found = self.critic.loss(values, part)  # [n, R]
-                loss = (per_token_loss * weights[micro_batch.rows, : values.shape[1]]).sum()
+                loss = (per_token_loss * weights[row_numbers, : values.shape[1]]).sum()
                 self.backward(loss * (not micro_batch.is_dummy))
                 if not micro_batch.is_dummy:
                     self.report.critic_updates.append(found)
             self._apply_gradient(self.critic_step, optimizer, step)
+
+    def size_micro_batches(
+        self, engine: RolloutEngine | None, optimizers: Sequence[Any], max_length: int | None
+    ) -> int:
+        """Choose the size of micro-batches; arguments as those of `choose_micro_batch_tokens`."""
+        on_gpu = self.scorer.policy.device.type == "cuda"
+        with self.report.timer("measure_memory") if on_gpu else nullcontext():
+            found = choose_micro_batch_tokens(self.scorer, self.backward, optimizers, engine, max_length)
+        self.scorer.micro_batch_tokens = found
+        return found
 
     def warms_up(self, step: int) -> bool:
         """Whether the critic learns alone in this training step."""
@@ -156,7 +170,7 @@ class Updater:
 
     def _token_weights(self, experience: Experience, aggregation: Aggregation) -> Tensor:
         """What each token weighs in the loss of all ranks together, [N, R]."""
-        num_rows = torch.tensor(experience.num_rows, device=experience.loss_mask.device)
+        num_rows = torch.full((), experience.num_rows, device=experience.loss_mask.device)
         if self.only_groups_with_spread:
             size = self.sampling.num_generations
             num_rows = groups_with_spread(experience.rewards, size).sum() * size

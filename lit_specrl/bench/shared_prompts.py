@@ -162,20 +162,13 @@ def training_pass(policy: Policy, step: Experience, micro_batches: list[MicroBat
     policy.zero_grad()
     logprobs = torch.zeros_like(step.sampling_logprobs)
     num_tokens = step.loss_mask.sum()
-    for micro_batch in micro_batches:
-        part = step.select(micro_batch.rows)
+    parts = step.split([micro_batch.rows for micro_batch in micro_batches])
+    for micro_batch, (rows, part) in zip(micro_batches, parts, strict=True):
         with precision.forward_context():
-            out = policy(
-                part.prompt_ids,
-                part.prompt_mask,
-                part.prompt_index,
-                part.response_ids,
-                part.response_mask,
-                share_prompts=micro_batch.share_prompts,
-            )
+            out = policy(*part.inputs, share_prompts=micro_batch.share_prompts, layout=part.layout)
             loss = -masked_sum(out.logprobs * part.advantages, part.loss_mask) / num_tokens
             loss.backward()
-        logprobs[micro_batch.rows, : part.response_ids.shape[1]] = out.logprobs.detach()
+        logprobs[rows, : part.response_ids.shape[1]] = out.logprobs.detach()
     if step.response_ids.is_cuda:
         torch.cuda.synchronize()
     return logprobs

@@ -13,11 +13,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
+from lit_specrl.algorithms.micro_batch_size import DEFAULT_MICRO_BATCH_TOKENS
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_rlvr_module
 from lit_specrl.engines import TransformersEngine
+from lit_specrl.experience import Experience
 from lit_specrl.models.memory import ModelSize, device_memory, model_size, training_memory
 from lit_specrl.precision import fast_dtype
+from lit_specrl.types import Rollouts
 
 _FEATURES = ("PrefixCache", "SpeculativeRollout", "AdaptiveScheduler", "DrafterDistillation")
 
@@ -33,8 +36,19 @@ class RunPlan(RolloutCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = require_rlvr_module(self, pl_module)
         module.check_run(stage)  # here as well, so that what is wrong is not told below the table
+        self._tells_micro_batches = False
         if trainer.state.fn == TrainerFn.FITTING:
+            self._tells_micro_batches = module.micro_batch_tokens is None
             self._report(trainer, module)
+
+    @rank_zero_only
+    def on_experience_end(
+        self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
+    ) -> None:
+        """Tell the size of micro-batches where the table could not."""
+        if self._tells_micro_batches and trainer.strategy.root_device.type == "cuda":
+            Console().print(f"micro-batches: {pl_module.micro_batch_tokens} tokens")
+        self._tells_micro_batches = False
 
     @rank_zero_only
     def _report(self, trainer: L.Trainer, module: RLVRModule) -> None:
@@ -98,7 +112,7 @@ def _arithmetic(trainer: L.Trainer, module: RLVRModule) -> dict[str, str]:
     sampling, batch_size = module.sampling, getattr(data, "batch_size", None)
     rows = {
         "responses": f"{sampling.num_generations} a prompt of up to {sampling.max_completion_length} tokens, temperature {sampling.temperature:g}",
-        "micro-batches": f"{module.micro_batch_tokens} tokens",
+        "micro-batches": _micro_batches(trainer, module),
     }
     if batch_size is None:
         return rows
@@ -113,6 +127,12 @@ def _arithmetic(trainer: L.Trainer, module: RLVRModule) -> dict[str, str]:
     if num_steps is not None:
         rows["the run"] = f"{num_steps[0]} steps, {num_steps[1]} an epoch of {data.num_train_prompts} prompts"
     return rows
+
+
+def _micro_batches(trainer: L.Trainer, module: RLVRModule) -> str:
+    if module.micro_batch_tokens is None and trainer.strategy.root_device.type == "cuda":
+        return "chosen in the first step, from the memory that is free once the engine has started"
+    return f"{module.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS} tokens"
 
 
 def _num_steps(trainer: L.Trainer, data: Any) -> tuple[int, int] | None:

@@ -117,7 +117,8 @@ class SpeculativeRollout(RolloutCallback):
             )
 
     def on_rollout_end(self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts) -> None:
-        self.engine.sleep()
+        with pl_module.timer("sleep"):
+            self.engine.sleep()
         if trainer.training:
             self._steps += self.engine.decode_steps
 

@@ -15,6 +15,7 @@ OTHER_NAMES = {
     "learning_rate": "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: ...}}",
     "gradient_accumulation_steps": "micro_batch_tokens, the most tokens of one pass",
     "per_device_train_batch_size": "data.init_args.batch_size, in prompts of all ranks",
+    "torch_compile": "compile_layers",
     "vllm_importance_sampling_correction": "importance_sampling",
     "max_prompt_length": "data.init_args.max_prompt_length",
     "steps_per_generation": "num_minibatches, the updates of one pass over the rollouts",

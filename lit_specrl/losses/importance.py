@@ -126,7 +126,8 @@ class ImportanceSampling:
             bounded_exp(difference if by_token else difference.sum(-1, keepdim=True))
         )  # [N, R] or [N, 1]
         weights = ratio.expand_as(difference).masked_fill(~loss_mask, 0)  # [N, R]
-        return weights, _statistics(ratio[loss_mask] if by_token else ratio.flatten(), difference.abs(), known_mask)
+        counted_mask = loss_mask if by_token else torch.ones_like(ratio, dtype=torch.bool)
+        return weights, _statistics(ratio, counted_mask, difference.abs(), known_mask)
 
     def _bounded(self, ratio: Tensor) -> Tensor:
         lower = 0.0 if self.clip_min is None else self.clip_min
@@ -136,13 +137,14 @@ class ImportanceSampling:
         return ratio.masked_fill((ratio < lower) | (ratio > upper), 0)
 
 
-def _statistics(ratios: Tensor, differences: Tensor, known_mask: Tensor) -> MismatchStatistics:
+def _statistics(ratios: Tensor, counted_mask: Tensor, differences: Tensor, known_mask: Tensor) -> MismatchStatistics:
     infinity = ratios.new_full((1,), torch.inf)
     return MismatchStatistics(
-        ratio_min=torch.cat([ratios, infinity]).min(),
-        ratio_max=torch.cat([ratios, -infinity]).max(),
-        ratio_sum=ratios.sum(),
-        ratio_count=torch.tensor(ratios.numel(), device=ratios.device),
+        # not ratios[counted_mask], whose size the host would have to ask the device for
+        ratio_min=torch.cat([ratios.masked_fill(~counted_mask, torch.inf).flatten(), infinity]).min(),
+        ratio_max=torch.cat([ratios.masked_fill(~counted_mask, -torch.inf).flatten(), -infinity]).max(),
+        ratio_sum=masked_sum(ratios, counted_mask),
+        ratio_count=counted_mask.sum(),
         difference_max=torch.cat([differences.flatten(), differences.new_zeros(1)]).max(),
         difference_sum=masked_sum(differences, known_mask),
         difference_count=known_mask.sum(),

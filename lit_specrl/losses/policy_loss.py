@@ -239,7 +239,7 @@ class PolicyLoss(TokenLoss):
             bound_sum=self._count(bounded & (advantages < 0), loss_mask),
             count=loss_mask.sum()
             if self.importance_sampling_level == "token"
-            else loss_mask.new_tensor(len(loss_mask), dtype=torch.long),
+            else torch.full((), len(loss_mask), dtype=torch.long, device=loss_mask.device),
         )
 
     def _count(self, clipped: Tensor, loss_mask: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lit_specrl.experience import Experience, TokenBatch
+from lit_specrl.experience import Experience, Layout, TokenBatch
 from lit_specrl.losses import value_loss
 from lit_specrl.metrics import CriticStatistics
+from lit_specrl.models import compiled_layers
 from lit_specrl.models.hidden_states import forward_hidden_states, keeps_cache_by_row
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.policy import Policy, TokenStatistics, shard_by_layer
@@ -207,7 +208,7 @@ class SeparateCritic(Critic):
             check_model_exists(self.model)
             check_weights(self.model)
 
-    def build(self, policy: Policy, model: str, **options: Any) -> None:
+    def build(self, policy: Policy, model: str, compile_layers: bool = False, **options: Any) -> None:
         if self.backbone is not None:
             return
         name = self.model or model
@@ -219,6 +220,8 @@ class SeparateCritic(Critic):
             )
         disable_dropout(self.backbone)
         self.keeps_cache_by_row = keeps_cache_by_row(self.backbone)
+        if compile_layers:
+            compiled_layers.compile_layers(self.backbone)
         self.head = ValueHead(self.backbone.config.get_text_config().hidden_size)
 
     def trained_parameters(self, policy: Policy) -> Iterator[nn.Parameter]:
@@ -235,10 +238,12 @@ class SeparateCritic(Critic):
         response_ids: Tensor,
         response_mask: Tensor,
         share_prompts: bool = False,
+        layout: Layout | None = None,
     ) -> Tensor:
         """Values before each response token, [N, R]; arguments as those of `Policy`."""
         batch = TokenBatch(prompt_ids, prompt_mask, prompt_index, response_ids, response_mask)
-        states = forward_hidden_states(self.backbone, batch, share_prompts and self.keeps_cache_by_row)
+        share_prompts = share_prompts and self.keeps_cache_by_row
+        states = forward_hidden_states(self.backbone, batch, share_prompts, layout=layout)
         return self.head(states.last, response_mask)
 
     def values(self, statistics: TokenStatistics | None, scorer: Scorer, experience: Experience) -> Tensor:

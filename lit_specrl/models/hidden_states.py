@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_specrl.experience import TokenBatch
+from lit_specrl.experience import Layout, TokenBatch
 from lit_specrl.masking import pad_left, pad_right
+from lit_specrl.models.attention_masks import known_padding
 
 
 class HiddenStates(NamedTuple):
@@ -30,6 +31,7 @@ def forward_hidden_states(
     batch: TokenBatch,
     share_prompts: bool = False,
     layers: Sequence[int] = (),
+    layout: Layout | None = None,
 ) -> HiddenStates:
     """Run the backbone over prompts and responses.
 
@@ -39,9 +41,10 @@ def forward_hidden_states(
         share_prompts: compute each prompt once, keep its keys and values in the graph and let its responses attend to
             them, instead of once per response. Values and gradients are those of the plain pass.
         layers: decoder layers whose inputs are returned, too.
+        layout: of the batch; `None` reads it from the tensors, for which the host waits.
     """
     states = _shared_states if share_prompts else _plain_states
-    return states(backbone, batch, layers)
+    return states(backbone, batch, layers, layout or Layout.of(batch))
 
 
 @torch.no_grad()
@@ -74,17 +77,19 @@ def _plain_states(
     backbone: PreTrainedModel,
     batch: TokenBatch,
     layers: Sequence[int],
+    layout: Layout,
 ) -> HiddenStates:
     prompt_ids, prompt_mask, prompt_index, response_ids, response_mask = batch
     ids = torch.cat([prompt_ids[prompt_index], response_ids], dim=1)  # [N, P + R]
     mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)
-    output = backbone(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1].long(),
-        position_ids=_positions(mask)[:, :-1],
-        use_cache=False,
-        output_hidden_states=bool(layers),
-    )
+    with known_padding(_has_padded_prompts(batch, layout) or _has_padded_inputs(batch, layout)):
+        output = backbone(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1].long(),
+            position_ids=_positions(mask)[:, :-1],
+            use_cache=False,
+            output_hidden_states=bool(layers),
+        )
     num_columns = prompt_ids.shape[1]
     last = output.last_hidden_state[:, num_columns - 1 :]
     if not layers:
@@ -97,15 +102,17 @@ def _shared_states(
     backbone: PreTrainedModel,
     batch: TokenBatch,
     layers: Sequence[int],
+    layout: Layout,
 ) -> HiddenStates:
     prompt_ids, prompt_mask, prompt_index, response_ids, response_mask = batch
-    prompt_pass = backbone(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask.long(),
-        position_ids=_positions(prompt_mask),
-        use_cache=True,
-        output_hidden_states=bool(layers),
-    )
+    with known_padding(_has_padded_prompts(batch, layout)):
+        prompt_pass = backbone(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask.long(),
+            position_ids=_positions(prompt_mask),
+            use_cache=True,
+            output_hidden_states=bool(layers),
+        )
     prompt_features = _features(prompt_pass, layers) if layers else None
     first = prompt_pass.last_hidden_state[prompt_index, -1:]  # [N, 1, H]
     if response_ids.shape[1] == 1:
@@ -116,14 +123,15 @@ def _shared_states(
     cache = prompt_pass.past_key_values
     cache.batch_select_indices(prompt_index)
     mask = torch.cat([prompt_mask[prompt_index], response_mask], dim=1)[:, :-1]  # [N, P + R - 1]
-    rest = backbone(
-        input_ids=response_ids[:, :-1],
-        attention_mask=mask.long(),
-        position_ids=_positions(mask)[:, prompt_ids.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-        output_hidden_states=bool(layers),
-    )
+    with known_padding(_has_padded_prompts(batch, layout) or _has_padded_inputs(batch, layout)):
+        rest = backbone(
+            input_ids=response_ids[:, :-1],
+            attention_mask=mask.long(),
+            position_ids=_positions(mask)[:, prompt_ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=bool(layers),
+        )
     last = torch.cat([first, rest.last_hidden_state], dim=1)
     response_features = _features(rest, layers) if layers else None
     return HiddenStates(last, prompt_features, response_features, shares_prompts=True)
@@ -131,6 +139,15 @@ def _shared_states(
 
 def _features(output: Any, layers: Sequence[int]) -> Tensor:
     return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1).detach()
+
+
+def _has_padded_prompts(batch: TokenBatch, layout: Layout) -> bool:
+    return min(layout.prompt_lengths) < batch.prompt_ids.shape[1]
+
+
+def _has_padded_inputs(batch: TokenBatch, layout: Layout) -> bool:
+    """Whether there is padding among the response tokens that are read: nobody reads the last column."""
+    return min(layout.response_lengths) < batch.response_ids.shape[1] - 1
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -20,6 +20,11 @@ def token_logprobs(
     backward pass. Memory beyond inputs and gradients is one chunk, whatever the number of tokens. Under autocast the
     matrix products run in the autocast dtype.
 
+    No library function stands behind it: `torch.nn.functional.linear_cross_entropy` (2.13) knows neither temperature
+    nor entropies, and cuts into chunks in the same way. liger-kernel 0.8.5 gives both
+    (`fused_linear_scaled_cross_entropy`), but from a kernel for bf16 on compute capability 9.0 alone, where the host
+    waits for a check of the targets, and elsewhere from such a loop.
+
     Args:
         hidden: [T, H] last hidden states, after the final norm.
         weight: [V, H] rows of the output head.

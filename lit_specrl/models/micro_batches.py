@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _SHARING_GAIN = 0.9  # sharing prompts takes two passes; it must save a tenth of the tokens to be worth it
 
@@ -60,47 +60,67 @@ def _cost(plan: list[MicroBatch]) -> int:
 
 
 def _pack_rows(prompt_lengths: Sequence[int], response_lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
-    def tokens(rows: list[int]) -> int:
-        return len(rows) * (max(prompt_lengths[r] for r in rows) + max(response_lengths[r] for r in rows))
-
     longest_first = sorted(range(len(prompt_lengths)), key=lambda row: -(prompt_lengths[row] + response_lengths[row]))
-    batches: list[list[int]] = []
+    batches: list[_Rows] = []
     for row in longest_first:
-        if batches and tokens([*batches[-1], row]) <= max_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    real_tokens = [sum(prompt_lengths[row] + response_lengths[row] for row in rows) for rows in batches]
-    return [MicroBatch(rows, False, tokens(rows), real) for rows, real in zip(batches, real_tokens, strict=True)]
+        size = 1, prompt_lengths[row], response_lengths[row]
+        if not batches or batches[-1].num_tokens_with(1, *size) > max_tokens:
+            batches.append(_Rows())
+        batches[-1].add([row], *size)
+    real_tokens = [sum(prompt_lengths[row] + response_lengths[row] for row in batch.rows) for batch in batches]
+    return [
+        MicroBatch(batch.rows, False, batch.num_tokens, real) for batch, real in zip(batches, real_tokens, strict=True)
+    ]
 
 
 def _pack_groups(
     prompt_index: Sequence[int], prompt_lengths: Sequence[int], response_lengths: Sequence[int], max_tokens: int
 ) -> list[MicroBatch]:
-    def tokens(rows: list[int]) -> int:
-        prompts = {prompt_index[row] for row in rows}
-        longest_prompt = max(prompt_lengths[row] for row in rows)
-        return len(prompts) * longest_prompt + len(rows) * max(response_lengths[row] for row in rows)
-
-    def real_tokens(rows: list[int], prompts: dict[int, int]) -> int:
-        return sum(prompts.values()) + sum(response_lengths[row] for row in rows)
-
     groups: dict[int, list[int]] = defaultdict(list)
     for row, prompt in enumerate(prompt_index):
         groups[prompt].append(row)
     for rows in groups.values():
         rows.sort(key=lambda row: -response_lengths[row])
-    batches: list[list[int]] = []
+    batches: list[_Rows] = []
     for rows in sorted(groups.values(), key=lambda rows: -response_lengths[rows[0]]):
-        if batches and tokens([*batches[-1], *rows]) <= max_tokens:
-            batches[-1].extend(rows)
+        prompt_length, longest = prompt_lengths[rows[0]], response_lengths[rows[0]]
+        if batches and batches[-1].num_tokens_with(len(rows), 1, prompt_length, longest) <= max_tokens:
+            batches[-1].add(rows, 1, prompt_length, longest)
             continue
-        batches.append([])
+        batches.append(_Rows())
         for row in rows:  # a group beyond the budget is cut
-            if batches[-1] and tokens([*batches[-1], row]) > max_tokens:
-                batches.append([])
-            batches[-1].append(row)
-    owned = [(rows, {prompt_index[row]: prompt_lengths[row] for row in rows}) for rows in batches]
-    return [
-        MicroBatch(rows, len(prompts) < len(rows), tokens(rows), real_tokens(rows, prompts)) for rows, prompts in owned
-    ]
+            if batches[-1].rows and batches[-1].num_tokens_with(1, 0, 0, response_lengths[row]) > max_tokens:
+                batches.append(_Rows())
+            is_first = not batches[-1].rows
+            batches[-1].add([row], int(is_first), prompt_length, response_lengths[row])
+    plan = []
+    for batch in batches:
+        prompts = {prompt_index[row]: prompt_lengths[row] for row in batch.rows}
+        real_tokens = sum(prompts.values()) + sum(response_lengths[row] for row in batch.rows)
+        plan.append(MicroBatch(batch.rows, len(prompts) < len(batch.rows), batch.num_tokens, real_tokens))
+    return plan
+
+
+@dataclass
+class _Rows:
+    """A micro-batch that grows; it knows its longest prompt and response, so that a row more is counted at once."""
+
+    rows: list[int] = field(default_factory=list)
+    num_prompts: int = 0
+    longest_prompt: int = 0
+    longest_response: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_tokens_with(0, 0, 0, 0)
+
+    def num_tokens_with(self, num_rows: int, num_prompts: int, prompt_length: int, response_length: int) -> int:
+        """Tokens that it would compute with further rows, whose longest prompt and response are given."""
+        prompts = (self.num_prompts + num_prompts) * max(self.longest_prompt, prompt_length)
+        return prompts + (len(self.rows) + num_rows) * max(self.longest_response, response_length)
+
+    def add(self, rows: Sequence[int], num_prompts: int, prompt_length: int, response_length: int) -> None:
+        self.rows.extend(rows)
+        self.num_prompts += num_prompts
+        self.longest_prompt = max(self.longest_prompt, prompt_length)
+        self.longest_response = max(self.longest_response, response_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_specrl.distributed.collectives import compute_device, whole_tensor
-from lit_specrl.experience import TokenBatch
+from lit_specrl.experience import Layout, TokenBatch
+from lit_specrl.models import compiled_layers
 from lit_specrl.models.hidden_states import HiddenStates, forward_hidden_states, keeps_cache_by_row
 from lit_specrl.models.logprobs import token_logprobs
 from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config, merged_weight
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         self.model = model
         self.value_head: nn.Module | None = None
         """Set where a critic shares the trunk of the policy."""
+        self.is_compiled = False
         disable_dropout(model)
         check_logprobs(model, self)
         self.keeps_cache_by_row = keeps_cache_by_row(cast(PreTrainedModel, model.base_model))
@@ -69,6 +71,7 @@ class Policy(nn.Module):
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         lora: dict[str, Any] | None = None,
+        compile_layers: bool = False,
     ) -> Policy:
         """Load a policy from the hub or a local folder.
 
@@ -78,6 +81,7 @@ class Policy(nn.Module):
             gradient_checkpointing: recompute activations in the backward pass.
             attn_implementation: as in transformers ("sdpa", "flash_attention_2", "eager").
             lora: freeze the model and train adapters; arguments of `lora_config`.
+            compile_layers: compile the decoder layers.
 
         Raises:
             ValueError: the model can neither be found locally nor fetched, or `lora` asks for what cannot be had.
@@ -86,7 +90,11 @@ class Policy(nn.Module):
         model = load_pretrained(AutoModelForCausalLM, name_or_path, dtype, gradient_checkpointing, attn_implementation)
         if adapters is not None:
             add_adapters(model, adapters)
-        return cls(model)
+        policy = cls(model)
+        if compile_layers:
+            compiled_layers.compile_layers(model.base_model)
+            policy.is_compiled = True
+        return policy
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +111,7 @@ class Policy(nn.Module):
     @property
     def can_share_prompts(self) -> bool:
         """False where the prompt's keys and values cannot be kept for the responses."""
-        return self.keeps_cache_by_row and not self.model.is_gradient_checkpointing
+        return self.keeps_cache_by_row and not self.model.is_gradient_checkpointing and not self.is_compiled
 
     def forward(
         self,
@@ -116,6 +124,7 @@ class Policy(nn.Module):
         share_prompts: bool = False,
         observe: ObserveStates | None = None,
         observed_layers: Sequence[int] = (),
+        layout: Layout | None = None,
     ) -> TokenStatistics:
         """Log-probs and entropies of responses, and values where there is a value head.
 
@@ -130,21 +139,27 @@ class Policy(nn.Module):
                 once per response. Values and gradients are those of the plain pass.
             observe: is given the hidden states.
             observed_layers: decoder layers whose inputs it is given, too.
+            layout: of the rows, with which the host never waits for the device; `None` reads it from the tensors.
         """
         batch = TokenBatch(prompt_ids, prompt_mask, prompt_index, response_ids, response_mask)
+        layout = layout or Layout.of(batch)
         backbone = cast(PreTrainedModel, self.model.base_model)
-        states = forward_hidden_states(backbone, batch, share_prompts, observed_layers)
+        is_plain = not self.is_compiled or not (share_prompts or observed_layers)
+        with nullcontext() if is_plain else compiled_layers.uncompiled():
+            states = forward_hidden_states(backbone, batch, share_prompts, observed_layers, layout)
         hidden = states.last  # [N, R, H]
         head = self.model.get_output_embeddings().weight
         if observe is not None:
             observe(states, head)
+        # [T] places of the response tokens among all N * R; their number is known, so that nobody has to ask for it
+        places = response_mask.flatten().nonzero_static(size=layout.num_tokens).squeeze(-1)
         flat_logprobs, flat_entropy = token_logprobs(
-            hidden[response_mask], head, response_ids[response_mask], temperature
+            hidden.flatten(0, 1).index_select(0, places), head, response_ids.flatten()[places], temperature
         )
-        empty = torch.zeros(response_ids.shape, dtype=torch.float32, device=response_ids.device)
+        empty = torch.zeros(response_ids.numel(), dtype=torch.float32, device=response_ids.device)
         return TokenStatistics(
-            logprobs=empty.masked_scatter(response_mask, flat_logprobs),
-            entropy=empty.masked_scatter(response_mask, flat_entropy),
+            logprobs=empty.index_copy(0, places, flat_logprobs).view(response_ids.shape),
+            entropy=empty.index_copy(0, places, flat_entropy).view(response_ids.shape),
             values=None if self.value_head is None else self.value_head(hidden, response_mask),
         )
 
@@ -160,11 +175,12 @@ class Policy(nn.Module):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Inside, keys and values can be kept: gradient checkpointing, where it is on, would switch the cache off in
-        training mode."""
+        training mode, and compiled layers would compile for each length of it."""
         was_training = self.training
         self.eval()
         try:
-            yield
+            with compiled_layers.uncompiled() if self.is_compiled else nullcontext():
+                yield
         finally:
             self.train(was_training)
 

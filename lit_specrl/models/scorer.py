@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -74,10 +74,9 @@ class Scorer:
         """
         policy = policy or self.policy
         logprobs, entropy, values = (torch.zeros_like(experience.sampling_logprobs) for _ in range(3))
-        for micro_batch in self.plan(experience, rows):
-            part = experience.select(micro_batch.rows)
+        for micro_batch, row_numbers, part in self.micro_batches(experience, rows):
             statistics = self._forward(policy, part, micro_batch)
-            cut = micro_batch.rows, slice(part.response_ids.shape[1])
+            cut = row_numbers, slice(part.response_ids.shape[1])
             logprobs[cut], entropy[cut] = statistics.logprobs, statistics.entropy
             if statistics.values is not None:
                 values[cut] = statistics.values
@@ -117,10 +116,9 @@ class Scorer:
     def token_values(self, critic: nn.Module, experience: Experience) -> Tensor:
         """Values of all response tokens, [N, R], by a critic with passes of its own."""
         result = torch.zeros_like(experience.sampling_logprobs)
-        for micro_batch in self.plan(experience):
-            part = experience.select(micro_batch.rows)
-            values = critic(*part.inputs, share_prompts=micro_batch.share_prompts)
-            result[micro_batch.rows, : values.shape[1]] = values
+        for micro_batch, rows, part in self.micro_batches(experience):
+            values = critic(*part.inputs, share_prompts=micro_batch.share_prompts, layout=part.layout)
+            result[rows, : values.shape[1]] = values
         release(critic)
         return result
 
@@ -160,27 +158,38 @@ class Scorer:
 
     def _logprobs_in_blocks(self, experience: Experience, keep_scoring: KeepScoring, block_length: int) -> Tensor:
         result = torch.zeros_like(experience.sampling_logprobs)
-        for micro_batch in self.plan(experience):
-            part = experience.select(micro_batch.rows)
-            rows = torch.tensor(micro_batch.rows, device=self.policy.device)
+        for _, rows, part in self.micro_batches(experience):
 
             def keep_scoring_part(local: Tensor, start: int, block: Tensor, rows: Tensor = rows) -> Tensor:
                 return keep_scoring(rows[local], start, block)
 
             logprobs = block_logprobs(self.policy, part.inputs, keep_scoring_part, block_length, self.temperature)
-            result[micro_batch.rows, : logprobs.shape[1]] = logprobs
+            result[rows, : logprobs.shape[1]] = logprobs
         return result
 
     @torch.no_grad()
     def show(self, observer: ForwardObserver, experience: Experience) -> None:
         """Let an observer see the policy reading the given responses."""
-        for micro_batch in self.plan(experience):
-            self._forward(self.policy, experience.select(micro_batch.rows), micro_batch, observer)
+        for micro_batch, _, part in self.micro_batches(experience):
+            self._forward(self.policy, part, micro_batch, observer)
         release(self.policy)
 
-    def training_forward(self, part: Experience, micro_batch: MicroBatch) -> TokenStatistics:
+    def training_forward(self, part: Experience, micro_batch: MicroBatch, is_observed: bool = True) -> TokenStatistics:
         """The forward pass of an update, with gradient; the observer sees it."""
-        return self._forward(self.policy, part, micro_batch, self.observer)
+        return self._forward(self.policy, part, micro_batch, self.observer if is_observed else None)
+
+    def micro_batches(
+        self, experience: Experience, rows: list[int] | None = None
+    ) -> Iterator[tuple[MicroBatch, Tensor, Experience]]:
+        """Micro-batches of the given rows, or of all, with the numbers of their rows, [n] long, and the rows.
+
+        The numbers reach the device in one copy, before the first pass.
+        """
+        plan = self.plan(experience, rows)
+        for micro_batch, (row_numbers, part) in zip(
+            plan, experience.split([micro_batch.rows for micro_batch in plan]), strict=True
+        ):
+            yield micro_batch, row_numbers, part
 
     def plan(self, experience: Experience, rows: list[int] | None = None) -> list[MicroBatch]:
         """Micro-batches of the given rows, or of all.
@@ -195,10 +204,12 @@ class Scorer:
         return plan
 
     def _plan_rows(self, experience: Experience, rows: list[int]) -> list[MicroBatch]:
+        layout = experience.layout
+        owners = [layout.prompt_index[row] for row in rows]
         plan = plan_micro_batches(
-            experience.prompt_index[rows].tolist(),
-            experience.prompt_lengths[rows].tolist(),
-            experience.response_lengths[rows].tolist(),
+            owners,
+            [layout.prompt_lengths[owner] for owner in owners],
+            [layout.response_lengths[row] for row in rows],
             self.micro_batch_tokens,
             self.policy.can_share_prompts and not self.is_sharded,  # a shared prompt takes a pass of its own
         )
@@ -208,10 +219,10 @@ class Scorer:
         self, policy: Policy, part: Experience, micro_batch: MicroBatch, observer: ForwardObserver | None = None
     ) -> TokenStatistics:
         layers = None if observer is None or micro_batch.is_dummy else observer.layers(part)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"layout": part.layout}
         if observer is not None and layers is not None:
             look = partial(_look, observer, part, self.temperature)
-            options = {"observe": look, "observed_layers": layers}
+            options |= {"observe": look, "observed_layers": layers}
         return policy(*part.inputs, temperature=self.temperature, share_prompts=micro_batch.share_prompts, **options)
 
 
@@ -221,4 +232,4 @@ def _look(observer: ForwardObserver, part: Experience, temperature: float, state
 
 def _unknown_rows(logprobs: Tensor) -> list[int]:
     """Rows with NaN, which stands for log-probs that are not known; logprobs [N, R]."""
-    return logprobs.isnan().any(-1).nonzero().squeeze(-1).tolist()
+    return [row for row, is_unknown in enumerate(logprobs.isnan().any(-1).tolist()) if is_unknown]

@@ -47,7 +47,7 @@ def test_the_table_holds_accuracy_before_and_after_and_rewards_of_first_and_last
 def test_seconds_by_stage_add_up_to_the_time_of_the_steps(module, data, make_trainer, capsys):
     steps, summary = Steps(), RunSummary()
     make_trainer(summary, steps).fit(module, datamodule=data)
-    stages = {"gen", "reward", "update_actor", "start_engine", "update_weights", "other"}
+    stages = {"gen", "reward", "experience", "update_actor", "start_engine", "update_weights", "other"}
     assert set(summary.seconds) == stages
     for stage in stages - {"other"}:
         assert summary.seconds[stage] == pytest.approx(sum(step.get(f"timing_s/{stage}", 0) for step in steps.metrics))

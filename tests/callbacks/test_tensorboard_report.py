@@ -81,6 +81,7 @@ def test_curves_have_the_names_of_trl_and_verl(report):
         "sampling/importance_sampling_ratio/min",
         "sampling/sampling_logp_difference/max",
         "sampling/sampling_logp_difference/mean",
+        "timing_s/experience",
         "timing_s/gen",
         "timing_s/other",
         "timing_s/ref",

@@ -36,6 +36,28 @@ def test_values_and_gradients_are_those_of_log_softmax(chunk_tokens, temperature
     torch.testing.assert_close(gradients, expected_gradients)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_they_are_the_same_and_the_host_does_not_wait(dtype):
+    inputs = random_inputs(dtype)
+    expected_logprobs, expected_entropy = plain_logprobs(*inputs[:3], 0.7)
+    expected_gradients = torch.autograd.grad(expected_logprobs, inputs[:2], inputs[3].double())
+
+    hidden, weight, targets, upstream = (tensor.detach().cuda() for tensor in inputs)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logprobs, entropy = token_logprobs(hidden, weight, targets, 0.7, 3)
+        gradients = torch.autograd.grad(logprobs, (hidden, weight), upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    found = [tensor.double().cpu() for tensor in (logprobs, entropy, *gradients)]
+    expected = [tensor.double() for tensor in (expected_logprobs, expected_entropy, *expected_gradients)]
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
 def test_default_chunks_hold_128_megabytes_of_logits(monkeypatch):
     """With 33 words and 100 logits at once, three tokens make a chunk: the same numbers as in one piece."""
     hidden, weight, targets, _ = random_inputs()
