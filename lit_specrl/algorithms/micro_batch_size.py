@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_specrl.distributed.collectives import max_over_ranks
-from lit_specrl.engines.base import RolloutEngine
 from lit_specrl.experience import padded_rows
 from lit_specrl.models.memory import moments
 from lit_specrl.models.micro_batches import MicroBatch
@@ -65,21 +64,20 @@ def choose_micro_batch_tokens(
     scorer: Scorer,
     backward: Callable[[Tensor], None],
     optimizers: Sequence[Any],
-    engine: RolloutEngine | None,
     max_length: int | None,
     meter: MemoryMeter | None = None,
 ) -> int:
     """Tokens of a micro-batch, the same on all ranks.
 
-    On a GPU three short passes are run and their peaks of memory compared. 70 % of what is free while the engine is
-    awake, less what optimizers and reference have not taken yet, is divided by what a token takes. The result is a
-    multiple of 1024, at most 65,536: beyond that, larger passes are no faster. On a CPU it is 8192.
+    On a GPU three short passes are run and their peaks of memory compared. 70 % of what is free behind the first
+    rollout, while the engine is as it is in training, less what optimizers and reference have not taken yet, is divided
+    by what a token takes. The result is a multiple of 1024, at most 65,536: beyond that, larger passes are no faster.
+    On a CPU it is 8192.
 
     Args:
         scorer: runs the passes.
         backward: of the updates.
         optimizers: of policy and critic; `None` where there is none.
-        engine: has started; it is awake while memory is measured, and asleep afterwards.
         max_length: longest prompt plus response of the run, in tokens, if there is one; rows of up to 2048 are tried.
         meter: of the device; `None` takes torch's where that is a GPU.
     """
@@ -87,8 +85,6 @@ def choose_micro_batch_tokens(
     if meter is None and device.type != "cuda":
         return DEFAULT_MICRO_BATCH_TOKENS
     meter = meter or GPUMemory(device)
-    if engine is not None:
-        engine.wake_up()
     try:
         length = min(max_length or _PROBE_TOKENS, _PROBE_TOKENS)
         memory = measured_pass(lambda num_rows: _probe(scorer, backward, num_rows, length), meter, length)
@@ -96,8 +92,6 @@ def choose_micro_batch_tokens(
     finally:
         for parameter in scorer.policy.parameters():
             parameter.grad = None
-        if engine is not None:
-            engine.sleep()
     return -max_over_ranks(-affordable_tokens(free, memory), device)
 
 

@@ -263,8 +263,7 @@ class RLVRModule(L.LightningModule):
     def size_micro_batches(self) -> None:
         """Choose `micro_batch_tokens` where it was left out, once."""
         if self.micro_batch_tokens is None:
-            optimizers = optimizers_of(self)
-            self.micro_batch_tokens = self.updater.size_micro_batches(self.engine, optimizers, self.max_length)
+            self.micro_batch_tokens = self.updater.size_micro_batches(optimizers_of(self), self.max_length)
 
     def add_old_logprobs(self, experience: Experience) -> None:
         """Log-probs under the policy that the step begins with, and the critic's values, where the updates need them.

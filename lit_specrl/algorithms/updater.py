@@ -16,7 +16,6 @@ from lit_specrl.algorithms.micro_batch_size import choose_micro_batch_tokens
 from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.step_report import StepReport
 from lit_specrl.distributed.collectives import average_gradients, num_ranks, sum_over_ranks
-from lit_specrl.engines.base import RolloutEngine
 from lit_specrl.experience import Experience, rows_with_gradient
 from lit_specrl.losses import Aggregation, token_weights
 from lit_specrl.metrics import UpdateStatistics
@@ -147,13 +146,11 @@ class Updater:
                     self.report.critic_updates.append(found)
             self._apply_gradient(self.critic_step, optimizer, step)
 
-    def size_micro_batches(
-        self, engine: RolloutEngine | None, optimizers: Sequence[Any], max_length: int | None
-    ) -> int:
+    def size_micro_batches(self, optimizers: Sequence[Any], max_length: int | None) -> int:
         """Choose the size of micro-batches; arguments as those of `choose_micro_batch_tokens`."""
         on_gpu = self.scorer.policy.device.type == "cuda"
         with self.report.timer("measure_memory") if on_gpu else nullcontext():
-            found = choose_micro_batch_tokens(self.scorer, self.backward, optimizers, engine, max_length)
+            found = choose_micro_batch_tokens(self.scorer, self.backward, optimizers, max_length)
         self.scorer.micro_batch_tokens = found
         return found
 

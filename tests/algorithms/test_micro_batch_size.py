@@ -7,7 +7,6 @@ from lit_specrl.algorithms import micro_batch_size
 from lit_specrl.algorithms.micro_batch_size import PassMemory, affordable_tokens, choose_micro_batch_tokens
 from lit_specrl.algorithms.optimizers import optimizers_of
 from lit_specrl.callbacks import RolloutCallback
-from lit_specrl.engines import TransformersEngine
 from lit_specrl.models.policy import Policy
 
 GIB = 2**30
@@ -28,25 +27,11 @@ class Meter:
         return self.free_bytes
 
 
-class Dozing(TransformersEngine):
-    """Notes when it is woken and when it may sleep."""
-
-    def __init__(self):
-        super().__init__()
-        self.moments = []
-
-    def sleep(self):
-        self.moments.append("sleep")
-
-    def wake_up(self):
-        self.moments.append("wake_up")
-
-
 class Choose(RolloutCallback):
     """Chooses as on a GPU, before the first update."""
 
-    def __init__(self, meter, engine=None):
-        self.meter, self.engine, self.chosen = meter, engine, None
+    def __init__(self, meter):
+        self.meter, self.chosen = meter, None
 
     def on_experience_end(self, trainer, pl_module, rollouts, experience):
         if self.chosen is None:
@@ -55,7 +40,6 @@ class Choose(RolloutCallback):
                 pl_module.scorer,
                 pl_module._backward,
                 optimizers_of(pl_module),
-                self.engine,
                 pl_module.max_length,
                 self.meter,
             )
@@ -64,7 +48,7 @@ class Choose(RolloutCallback):
 
 @pytest.fixture
 def choose(tiny_model, monkeypatch):
-    def choose(meter, engine=None, make=grpo, **options):
+    def choose(meter, make=grpo, **options):
         forward = Policy.forward
 
         def counted(self, prompt_ids, prompt_mask, prompt_index, response_ids, *others, **named):
@@ -72,7 +56,7 @@ def choose(tiny_model, monkeypatch):
             return forward(self, prompt_ids, prompt_mask, prompt_index, response_ids, *others, **named)
 
         monkeypatch.setattr(Policy, "forward", counted)
-        callback, module = Choose(meter, engine), make(tiny_model, **options)
+        callback, module = Choose(meter), make(tiny_model, **options)
         make_trainer(callback, limit_train_batches=1).fit(module, datamodule=arithmetic())
         return callback.chosen, module
 
@@ -119,12 +103,6 @@ def test_a_critic_that_is_still_to_come_is_left_room(choose):
 
 def ones(completions, **columns):
     return [1.0] * len(completions)
-
-
-def test_memory_is_measured_while_the_engine_is_awake(choose):
-    engine = Dozing()
-    choose(Meter(GIB, 2**20, 20 * GIB), engine)
-    assert engine.moments == ["wake_up", "sleep"]
 
 
 def test_measuring_changes_nothing_that_is_learned(tiny_model, choose):

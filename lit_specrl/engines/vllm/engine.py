@@ -341,6 +341,7 @@ class VLLMEngine(RolloutEngine):
 
     def wake_up(self) -> None:
         if self._asleep:
+            torch.cuda.empty_cache()  # what training used lies in torch's reserve, which vLLM cannot use
             self.llm.wake_up()
             self._asleep = False
 
