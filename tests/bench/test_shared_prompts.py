@@ -53,8 +53,8 @@ def test_sharing_that_changes_logprobs_is_seen(tiny_model, monkeypatch):
     """Every log-prob of a pass with shared prompts is 10 % too low."""
     plain_forward = Policy.forward
 
-    def forward(self, *arguments, share_prompts=False):
-        out = plain_forward(self, *arguments, share_prompts=share_prompts)
+    def forward(self, *arguments, share_prompts=False, **options):
+        out = plain_forward(self, *arguments, share_prompts=share_prompts, **options)
         return out._replace(logprobs=out.logprobs * 1.1) if share_prompts else out
 
     monkeypatch.setattr(Policy, "forward", forward)
