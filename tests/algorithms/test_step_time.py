@@ -1,7 +1,6 @@
-"""What a step costs beside generating, rewarding and computing."""
+"""Where the time of a step goes."""
 
 import random
-from statistics import median
 
 import lightning as L
 import pytest
@@ -59,12 +58,6 @@ def seconds(make_llama):
     make_trainer(UseIt(), watch).fit(module, datamodule=data)
     assert len(watch.steps) == NUM_STEPS
     return watch.steps
-
-
-def test_outside_its_stages_a_step_of_256_rows_takes_at_most_20_ms(seconds):
-    """Padding the rollouts once took 30 ms by itself."""
-    assert median(step["timing_s/other"] for step in seconds) <= 0.02
-    assert median(step["timing_s/experience"] for step in seconds) <= 0.1
 
 
 def test_the_stages_add_up_to_the_step(seconds):
