@@ -83,3 +83,5 @@ trainer:
     assert ended.returncode == 0, ended.stderr
     assert "1 steps" in ended.stdout
     assert "the work is done" not in ended.stderr
+    assert "the engine has started in" in ended.stderr
+    assert ("vLLM loads the model" in ended.stderr) == (engine == "VLLMEngine")

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_specrl.drafting.history import RowHistory, TextHistory
@@ -19,7 +18,6 @@ from lit_specrl.engines.vllm.plan import rows_at_once, sleep_level
 from lit_specrl.engines.vllm.speculation import Speculation
 from lit_specrl.engines.vllm.startup import build_llm, take_over_sampling
 from lit_specrl.engines.vllm.startup import shutdown as shutdown_llm
-from lit_specrl.engines.vllm.startup_log import told_by_vllm
 from lit_specrl.engines.vllm.version import check_options, check_version
 from lit_specrl.engines.vllm.weights import adapter_options, load_adapters
 from lit_specrl.engines.vllm.weights import load_weights as load_llm_weights
@@ -191,7 +189,7 @@ class VLLMEngine(RolloutEngine):
         self._max_model_len: int = options["max_model_len"]
         if self.drafter is not None:
             self.drafter.prepare(model)
-        with torch.autocast(policy.device.type, enabled=False), told_by_vllm(rank_zero_info):
+        with torch.autocast(policy.device.type, enabled=False):
             try:
                 self.llm = build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
             except (RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError) as error:

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_specrl.checkpoints.locks import ProcessFolder
 from lit_specrl.drafting.drafters import Drafter, DraftModel
 from lit_specrl.engines.vllm.sampler import CPUSampler, RejectionCounter, score_tokens
 from lit_specrl.engines.vllm.speculation import Speculation
+from lit_specrl.engines.vllm.startup_log import told_by_vllm
 from lit_specrl.engines.vllm.version import check_version
 
 # Read by vLLM when it is imported or started. In one process, weights are handed over by reference.
@@ -43,6 +45,8 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(int(cpu_kv_cache_gib))
     from vllm import LLM
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
 
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         # one engine per rank, in the ranks' process group; vLLM reads what torchrun would have set
@@ -59,7 +63,9 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
         "enable_prefix_caching": True,
     }
     folder = _meeting_folder()
-    llm: Any = LLM(model=model, **(own_options | options | _speculative_options(drafter, options)))
+    configure_logging_if_needed(LoggingConfig())  # otherwise the first engine does, and takes our listener away
+    with told_by_vllm(rank_zero_info):
+        llm: Any = LLM(model=model, **(own_options | options | _speculative_options(drafter, options)))
     llm.meeting_folder = folder
     return llm
 

@@ -39,6 +39,8 @@ class _Stages(logging.Handler):
 def told_by_vllm(say: Callable[[str], None]) -> Iterator[None]:
     """Say each stage of a start as it begins; vLLM's own log stays at its level.
 
+    vLLM must have been imported: that sets its log up anew.
+
     Args:
         say: takes a line.
     """
