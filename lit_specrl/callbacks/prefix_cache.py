@@ -28,7 +28,7 @@ from lit_specrl.prefix_cache.reuse import ReuseRound
 from lit_specrl.prefix_cache.reuse_policy import NO_RESPONSE, ReusePolicy
 from lit_specrl.prefix_cache.selection import OfferCounts, Selection, Selector
 from lit_specrl.prefix_cache.statistics import ReuseStatistics, reward_outruns_accuracy
-from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
+from lit_specrl.prefix_cache.store import RolloutStore
 from lit_specrl.types import RolloutRequest, Rollouts
 
 _NOT_OF_THE_ARCHITECTURE = {

@@ -72,8 +72,8 @@ class BoundedShare(ReusePolicy):
     """Offer the beginning of every response, so that each row says its rest, and earns its reward, afresh.
 
     All rows get shorter by the same share, and so does the longest one, which decides how long a step takes. With a
-    fixed share the first tokens would stay for ever; a drawn one renews them now and then, and `PrefixCache(max_reuses)`
-    renews them all.
+    fixed share the first tokens stay for ever, until `PrefixCache(max_reuses)` renews them: set both. A drawn share
+    renews them now and then, but no longer shortens the longest row.
 
     Ours.
 
@@ -190,7 +190,9 @@ class KeepSuccesses(ReusePolicy):
         mean = sum(rewards) / len(rewards) if rewards else 0.0
         offers = self.successes(last, seeds)
         return [
-            _failure(row) if row is None or row.reward is None or row.reward <= mean else Offer(offer.num_tokens, "success")
+            _failure(row)
+            if row is None or row.reward is None or row.reward <= mean
+            else Offer(offer.num_tokens, "success")
             for row, offer in zip(last, offers, strict=True)
         ]
 
@@ -220,8 +222,7 @@ class RenewInTurns(ReusePolicy):
         num_fresh = max(1, round(self.fresh_fraction * len(last))) - (len(last) - len(there))
         renewed = set(oldest[: max(0, num_fresh)])
         return [
-            Offer(0, "renewed") if index in renewed else offer
-            for index, offer in enumerate(self.rest(last, seeds))
+            Offer(0, "renewed") if index in renewed else offer for index, offer in enumerate(self.rest(last, seeds))
         ]
 
 

@@ -62,9 +62,7 @@ def compare(pairs: Sequence[Pair], score: float | None = None) -> Comparison:
     return Comparison(
         differences={name: mean_interval(values) for name, values in differences.items() if values},
         ratios=_ratios(pairs, lambda pair, run, cost: _total(run.steps[: pair.num_steps], cost)),
-        ratios_to_score={}
-        if score is None
-        else _ratios(pairs, lambda _, run, cost: cost_to_score(run, cost, score)),
+        ratios_to_score={} if score is None else _ratios(pairs, lambda _, run, cost: cost_to_score(run, cost, score)),
         num_unreached=0
         if score is None
         else sum(None in [cost_to_score(run, COSTS["tokens"][1], score) for run in pair[1:]] for pair in pairs),

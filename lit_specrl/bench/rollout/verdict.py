@@ -12,7 +12,7 @@ ENOUGH_SEEDS = 3
 
 
 def verdict(comparison: Comparison, callbacks: str, cost: str, margin: float) -> str:
-    """"pays", "does not pay" or "cannot tell yet", and why.
+    """ "pays", "does not pay" or "cannot tell yet", and why.
 
     The callbacks pay if they lose no more than the margin of the score and save cost, and both with 95 % confidence.
     They do not pay if they certainly lose more, or certainly save nothing. Where a score was asked for, and all runs
