@@ -173,27 +173,31 @@ class BySignal(ReusePolicy):
 
 
 class KeepSuccesses(ReusePolicy):
-    """Offer the responses that were rewarded better than their group, and answer the others afresh.
+    """Offer the responses that were rewarded better than the mean of their group, and answer the others afresh.
 
-    Successes are rare where there is much to learn, and worth another look; failures are many. Biased: the group looks
-    better than the policy is. Ours.
+    A success is worth another look, from the place where it might have gone wrong; failures are worth another attempt.
+    Biased: the group looks better than the policy is, and the more so the more of a success is kept. Ours.
 
     Args:
         successes: how much of a success may be taken over; `None` for all.
+        failures: how much of the others, a reward that is not known among them; `None` for nothing.
+
+    Example: three quarters of the successes, half of the failures::
+
+        PrefixCache(log_lenience=0.5, max_reuses=2, reuse_policy=KeepSuccesses(BoundedShare(0.75), BoundedShare(0.5)))
     """
 
-    def __init__(self, successes: ReusePolicy | None = None) -> None:
-        self.successes = successes or EveryResponse()
+    def __init__(self, successes: ReusePolicy | None = None, failures: ReusePolicy | None = None) -> None:
+        self.successes, self.failures = successes or EveryResponse(), failures
 
     def __call__(self, last: Sequence[CachedRollout | None], seeds: Sequence[int]) -> list[Offer]:
         rewards = [row.reward for row in last if row is not None and row.reward is not None]
         mean = sum(rewards) / len(rewards) if rewards else 0.0
-        offers = self.successes(last, seeds)
+        is_success = [row is not None and row.reward is not None and row.reward > mean for row in last]
+        successes = _named("success", self.successes(last, seeds))
+        failures = _named("failure", self.failures(last, seeds) if self.failures else _afresh(last, "failure"))
         return [
-            _failure(row)
-            if row is None or row.reward is None or row.reward <= mean
-            else Offer(offer.num_tokens, "success")
-            for row, offer in zip(last, offers, strict=True)
+            success if kept else failure for kept, success, failure in zip(is_success, successes, failures, strict=True)
         ]
 
 
@@ -240,10 +244,6 @@ def has_equal_rewards(last: Sequence[CachedRollout | None], tolerance: float = 0
 
 def _afresh(last: Sequence[CachedRollout | None], reason: str) -> list[Offer]:
     return [NO_RESPONSE if row is None else Offer(0, reason) for row in last]
-
-
-def _failure(row: CachedRollout | None) -> Offer:
-    return NO_RESPONSE if row is None else Offer(0, "failure")
 
 
 def _named(reason: str, offers: Sequence[Offer]) -> list[Offer]:

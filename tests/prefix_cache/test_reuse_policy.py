@@ -111,6 +111,13 @@ def test_successes_are_kept_and_failures_renewed(group):
     ]
     assert limits(KeepSuccesses()(group([1.0] * 4), SEEDS)) == [0] * 4  # no better than their group
     assert limits(KeepSuccesses(BoundedShare(0.5))(group([1.0, 0.0, 1.0, 0.0]), SEEDS)) == [5, 0, 5, 0]
+    both = KeepSuccesses(BoundedShare(0.7), failures=BoundedShare(0.4))
+    assert both(group([1.0, 0.0, "none", None]), SEEDS) == [
+        Offer(7, "success"),
+        Offer(4, "failure"),
+        NO_RESPONSE,
+        Offer(4, "failure"),
+    ]
 
 
 def test_rows_are_renewed_in_turns_the_oldest_first(cached):
