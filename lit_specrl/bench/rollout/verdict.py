@@ -41,7 +41,7 @@ def verdict(comparison: Comparison, callbacks: str, cost: str, margin: float) ->
     pays = _sign(lost.low >= -margin and saved.low > 1, lost.high < -margin or saved.high <= 1)
     part += f"; the score at equal steps changes by {lost.mean:+.3f} ({lost.low:+.3f} to {lost.high:+.3f}), {margin:g} may be lost"
     needed = seeds_needed(lost, margin) if margin else None
-    if pays == "cannot tell yet" and needed is not None and needed > lost.num_seeds:
+    if pays == "cannot tell yet" and lost.num_seeds >= ENOUGH_SEEDS and needed is not None and needed > lost.num_seeds:
         part += f", and about {needed} seeds tell so small a change"
     return _sentence(callbacks, pays, part, saved.num_seeds)
 
