@@ -236,6 +236,8 @@ class ReuseRound:
     def statistics(self, step: int) -> ReuseStatistics:
         """What was reused; `step` is the current one."""
         verified_lengths = self.verified_lengths
+        offered = {row: len(ids) for row, ids in zip(self._rows, self._ids, strict=True)}
+        offered_lengths = [offered.get(row, 0) for row in range(self.request.num_rows)]
         return merge(
             [
                 ReuseStatistics.of_group(
@@ -245,6 +247,7 @@ class ReuseRound:
                     [len(ids) for ids in self.rollouts.response_ids[rows]],
                     [self.target_logprobs.get(row) for row in range(rows.start, rows.stop)],
                     self.rollouts.total_rewards[rows],
+                    offered_lengths[rows],
                 )
                 for rows in self._groups
             ]
