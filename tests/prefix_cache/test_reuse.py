@@ -390,6 +390,7 @@ def test_statistics_are_the_sum_over_the_groups(cached, score):
             "num_cached_tokens": 6,
             "num_reused_tokens": 3,
             "num_whole": 1,
+            "num_cut": 0,
             "age_sum": 4 + 2 + 3,
             "num_scored": 6,
             "drift_sum": 3 * 0.1,
