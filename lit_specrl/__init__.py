@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.models.policy import Policy as Policy
     from lit_specrl.precision import auto_precision as auto_precision
     from lit_specrl.prefix_cache import AcceptanceRule as AcceptanceRule
+    from lit_specrl.prefix_cache import ReusePolicy as ReusePolicy
     from lit_specrl.prefix_cache.lenience import AdaptiveLenience as AdaptiveLenience
     from lit_specrl.rewards import EquationReward as EquationReward
     from lit_specrl.rewards import ExactReward as ExactReward
@@ -112,6 +113,7 @@ _EXPORTS = {
     "NumericReward": "rewards",
     "OverlongReward": "rewards",
     "AcceptanceRule": "prefix_cache",
+    "ReusePolicy": "prefix_cache",
     "AdaptiveLenience": "prefix_cache.lenience",
     "Reward": "rewards",
     "RewardFunction": "rewards",

@@ -16,6 +16,7 @@ _SUMMARIES = {
     "prefix-cache": "Time and memory of the cache of a step's responses.",
     "shared-prompts": "Time forward and backward of one training step, with and without shared prompts.",
     "speculation": "Time vLLM without speculation, with each number of drafted tokens, and with the scheduler.",
+    "toy-policy": "Make the tiny policy of recipes/toy_sums.yaml, and measure how often it is right.",
     "weight-sync": "Time the hand-over of weights to the engine, and measure the memory that it takes.",
 }
 

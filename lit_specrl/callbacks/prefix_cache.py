@@ -24,10 +24,11 @@ from lit_specrl.experience import Experience
 from lit_specrl.metrics import merge
 from lit_specrl.prefix_cache.acceptance import AcceptanceRule, acceptance_rule
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
-from lit_specrl.prefix_cache.reuse import ReuseRound, control_samples
+from lit_specrl.prefix_cache.reuse import ReuseRound
+from lit_specrl.prefix_cache.reuse_policy import NO_RESPONSE, ReusePolicy
+from lit_specrl.prefix_cache.selection import OfferCounts, Selection, Selector
 from lit_specrl.prefix_cache.statistics import ReuseStatistics, reward_outruns_accuracy
-from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
-from lit_specrl.seeds import row_uniforms
+from lit_specrl.prefix_cache.store import RolloutStore
 from lit_specrl.types import RolloutRequest, Rollouts
 
 _NOT_OF_THE_ARCHITECTURE = {
@@ -76,6 +77,8 @@ class PrefixCache(RolloutCallback):
         max_bytes: most memory for cached responses on each rank; the oldest make room.
         log_lenience: the logarithm of the lenience, in nats, in place of `lenience`. The paper's best: 0.5 (GRPO),
             0.3 (PPO), 0.15 (DAPO).
+        reuse_policy: chooses, before any verification, which rows may reuse, and how much of their responses; by what
+            reuse costs in learning. `None` offers every response whole, as in the paper.
 
     Raises:
         ValueError: an argument out of its range.
@@ -101,6 +104,7 @@ class PrefixCache(RolloutCallback):
         block_length: int | None = None,
         max_bytes: int = 2**30,
         log_lenience: float | None = None,
+        reuse_policy: ReusePolicy | None = None,
     ) -> None:
         if log_lenience is not None:
             if lenience is not None:
@@ -115,23 +119,20 @@ class PrefixCache(RolloutCallback):
             raise ValueError(
                 f"adaptive_lenience steers acceptance='ratio' or 'sequence', got {acceptance!r}, which has no lenience"
             )
-        if max_reuses is not None and max_reuses < 1:
-            raise ValueError(f"max_reuses must be at least 1, got {max_reuses}; use acceptance='off' to reuse nothing")
-        if not 0 <= control_fraction < 1:
-            raise ValueError(f"control_fraction must lie in [0, 1), got {control_fraction}")
         if block_length is not None and block_length < 1:
             raise ValueError(f"block_length must be at least 1 token, got {block_length}")
         if verifier not in ("policy", "engine"):
             raise ValueError(f"verifier must be 'policy' or 'engine', got {verifier!r}")
         self.acceptance = acceptance if isinstance(acceptance, str) else type(acceptance).__name__
         self.adaptive_lenience = adaptive_lenience
-        self.max_reuses = math.inf if max_reuses is None else max_reuses
-        self.control_fraction, self.reuse_rewards = control_fraction, reuse_rewards
+        self.max_reuses, self.reuse_policy, self.reuse_rewards = max_reuses, reuse_policy, reuse_rewards
+        self._selector = Selector(reuse_policy, max_reuses, control_fraction)
         self.verifier, self.block_length = verifier, block_length
         self._block_length = block_length or 128
         self.store = RolloutStore(max_bytes)
         self._files = RankStore(PREFIX_CACHE)
         self._rounds: list[ReuseRound] = []
+        self._offers = OfferCounts()
         self._trained: tuple[Rollouts, Experience]
         self._other_ranks_included = False
         self._reuse_is_rare = StreakWarning(
@@ -150,7 +151,7 @@ class PrefixCache(RolloutCallback):
 
     def describe(self, trainer: L.Trainer) -> dict[str, str]:
         """Rule, lenience and exactness, such as "ratio, lenience 1.65, approximate"."""
-        parts = [self.acceptance]
+        parts = [self.acceptance, *([type(self.reuse_policy).__name__] if self.reuse_policy else [])]
         if self.adaptive_lenience is not None:
             parts.append(f"lenience {self.adaptive_lenience.low:.3g} to {self.adaptive_lenience.high:.3g} (adaptive)")
         elif self.rule.lenience is not None:
@@ -187,7 +188,7 @@ class PrefixCache(RolloutCallback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._rounds = []
+        self._rounds, self._offers = [], OfferCounts()
 
     def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
         drafter = None if pl_module.engine is None else pl_module.engine.drafter
@@ -196,7 +197,9 @@ class PrefixCache(RolloutCallback):
             return
         if drafter_reads:
             request.past_responses = self._past_responses(request)
-        current = ReuseRound(request, self._find_cached(request), self.rule)
+        selection = self._select(request)
+        self._offers += selection.counts
+        current = ReuseRound(request, selection.cached, self.rule, selection.limits, selection.num_equal)
         if self.verifier == "engine" and self.rule.needs_logprobs:
             current.verify_in_engine(self._block_length)
         else:
@@ -222,6 +225,8 @@ class PrefixCache(RolloutCallback):
         found = [current.statistics(pl_module.step) for current in self._rounds]
         statistics = merge([merge(rank) for rank in gather_objects(found)])
         pl_module.step_metrics |= statistics.metrics() | self._lenience_metrics(statistics)
+        if self.reuse_policy is not None:
+            pl_module.step_metrics |= sum(gather_objects(self._offers), OfferCounts()).metrics()
         pl_module.step_metrics["prefix_cache/bytes"] = float(sum(gather_objects(self.store.num_bytes)))
         if self.rule.needs_logprobs:
             pl_module.step_metrics["prefix_cache/block_length"] = float(self._block_length)
@@ -270,21 +275,11 @@ class PrefixCache(RolloutCallback):
         }
         return {row: found.token_ids.tolist() for row, found in cached.items() if found is not None}
 
-    def _find_cached(self, request: RolloutRequest) -> list[CachedRollout | None]:
-        size = request.sampling.num_generations
+    def _select(self, request: RolloutRequest) -> Selection:
         if self.rule.keeps_nothing:
-            return [None] * request.num_rows
+            return Selection([None] * request.num_rows, [NO_RESPONSE] * request.num_rows)
         fraction = self.adaptive_lenience.fraction if self.adaptive_lenience else 1.0
-        cached: list[CachedRollout | None] = []
-        for group, uid in enumerate(request.prompts.uids):
-            seeds = request.seeds[group * size : (group + 1) * size]
-            if fraction < 1 and float(row_uniforms(seeds[:1], 1, "reuse")) >= fraction:
-                cached += [None] * size
-                continue
-            control = control_samples(seeds, self.control_fraction)
-            rows = [None if sample in control else self.store.get(uid, sample) for sample in range(size)]
-            cached += [row if row is not None and row.num_reuses < self.max_reuses else None for row in rows]
-        return cached
+        return self._selector.select(request, self.store, fraction)
 
     def _record_missing_logprobs(self, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience) -> None:
         """Score the rows that no other pass of this step scores: those that the update skips, and dropped groups."""

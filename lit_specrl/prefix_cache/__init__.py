@@ -8,5 +8,28 @@ from lit_specrl.prefix_cache.acceptance import (
     RatioAcceptance,
     num_leading_true,
 )
+from lit_specrl.prefix_cache.reuse_policy import (
+    BoundedShare,
+    BySignal,
+    EveryResponse,
+    KeepSuccesses,
+    Offer,
+    RenewInTurns,
+    ReusePolicy,
+)
 
-__all__ = ["AcceptanceRule", "FullReuse", "NoReuse", "RandomReuse", "RatioAcceptance", "num_leading_true"]
+__all__ = [
+    "AcceptanceRule",
+    "BoundedShare",
+    "BySignal",
+    "EveryResponse",
+    "FullReuse",
+    "KeepSuccesses",
+    "NoReuse",
+    "Offer",
+    "RandomReuse",
+    "RatioAcceptance",
+    "RenewInTurns",
+    "ReusePolicy",
+    "num_leading_true",
+]

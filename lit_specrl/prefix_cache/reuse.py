@@ -27,11 +27,27 @@ See `RLVRModule.response_logprobs`.
 
 
 class ReuseRound:
-    """One request of a step: its cached responses, the result of their verification, and the rollouts."""
+    """One request of a step: its cached responses, the result of their verification, and the rollouts.
 
-    def __init__(self, request: RolloutRequest, cached: list[CachedRollout | None], rule: AcceptanceRule) -> None:
+    Args:
+        request: the request.
+        cached: [N] responses that rows may begin with; `None` where one is answered afresh.
+        rule: what is kept of them.
+        limits: [N] most tokens that are kept of each; `None` for no limits.
+        num_equal: [N] `CachedRollout.num_equal` at the last visit; `None` for zeros.
+    """
+
+    def __init__(
+        self,
+        request: RolloutRequest,
+        cached: list[CachedRollout | None],
+        rule: AcceptanceRule,
+        limits: Sequence[int] | None = None,
+        num_equal: Sequence[int] | None = None,
+    ) -> None:
         self.request = request
         self.cached = cached
+        self._num_equal = num_equal or [0] * len(cached)
         self.rollouts: Rollouts
         self.target_logprobs: dict[int, Tensor] = {}  # of verified cached responses, by row
         self.dropped_logprobs: dict[int, Tensor] = {}  # of rows that are not trained on, by row
@@ -40,11 +56,13 @@ class ReuseRound:
         present = {row: found for row, found in enumerate(cached) if found is not None}
         self._rows = list(present)
         self._position = {row: position for position, row in enumerate(present)}
-        self._ids = [response.token_ids[:limit].tolist() for response in present.values()]
+        cuts = [limit if limits is None else min(limit, limits[row]) for row in present]
+        rows = list(zip(present.values(), cuts, strict=True))
+        self._ids = [response.token_ids[:cut].tolist() for response, cut in rows]
         self._previous_logprobs, self._mask = _padded(
-            [response.previous_logprobs[:limit] for response in present.values()]
+            [response.previous_logprobs[:cut] for response, cut in rows]
         )  # [n, R]
-        self._generation_logprobs, _ = _padded([response.generation_logprobs[:limit] for response in present.values()])
+        self._generation_logprobs, _ = _padded([response.generation_logprobs[:cut] for response, cut in rows])
         self._scored = torch.full_like(self._previous_logprobs, torch.nan)  # [n, R] blocks of `verify` so far
         self._uniforms = row_uniforms([request.seeds[row] for row in present], self._mask.shape[1], "acceptance")
 
@@ -174,6 +192,7 @@ class ReuseRound:
             reference: [N, R] its reference log-probs.
         """
         size = self.request.sampling.num_generations
+        num_equal = self._new_num_equal()
         for row, token_ids in enumerate(self.rollouts.response_ids):
             at, cached, length = position.get(self.request.seeds[row]), self.cached[row], len(self.request.prefix(row))
             if self.request.accept is not None:  # both sides of the next ratio must come from the engine
@@ -199,14 +218,26 @@ class ReuseRound:
                 policy_version=self.request.policy_version,
                 step=step,
                 num_reuses=0 if cached is None else cached.num_reuses + 1,
+                num_equal=num_equal[row // size],
                 reward=self.rollouts.total_rewards[row],
                 reward_values={name: values[row] for name, values in self.rollouts.rewards.items()},
                 reference_logprobs=None if reference is None or at is None else reference[at, : len(token_ids)],
             )
 
+    def _new_num_equal(self) -> list[int]:
+        """`CachedRollout.num_equal` of each group, [B]."""
+        return [
+            next_num_equal(
+                max(self._num_equal[rows]), self.rollouts.total_rewards[rows], any(self.verified_lengths[rows])
+            )
+            for rows in self._groups
+        ]
+
     def statistics(self, step: int) -> ReuseStatistics:
         """What was reused; `step` is the current one."""
         verified_lengths = self.verified_lengths
+        offered = {row: len(ids) for row, ids in zip(self._rows, self._ids, strict=True)}
+        offered_lengths = [offered.get(row, 0) for row in range(self.request.num_rows)]
         return merge(
             [
                 ReuseStatistics.of_group(
@@ -216,6 +247,7 @@ class ReuseRound:
                     [len(ids) for ids in self.rollouts.response_ids[rows]],
                     [self.target_logprobs.get(row) for row in range(rows.start, rows.stop)],
                     self.rollouts.total_rewards[rows],
+                    offered_lengths[rows],
                 )
                 for rows in self._groups
             ]
@@ -225,6 +257,22 @@ class ReuseRound:
     def _groups(self) -> list[slice]:
         size = self.request.sampling.num_generations
         return [slice(start, start + size) for start in range(0, len(self.cached), size)]
+
+
+def next_num_equal(before: int, rewards: Sequence[float | None], reused: bool) -> int:
+    """Times in a row that a group was answered afresh with equal rewards.
+
+    Args:
+        before: the number at the last visit.
+        rewards: [G] of the group now; equal are those that are all known and the same.
+        reused: whether a row of the group began with an earlier response, which says nothing new.
+
+    Example:
+        >>> next_num_equal(1, [0.0, 0.0], reused=False), next_num_equal(1, [0.0, 0.0], reused=True)
+        (2, 1)
+    """
+    equal = None not in rewards and len(set(rewards)) == 1
+    return before + (not reused) if equal else 0
 
 
 def control_samples(seeds: Sequence[int], fraction: float) -> set[int]:

@@ -28,6 +28,8 @@ class ReuseStatistics:
     num_reused_tokens: int = 0
     num_whole: int = 0
     """Rows that were taken over whole."""
+    num_cut: int = 0
+    """Rows that took over all that they were offered of a longer response."""
     age_sum: int = 0
     """Steps since the cached responses were stored."""
     num_scored: int = 0
@@ -50,6 +52,7 @@ class ReuseStatistics:
         response_lengths: Sequence[int],
         target_logprobs: Sequence[Tensor | None],
         rewards: Sequence[float | None],
+        offered_lengths: Sequence[int] | None = None,
     ) -> ReuseStatistics:
         """Count the G rows of a prompt.
 
@@ -61,7 +64,9 @@ class ReuseStatistics:
             target_logprobs: [G] log-probs of the cached response under today's policy, NaN behind the block in which it
                 was rejected; `None` where they were not needed.
             rewards: [G] total rewards.
+            offered_lengths: [G] tokens of the cached response that could be taken over; `None` for all of them.
         """
+        offered = offered_lengths or [0 if response is None else len(response) for response in cached]
         drift_sum, kl_sum, num_scored = 0.0, 0.0, 0
         for response, length, now in zip(cached, verified_lengths, target_logprobs, strict=True):
             if response is None or now is None:
@@ -80,6 +85,12 @@ class ReuseStatistics:
             num_cached_tokens=sum(len(response) for response in cached if response is not None),
             num_reused_tokens=sum(verified_lengths),
             num_whole=sum(0 < kept == length for kept, length in zip(verified_lengths, response_lengths, strict=True)),
+            num_cut=sum(
+                response is not None and 0 < kept == most < min(len(response), length)
+                for response, kept, most, length in zip(
+                    cached, verified_lengths, offered, response_lengths, strict=True
+                )
+            ),
             age_sum=sum(step - response.step for response in cached if response is not None),
             num_scored=num_scored,
             kl_sum=kl_sum,
@@ -108,7 +119,7 @@ class ReuseStatistics:
         Blocks of b cost (b + c) / (1 - exp(-h b)) tokens until a rejection. Here h is the rate of rejection, and c the
         cost of a block beyond its tokens. The least is near sqrt(2 c / h).
         """
-        num_rejected = self.num_cached - self.num_whole or 0.5  # where there was none, half a one
+        num_rejected = self.num_cached - self.num_whole - self.num_cut or 0.5  # where there was none, half a one
         rate = num_rejected / max(1, self.num_reused_tokens)
         blocks = math.sqrt(2 * _BLOCK_OVERHEAD / rate) / _BLOCK_OVERHEAD
         return _BLOCK_OVERHEAD * max(1, round(blocks))

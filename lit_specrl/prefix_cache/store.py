@@ -25,6 +25,7 @@ _TOKEN_DTYPES = {
 }
 _OLD_NAMES = {"previous_logprobs": "draft_logprobs"}  # in files of version 0.1
 _ROW_FIELDS = ("uid", "sample", "reward", "reward_values", "finish_reason", "policy_version", "step", "num_reuses")
+_LATER_ROW_FIELDS = {"num_equal": 0}  # what rows have whose file does not tell
 # What Python holds for a row beside the tokens; tests measure that the sum is right.
 _ROW_BYTES = 520
 _ARRAY_BYTES = 112
@@ -61,6 +62,8 @@ class CachedRollout:
     """Training step of the last write; its age is today's step minus this."""
     num_reuses: int = 0
     """Steps in a row in which the response was offered for reuse; 0 when it was generated afresh."""
+    num_equal: int = 0
+    """Times in a row that the prompt was answered afresh, and all rewards of its group were equal."""
     reward: float | None = None
     """Weighted sum over the reward functions; `None` where no reward applies."""
     reward_values: dict[str, float | None] | None = None
@@ -190,7 +193,7 @@ class RolloutStore:
             "num_evicted": self.num_evicted,
             "lengths": [len(row) for row in rows],
             "has_reference_logprobs": [row.reference_logprobs is not None for row in rows],
-            **{name: [getattr(row, name) for row in rows] for name in _ROW_FIELDS},
+            **{name: [getattr(row, name) for row in rows] for name in (*_ROW_FIELDS, *_LATER_ROW_FIELDS)},
         }
         return tensors, metadata
 
@@ -213,6 +216,7 @@ class RolloutStore:
             raise ValueError(f"a rollout store of version {FORMAT_VERSION} was expected, got {metadata.get('version')}")
         num_rows = len(metadata["uid"])
         columns = {name: metadata[name] for name in _ROW_FIELDS}
+        columns |= {name: metadata.get(name, [value] * num_rows) for name, value in _LATER_ROW_FIELDS.items()}
         for name in _TOKEN_DTYPES:
             present = metadata.get(f"has_{name}", [True] * num_rows)
             stored = tensors[_OLD_NAMES.get(name, name) if name not in tensors else name]

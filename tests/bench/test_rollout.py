@@ -316,6 +316,7 @@ def test_unknown_callback_is_refused_with_the_ones_that_are_there(config, no_pro
         (["--seeds=0,0"], r"--seeds must be different whole numbers such as 0,1,2, got '0,0'"),
         (["--seeds=few"], r"--seeds must be .* got 'few'"),
         (["--without=PrefixCache,"], r"--without must be class names"),
+        (["--margin=-0.1"], r"--margin must not be negative, got -0.1"),
         (["--ckpt_path=last"], r"--ckpt_path last: the runs would begin where others have stopped"),
     ],
 )
@@ -362,7 +363,8 @@ def test_a_tiny_model_with_and_without_the_prefix_cache(config, processes, capsy
 
     report = json.loads(Path("out/report.json").read_text())
     assert report["configuration"]["trainer"]["max_epochs"] == 2
-    assert set(report["tables"]) == {"compared", "time", "rollouts", "validation"}
+    assert set(report["tables"]) == {"paired", "compared", "time", "rollouts", "validation"}
+    assert report["notes"][0].startswith("PrefixCache: cannot tell yet: ")  # one seed tells nothing
     assert len(report["tables"]["compared"]) == 6
     without, with_callbacks = report["runs"]
     assert (without["arm"], with_callbacks["arm"]) == ("without", "with")
@@ -378,6 +380,8 @@ def test_a_tiny_model_with_and_without_the_prefix_cache(config, processes, capsy
     for fresh, reusing in zip(without["steps"], with_callbacks["steps"], strict=True):
         assert fresh["generated_tokens"] == fresh["response_tokens"]
         assert reusing["generated_tokens"] == reusing["metrics"]["prefix_cache/generated_tokens"]
+        assert 0 < fresh["decode_steps"] <= 12
+        assert reusing["generated_tokens"] / 8 <= reusing["decode_steps"] <= 12
         assert "prefix_cache/generated_tokens" not in fresh["metrics"]
     same = [step["generated_tokens"] for step in without["steps"][:2]]
     assert same == [step["generated_tokens"] for step in with_callbacks["steps"][:2]]  # nothing to reuse yet

@@ -12,6 +12,7 @@ from training import QUESTIONS, with_many_stops
 from lit_specrl import DAPO
 from lit_specrl.callbacks import PrefixCache, RolloutCallback, SpeculativeRollout
 from lit_specrl.engines import VLLMEngine
+from lit_specrl.prefix_cache import BoundedShare
 
 NUM_ROWS = 2 * GROUP  # of a step
 STILL = 2 * STEPS  # steps at the beginning in which the policy does not change
@@ -75,9 +76,9 @@ def late(optimizer):
 def run(model_folder, engine, tmp_path_factory):
     """Four epochs, two of them with a policy that stands still and two with one that learns a little."""
 
-    def run(verifier, algorithm=grpo, lenience=1.0, acceptance="ratio", block_length=None):
+    def run(verifier, algorithm=grpo, lenience=1.0, acceptance="ratio", block_length=None, **options):
         module = algorithm(model_folder, optimizer=partial(torch.optim.SGD, lr=0.05), lr_scheduler=late)
-        cache = PrefixCache(lenience, acceptance, verifier=verifier, block_length=block_length)
+        cache = PrefixCache(lenience, acceptance, verifier=verifier, block_length=block_length, **options)
         drafts, folder = Drafts(cache), tmp_path_factory.mktemp("run")
         trace = fit(module, questions(folder), cache, drafts, SpeculativeRollout(engine), max_epochs=4)
         trace.drafts, trace.num_rows, trace.num_scored = drafts.pairs, engine.num_rows, engine.num_scored
@@ -113,6 +114,14 @@ def test_both_verifiers_judge_sequences_alike(run):
     by_policy, by_engine = (run(verifier, acceptance="sequence", block_length=4) for verifier in ("policy", "engine"))
     assert by_engine.tokens == by_policy.tokens
     assert any(0 < fraction < 1 for fraction in by_policy.of_cache("reuse_fraction"))
+
+
+def test_both_verifiers_keep_to_the_share_that_is_offered(run):
+    """Rows of which all that is offered is kept go on behind it."""
+    by_policy, by_engine = (run(verifier, reuse_policy=BoundedShare(0.5)) for verifier in ("policy", "engine"))
+    assert by_engine.tokens == by_policy.tokens
+    [before], [after] = by_policy.rounds[STILL - STEPS], by_engine.rounds[STILL]
+    assert [len(prefix) for prefix in after.request.prefixes] == [len(ids) // 2 for ids in before.response_ids]
 
 
 @pytest.mark.parametrize("verifier", ["policy", "engine"])

@@ -7,13 +7,14 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from reuse_runs import FROZEN, GROUP, STEPS, rows_of
+from reuse_runs import FROZEN, GROUP, STEPS, grpo, rows_of, spread_but_why
 from training import small_tokens
 
 from lit_specrl import GRPO, PPO, PromptDataModule
 from lit_specrl.callbacks import PrefixCache, RolloutCallback
 from lit_specrl.callbacks.prefix_cache import reward_outruns_accuracy
 from lit_specrl.data import ArithmeticSource
+from lit_specrl.prefix_cache import BoundedShare, BySignal
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 
 EVERYTHING = math.inf  # a lenience
@@ -196,6 +197,22 @@ def test_a_policy_that_moves_too_fast_reuses_in_few_groups(run):
 def test_responses_are_renewed_after_so_many_reuses_in_the_same_epoch(run, max_reuses, expected):
     _, trace = run(PrefixCache(lenience=20.0, max_reuses=max_reuses), max_epochs=6)
     assert trace.of_cache("hit_fraction") == [float(hit) for hit in expected for _ in range(STEPS)]
+
+
+def test_rows_are_counted_by_why_they_reuse(run, model_folder):
+    """ "Why?" is always worth a half; the groups of the others have spread."""
+    cache = PrefixCache(float("inf"), reuse_policy=BySignal(informative=BoundedShare(0.5), renewal=0.0))
+    _, trace = run(cache, module=grpo(model_folder, rewards=[spread_but_why], optimizer=FROZEN), max_epochs=2)
+    assert not any("offer" in name for metrics in trace.metrics[:STEPS] for name in metrics)  # nothing to offer yet
+    offers = {}
+    for metrics, rounds in zip(trace.metrics[STEPS:], trace.rounds[STEPS:], strict=True):
+        found = {name.rpartition("/")[2]: value for name, value in metrics.items() if "/offers/" in name}
+        equal = sum("Why?" in prompt for rollouts in rounds for prompt in rollouts.prompts.prompts) / 2
+        assert found == {name: share for name, share in (("equal", equal), ("informative", 1 - equal)) if share}
+        assert metrics["prefix_cache/full_reuse_fraction"] == equal
+        assert (metrics["prefix_cache/offered_fraction"] > 0.5) == (equal > 0)
+        offers |= found
+    assert set(offers) == {"equal", "informative"}
 
 
 def test_drift_bound_ends_what_lenience_would_keep(run):

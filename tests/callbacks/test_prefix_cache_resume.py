@@ -18,6 +18,7 @@ from training import QUESTIONS, assert_identical, small_tokens, weights_of
 from lit_specrl import DAPO, PPO, SeparateCritic
 from lit_specrl.callbacks import PrefixCache, RolloutCallback
 from lit_specrl.models.policy import Policy
+from lit_specrl.prefix_cache import BoundedShare, BySignal, KeepSuccesses, RenewInTurns
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 from lit_specrl.prefix_cache.store import RolloutStore
 from lit_specrl.rewards import MathReward, RewardFunction
@@ -81,6 +82,16 @@ RUNS = {
     "PPO": (lambda model: PPO(model, [small_tokens], SeparateCritic(optimizer=ADAM), beta=0.1, **COMMON), PrefixCache),
     "evicting": (partial(grpo, optimizer=ADAM), partial(PrefixCache, max_bytes=12_000)),
     "random": (partial(grpo, optimizer=ADAM), partial(PrefixCache, acceptance="random")),
+    "by signal": (
+        partial(grpo, optimizer=ADAM, rewards=[spread_but_why]),
+        lambda: PrefixCache(EVERYTHING, reuse_policy=BySignal(BoundedShare(0.7, drawn=True))),
+    ),
+    "a drawn share": (
+        partial(grpo, optimizer=ADAM),
+        lambda: PrefixCache(EVERYTHING, max_reuses=2, reuse_policy=BoundedShare(drawn=True)),
+    ),
+    "successes": (partial(grpo, optimizer=ADAM), lambda: PrefixCache(EVERYTHING, reuse_policy=KeepSuccesses())),
+    "in turns": (partial(grpo, optimizer=ADAM), lambda: PrefixCache(EVERYTHING, reuse_policy=RenewInTurns())),
 }
 
 

@@ -66,11 +66,12 @@ def example(title):
     return python, block.split("```yaml\n")[1]
 
 
-def test_the_page_has_all_six():
+def test_the_page_has_all_seven():
     assert list(EXAMPLES) == [
         "A loss",
         "An advantage estimator",
         "An acceptance rule",
+        "A reuse policy",
         "A drafter that looks tokens up",
         "An engine",
         "A reward",
@@ -101,6 +102,14 @@ def test_an_acceptance_rule(fit):
     run, file = fit(*example("An acceptance rule"))
     (cache,) = [callback for callback in run.trainer.callbacks if type(callback).__name__ == "PrefixCache"]
     assert isinstance(cache.rule, file.Threshold) and cache.rule.nats == 8.0
+    assert run.model.step_metrics["prefix_cache/saved_tokens"] > 0
+
+
+def test_a_reuse_policy(fit):
+    run, file = fit(*example("A reuse policy"))
+    (cache,) = [callback for callback in run.trainer.callbacks if type(callback).__name__ == "PrefixCache"]
+    assert isinstance(cache.reuse_policy, file.Younger) and cache.reuse_policy.max_reuses == 2
+    assert run.model.step_metrics["prefix_cache/offers/young"] == 1
     assert run.model.step_metrics["prefix_cache/saved_tokens"] > 0
 
 

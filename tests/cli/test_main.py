@@ -152,6 +152,7 @@ def test_a_callback_that_is_named_again_takes_the_place_of_the_first(fitted, tmp
     assert names.count("LearningRateMonitor") == 2  # not ours to judge
     caches = {type(callback).__name__: callback for callback in trainer.callbacks}
     assert caches["PrefixCache"].max_reuses == 2
+    assert caches["PrefixCache"].reuse_policy.max_reuse_fraction == 0.5
     assert type(caches["SpeculativeRollout"].drafter).__name__ == "HistoryDrafter"
 
 

@@ -29,6 +29,7 @@ from lit_specrl.distributed.collectives import (
     sum_over_ranks,
 )
 from lit_specrl.models.policy import Policy
+from lit_specrl.prefix_cache import BoundedShare, BySignal
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -74,6 +75,7 @@ RUNS = {
         **COMMON,
     ),
     "GRPO, cached": partial(GRPO, rewards=[small_tokens], num_generations=4, **COMMON),
+    "GRPO, cached in part": partial(GRPO, rewards=[small_tokens], num_generations=4, **COMMON),
     "PPO": lambda model: PPO(
         model,
         rewards=[small_tokens],
@@ -93,7 +95,13 @@ RUNS = {
         **COMMON,
     ),
 }
-NUM_STEPS = {"GRPO": 3, "GRPO, cached": 3, "GRPO, batch deviation": 2, "PPO": 3, "DAPO": 1}
+CACHES = {
+    "GRPO, cached": lambda: PrefixCache(1.5),
+    "GRPO, cached in part": lambda: PrefixCache(
+        1.5, reuse_policy=BySignal(BoundedShare(0.7, drawn=True), tolerance=0.2)
+    ),
+}
+NUM_STEPS = {"GRPO": 3, "GRPO, cached": 3, "GRPO, cached in part": 3, "GRPO, batch deviation": 2, "PPO": 3, "DAPO": 1}
 
 
 class History(L.Callback):
@@ -110,7 +118,7 @@ class History(L.Callback):
 def train(name, model, questions=QUESTIONS, **trainer_options):
     """A run whose every step sees all questions; returns the weights and what the steps reported."""
     history = History()
-    callbacks = [history, *([PrefixCache(1.5)] if "cached" in name else [])]
+    callbacks = [history, *([CACHES[name]()] if name in CACHES else [])]
     trainer = make_trainer(*callbacks, max_epochs=NUM_STEPS[name], **trainer_options)
     module = RUNS[name](model)
     validation = Questions(QUESTIONS[:3])
@@ -203,7 +211,7 @@ def test_ranks_keep_one_policy_and_report_the_same(both_ranks, name):
         assert sorted(question_of(prompt) for prompt in of_first + of_second) == sorted(QUESTIONS)
 
 
-@pytest.mark.parametrize("name", ["GRPO", "GRPO, batch deviation", "GRPO, cached", "PPO"])
+@pytest.mark.parametrize("name", ["GRPO", "GRPO, batch deviation", *CACHES, "PPO"])
 def test_two_ranks_learn_what_one_learns(both_ranks, model_folder, name):
     """The loss, its normalisation, the advantages, the gradient and every metric are those of all rows together."""
     one, two = train(name, model_folder, devices=1), both_ranks[0][name]
@@ -221,7 +229,12 @@ def test_two_ranks_learn_what_one_learns(both_ranks, model_folder, name):
         assert step["actor/grad_norm"] > 0.1
         assert step["completions/min_length"] < step["completions/mean_length"] < step["completions/max_length"]
     assert any(step["rewards/unscored"] for step in one["steps"])
-    if "cached" in name:
+    if name == "GRPO, cached in part":
+        assert {metric for metric in two["steps"][-1] if "/offers/" in metric} <= {
+            f"prefix_cache/offers/{reason}" for reason in ("informative", "equal", "renewed")
+        }
+        assert two["steps"][-1]["prefix_cache/saved_tokens"] > 0
+    if name == "GRPO, cached":
         assert min(step["prefix_cache/reuse_fraction"] for step in one["steps"][1:]) > 0.1
 
 

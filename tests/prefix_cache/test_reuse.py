@@ -264,7 +264,7 @@ def test_kept_tokens_keep_the_logprobs_of_their_generation_and_new_ones_get_toda
     recorded = np.float32([[-0.5, -0.6, 0.0], [-0.25, -0.35, -0.45], [-1.0, -1.1, -1.2]])
     reference = recorded - 1
     position = {SEEDS[1]: 0, SEEDS[3]: 1, SEEDS[0]: 2}
-    common = {"policy_version": 4, "step": 7, "num_reuses": 1}
+    common = {"policy_version": 4, "step": 7, "num_reuses": 1, "num_equal": 0}
     assert plain(current.cached_rows(7, position, recorded, reference)) == [
         {
             "uid": "a",
@@ -390,6 +390,7 @@ def test_statistics_are_the_sum_over_the_groups(cached, score):
             "num_cached_tokens": 6,
             "num_reused_tokens": 3,
             "num_whole": 1,
+            "num_cut": 0,
             "age_sum": 4 + 2 + 3,
             "num_scored": 6,
             "drift_sum": 3 * 0.1,

@@ -55,6 +55,7 @@ def test_the_rows_of_a_prompt_are_counted(groups):
                 "num_cached_tokens": 3,
                 "num_reused_tokens": 2,
                 "num_whole": 0,
+                "num_cut": 0,
                 "age_sum": 2,
                 "num_scored": 2,
                 "kl_sum": KL_SUMS[0],
@@ -71,6 +72,7 @@ def test_the_rows_of_a_prompt_are_counted(groups):
                 "num_cached_tokens": 5,
                 "num_reused_tokens": 2,
                 "num_whole": 1,
+                "num_cut": 0,
                 "age_sum": 1 + 3,
                 "num_scored": 3,
                 "kl_sum": KL_SUMS[1],
@@ -184,3 +186,13 @@ def test_blocks_have_nearly_the_fewest_tokens_computed(rejected):
 def test_blocks_are_long_where_nothing_is_rejected_and_short_where_all_is():
     assert ReuseStatistics(num_cached=32, num_whole=32, num_reused_tokens=6000).block_length > 512
     assert ReuseStatistics(num_cached=32).block_length == 32
+
+
+def test_rows_that_kept_all_they_were_offered_are_not_rejected(cached):
+    """Of three rows of eight tokens with four on offer, one was rejected: after nine tokens, in the mean."""
+    drafts = [cached(token_ids=[8] * 8)] * 3
+    found = ReuseStatistics.of_group(1, drafts, [4, 4, 1], [8] * 3, [None] * 3, [1.0] * 3, offered_lengths=[4] * 3)
+    assert (found.num_whole, found.num_cut) == (0, 2)
+    long = dataclasses.replace(found, num_reused_tokens=9_000)
+    assert long.block_length == dataclasses.replace(long, num_whole=2, num_cut=0).block_length
+    assert long.block_length > dataclasses.replace(long, num_cut=0).block_length

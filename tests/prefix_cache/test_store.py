@@ -31,6 +31,7 @@ def test_gives_back_what_was_put(cached, plain):
             "policy_version": 4,
             "step": 4,
             "num_reuses": 0,
+            "num_equal": 0,
             "reward": 0.5,
             "reward_values": {"exact": 0.5, "format": None},
             "reference_logprobs": None,

@@ -18,8 +18,10 @@ from lit_specrl.bench.rollout.comparison import (
     validation_table,
 )
 from lit_specrl.bench.rollout.figure import draw
+from lit_specrl.bench.rollout.paired import compare
 from lit_specrl.bench.rollout.records import RunRecord
 from lit_specrl.bench.rollout.runs import planned_runs
+from lit_specrl.bench.rollout.verdict import verdict
 from lit_specrl.cli.fit_config import Configuration, fit_configuration
 
 
@@ -34,7 +36,13 @@ class RolloutReport(Report):
 
 
 def bench_rollout(
-    fit_arguments: Sequence[str], without: Sequence[str], seeds: Sequence[int], score: float | None, output: Path
+    fit_arguments: Sequence[str],
+    without: Sequence[str],
+    seeds: Sequence[int],
+    score: float | None,
+    output: Path,
+    cost: str = "seconds",
+    margin: float = 0.01,
 ) -> RolloutReport:
     """Train with and without callbacks, and compare time, tokens and what was learned: `lit-specrl bench rollout`.
 
@@ -45,6 +53,8 @@ def bench_rollout(
         seeds: each one replaces the seeds of the module, of the data module and of the global generators.
         score: validation score whose first time is looked for.
         output: folder; made if it is not there.
+        cost: what the verdict charges, a key of `paired.COSTS`.
+        margin: score that the callbacks may cost at equal steps.
 
     Raises:
         ValueError: an unknown callback, or a folder with runs of other settings.
@@ -59,7 +69,7 @@ def bench_rollout(
         print(f"{label}, {'found in' if record else 'into'} {run.folder}", file=sys.stderr)
         records[run.seed, run.arm] = record or run.execute()
     pairs = [Pair(seed, records[seed, "without"], records[seed, "with"]) for seed in seeds]
-    return _report(configuration, pairs, fit_arguments, without, score, output)
+    return _report(configuration, pairs, fit_arguments, without, score, output, cost, margin)
 
 
 def _report(
@@ -69,14 +79,18 @@ def _report(
     without: Sequence[str],
     score: float | None,
     output: Path,
+    cost: str,
+    margin: float,
 ) -> RolloutReport:
     names = ", ".join(without)
-    remarks = notes(pairs, names, score)
+    comparison = compare(pairs, score)
+    remarks = [verdict(comparison, names, cost, margin), *notes(pairs, names, score)]
     try:
         draw(pairs, names, output / "report.png")
     except ImportError as error:
         remarks.append(str(error))
     tables = {
+        "paired": comparison.table(score),
         "compared": ratio_table(pairs),
         "time": time_table(pairs),
         "rollouts": rollout_table(pairs),
@@ -90,6 +104,8 @@ def _report(
             "without": ",".join(without),
             "seeds": ",".join(str(pair.seed) for pair in pairs),
             "score": score,
+            "cost": cost,
+            "margin": margin,
             "fit": " ".join(fit_arguments),
         },
         tables={title: rows for title, rows in tables.items() if rows},

@@ -6,7 +6,7 @@ import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 def rollout(
@@ -15,6 +15,8 @@ def rollout(
     seeds: str = "0,1,2",
     score: float | None = None,
     output: str = "bench_rollout",
+    cost: Literal["seconds", "rollout_seconds", "tokens", "decode_steps"] = "seconds",
+    margin: float = 0.01,
 ) -> Any:
     """Train with and without callbacks, and compare time, tokens and what was learned.
 
@@ -30,6 +32,10 @@ def rollout(
     generation and verification, and end to end, which is the whole time from the first step to the end
     of training.
 
+    The first note is the verdict: whether the callbacks pay, do not pay, or cannot be told yet. It rests
+    on the table of paired differences, whose 95 % intervals are those of Student's t over the seeds. They
+    pay if they lose at most --margin of the validation score at equal steps and save cost.
+
     The folder holds each run's configuration, output and `run.json` with the numbers of every step, and
     at the end `report.json` and `report.png` (with matplotlib). Finished runs are not repeated by the
     same command. Logs go there as well, unless the configuration names another place. Runs save no
@@ -41,6 +47,8 @@ def rollout(
         seeds: seeds, separated by commas; two runs for each.
         score: validation score whose first time is looked for, as in 0.8.
         output: folder of the results.
+        cost: what the verdict charges; decode steps are the tokens of each round's longest continuation.
+        margin: validation score that may be lost at equal steps.
 
     Returns:
         A `RolloutReport`, whose module imports torch.
@@ -50,11 +58,13 @@ def rollout(
         RunFailedError: a run failed.
     """
     names, numbers = _names(without), _seeds(seeds)
+    if not margin >= 0:
+        raise ValueError(f"--margin must not be negative, got {margin}")
     from lit_specrl.bench.rollout.benchmark import bench_rollout
 
     signal.signal(signal.SIGTERM, _stop)
     try:
-        report = bench_rollout(fit_arguments, names, numbers, score, Path(output))
+        report = bench_rollout(fit_arguments, names, numbers, score, Path(output), cost, margin)
     except KeyboardInterrupt:
         message = "interrupted. Finished runs are kept: the same command goes on after them"
         raise SystemExit(f"lit-specrl bench rollout: {message}") from None

@@ -32,6 +32,7 @@ class RunRecorder(RolloutCallback):
         self.settings_hash = settings_hash
         self.record: RunRecord | None = None
         self._tokens = (0, 0)  # generated, in all
+        self._decode_steps = 0
         self._lap_started_at = 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -43,18 +44,23 @@ class RunRecorder(RolloutCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._end_of_lap()
-        self._tokens = (0, 0)
+        self._tokens, self._decode_steps = (0, 0), 0
 
     def on_rollout_end(self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts) -> None:
         generated, in_all = self._tokens
         self._tokens = generated + rollouts.num_generated_tokens, in_all + rollouts.num_tokens
+        prefixes = map(rollouts.request.prefix, range(rollouts.num_rows))
+        rests = (len(ids) - len(prefix) for ids, prefix in zip(rollouts.response_ids, prefixes, strict=True))
+        self._decode_steps += max(rests, default=0)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: RLVRModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         generated, in_all = (sum(counts) for counts in zip(*gather_objects(self._tokens), strict=True))
         metrics = dict(pl_module.step_metrics)
-        step = StepRecord(trainer.current_epoch, -metrics.get("timing_s/start_engine", 0.0), generated, in_all, metrics)
+        start_s = metrics.get("timing_s/start_engine", 0.0)
+        decode_steps = max(gather_objects(self._decode_steps))
+        step = StepRecord(trainer.current_epoch, -start_s, generated, in_all, metrics, decode_steps)
         self._record.steps.append(step)
         self._end_of_lap()
 

@@ -20,6 +20,9 @@ class StepRecord:
     """Response tokens in all, on all ranks; the rest was reused."""
     metrics: dict[str, float]
     """As logged."""
+    decode_steps: int | None = None
+    """Tokens of the longest continuation, summed over the rounds of the step, on the rank that has most; what
+    generation costs where a batch takes as long as a row. `None` in records of earlier versions."""
 
     @property
     def generation_s(self) -> float:
