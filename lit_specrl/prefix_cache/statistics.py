@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_specrl.prefix_cache.store import CachedRollout
@@ -67,16 +69,15 @@ class ReuseStatistics:
             offered_lengths: [G] tokens of the cached response that could be taken over; `None` for all of them.
         """
         offered = offered_lengths or [0 if response is None else len(response) for response in cached]
-        drift_sum, kl_sum, num_scored = 0.0, 0.0, 0
-        for response, length, now in zip(cached, verified_lengths, target_logprobs, strict=True):
-            if response is None or now is None:
-                continue
-            drift_sum += float((now[:length] - torch.from_numpy(response.generation_logprobs[:length])).abs().sum())
-            # Whether a token is scored is decided before it: the mean is the KL with the rejected tokens, not without
-            change = now - torch.from_numpy(response.previous_logprobs[: len(now)])
-            change = change[~change.isnan()].clamp(-20, 20)
-            kl_sum += float((change.expm1() - change).clamp(max=10).sum())
-            num_scored += len(change)
+        scored = [
+            (response, length, now.numpy())
+            for response, length, now in zip(cached, verified_lengths, target_logprobs, strict=True)
+            if response is not None and now is not None
+        ]
+        drift = _joined(now[:length] - response.generation_logprobs[:length] for response, length, now in scored)
+        # Whether a token is scored is decided before it: the mean is the KL with the rejected tokens, not without
+        change = _joined(now - response.previous_logprobs[: len(now)] for response, _, now in scored)
+        change = change[~np.isnan(change)].clip(-20, 20)
         gap = _reward_gap(cached, rewards)
         return cls(
             num_rows=len(cached),
@@ -92,9 +93,9 @@ class ReuseStatistics:
                 )
             ),
             age_sum=sum(step - response.step for response in cached if response is not None),
-            num_scored=num_scored,
-            kl_sum=kl_sum,
-            drift_sum=drift_sum,
+            num_scored=len(change),
+            kl_sum=float((np.expm1(change) - change).clip(max=10).sum()),
+            drift_sum=float(np.abs(drift).sum()),
             num_pairs=int(gap is not None),
             gap_sum=gap or 0.0,
         )
@@ -147,6 +148,11 @@ def _reward_gap(cached: Sequence[CachedRollout | None], rewards: Sequence[float 
     reused = [reward for response, reward in pairs if response is not None and reward is not None]
     fresh = [reward for response, reward in pairs if response is None and reward is not None]
     return sum(reused) / len(reused) - sum(fresh) / len(fresh) if reused and fresh else None
+
+
+def _joined(rows: Iterable[NDArray[Any]]) -> NDArray[np.float64]:
+    """One behind the other, [T], for sums that do not depend on how rows are dealt out."""
+    return np.concatenate([np.empty(0), *rows])
 
 
 def reward_outruns_accuracy(validations: Sequence[tuple[float, float]]) -> bool:
