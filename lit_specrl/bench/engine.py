@@ -90,7 +90,7 @@ class _Bench:
         self.rows, self.tokens, self.device = rows, tokens, device
         self.policy = Policy.build(model).to(device)
         self.engine = VLLMEngine(dtype=dtype, max_num_seqs=max_num_seqs)
-        self.engine.num_rows = rows
+        self.engine.expected_rows = rows
         self.engine.start(self.policy, model, _PROMPT + tokens, ())
         self.engine.load_policy(self.policy, 0)
         self.version = 0

@@ -97,7 +97,7 @@ class SpeculativeRollout(RolloutCallback):
         module.engine, self.engine.drafter = self.engine, self.drafter
         device = trainer.strategy.root_device
         data = getattr(trainer, "datamodule", None)
-        self.engine.num_rows = max_rows_of_run(data, trainer.world_size, module.sampling, module.eval_sampling)
+        self.engine.expected_rows = max_rows_of_run(data, trainer.world_size, module.sampling, module.eval_sampling)
         self.engine.check_run(trainer.world_size, module.max_length, device)
         if device.type == "cuda":
             parts = memory_of_a_rank(trainer, module, model_size(module.model_name, module.lora))

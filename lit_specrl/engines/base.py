@@ -71,7 +71,7 @@ class RolloutEngine(ABC):
     """Steps of the latest `generate` that have only decoded, from engines with a drafter."""
     stop_token_ids: frozenset[int] = frozenset()
     """Token ids that end a response; set by `start`."""
-    num_rows: int | None = None
+    expected_rows: int | None = None
     """Rows of the run's largest request on this rank, if known; set before `start`."""
     training_bytes: int | None = None
     """What training keeps on the engine's device, activations not counted, if known; set before `start`."""

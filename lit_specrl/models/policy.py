@@ -157,9 +157,10 @@ class Policy(nn.Module):
             hidden.flatten(0, 1).index_select(0, places), head, response_ids.flatten()[places], temperature
         )
         empty = torch.zeros(response_ids.numel(), dtype=torch.float32, device=response_ids.device)
-        return TokenStatistics(
-            logprobs=empty.index_copy(0, places, flat_logprobs).view(response_ids.shape),
-            entropy=empty.index_copy(0, places, flat_entropy).view(response_ids.shape),
+        shape = response_ids.shape
+        return TokenStatistics(  # copies, since FSDP2 warns of modules that return views
+            logprobs=empty.index_copy(0, places, flat_logprobs).view(shape).clone(),
+            entropy=empty.index_copy(0, places, flat_entropy).view(shape).clone(),
             values=None if self.value_head is None else self.value_head(hidden, response_mask),
         )
 

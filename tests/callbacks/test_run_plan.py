@@ -71,7 +71,8 @@ def test_everything_on(plan, make_llama):
     rows = plan(grpo(make_llama(num_hidden_layers=3)), *callbacks, max_steps=5)
     assert rows["the run"] == "5 steps, 2 an epoch of 4 prompts"
     assert re.fullmatch(
-        r"vllm.* 0\.32\..*, (bfloat16|float32), in process, up to 8 rows at once, up to 2 tokens by DraftModel", rows["engine"]
+        r"vllm.* 0\.32\..*, (bfloat16|float32), in process, up to 8 rows at once, up to 2 tokens by DraftModel",
+        rows["engine"],
     )
     assert (rows["on"].count(","), rows["off"]) == (3, "-")
     for part in ("engine 3.1", "prefix cache, at most 0.50", "drafter's samples, at most 0.25"):

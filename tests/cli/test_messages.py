@@ -459,7 +459,7 @@ CONFIGURATION = {
         "repeats must be a whole number, got the text 'many'",
     ),
     "benchmark without callbacks": (["bench", "rollout", "--config=run.yaml"], {}, "bench rollout needs --without;"),
-    "benchmark without a name": (["bench"], {}, "a benchmark is missing; expected one of rollout, logprobs"),
+    "benchmark without a name": (["bench"], {}, "a benchmark is missing; expected one of rollout, engine, logprobs"),
     "benchmark without an unknown callback": (
         ["bench", "rollout", "--config=run.yaml", "--without=PrefixCache"],
         {},

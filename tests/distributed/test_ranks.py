@@ -101,7 +101,7 @@ CACHES = {
         1.5, reuse_policy=BySignal(BoundedShare(0.7, drawn=True), tolerance=0.2)
     ),
 }
-NUM_STEPS = {"GRPO": 3, "GRPO, cached": 3, "GRPO, cached in part": 3, "GRPO, batch deviation": 2, "PPO": 3, "DAPO": 1}
+NUM_STEPS = {"GRPO": 3, "GRPO, cached": 3, "GRPO, cached in part": 4, "GRPO, batch deviation": 2, "PPO": 3, "DAPO": 1}
 
 
 class History(L.Callback):

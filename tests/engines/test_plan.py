@@ -64,7 +64,7 @@ def on_gpu(monkeypatch, total, **options):
     properties = SimpleNamespace(total_memory=total)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     engine, device = VLLMEngine(**options), torch.device("cuda")
-    engine.training_bytes, engine.num_rows = 20 * GIB, 64
+    engine.training_bytes, engine.expected_rows = 20 * GIB, 64
     engine.llm, engine._on_gpu, engine.policy_version = LLM(), True, 3
     engine._sleep_level = engine._sleep_level_on(device)
     return engine, device

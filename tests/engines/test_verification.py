@@ -244,7 +244,7 @@ def test_engine_is_usable_after_an_exception_in_accept(colocated, prompts):
 def test_engine_is_usable_after_a_request_that_it_refuses(colocated, prompts):
     """The second row does not fit; the first has been queued by then."""
     expected = colocated.generate(prompts, group=4)
-    with pytest.raises(Exception, match="maximum context length"):
+    with pytest.raises(Exception, match="maximum model length"):
         colocated.generate([prompts[0], [5] * (MAX_LENGTH + 1)])
     colocated.sync()
     assert colocated.generate(prompts, group=4).response_ids == expected.response_ids

@@ -362,7 +362,7 @@ class VLLMEngine(RolloutEngine):
 
     def _rows_at_once(self, device: torch.device | None = None) -> int:
         on_gpu = self._on_gpu if device is None else device.type == "cuda"
-        num_rows = None if self.num_rows is None else self.num_rows * self.tensor_parallel_size
+        num_rows = None if self.expected_rows is None else self.expected_rows * self.tensor_parallel_size
         return self.max_num_seqs or rows_at_once(num_rows, on_gpu)
 
     def _sleep_level_on(self, device: torch.device) -> int:
