@@ -101,7 +101,7 @@ CACHES = {
         1.5, reuse_policy=BySignal(BoundedShare(0.7, drawn=True), tolerance=0.2)
     ),
 }
-NUM_STEPS = {"GRPO": 3, "GRPO, cached": 3, "GRPO, cached in part": 4, "GRPO, batch deviation": 2, "PPO": 3, "DAPO": 1}
+NUM_STEPS = {"GRPO": 3, "GRPO, cached": 3, "GRPO, cached in part": 6, "GRPO, batch deviation": 2, "PPO": 3, "DAPO": 1}
 
 
 class History(L.Callback):
@@ -221,7 +221,7 @@ def test_two_ranks_learn_what_one_learns(both_ranks, model_folder, name):
         for metric, value in of_one.items():
             tolerance = 1e-4 if metric.startswith("sampling/") else 1e-5  # those measure nothing but rounding here
             assert of_two[metric] == pytest.approx(value, rel=tolerance, abs=tolerance), metric
-    assert two["evaluation"] == one["evaluation"]
+    assert two["evaluation"] == pytest.approx(one["evaluation"], rel=1e-12)  # sums in another order
 
     start = flat(Policy.build(model_folder).parameters())
     assert (one["weights"][: len(start)] - start).abs().max() > 0.01
