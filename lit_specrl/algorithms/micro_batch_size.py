@@ -18,7 +18,7 @@ from lit_specrl.models.scorer import Scorer
 
 DEFAULT_MICRO_BATCH_TOKENS = 8192
 """On a CPU, and on a GPU until something is measured."""
-_FEWEST, _MOST = 2**10, 2**16  # more than the latter is no faster
+_FEWEST, _MOST = 2**10, 2**16  # tokens
 _PROBE_TOKENS = 2**11
 _SHARE = 0.7  # of the free memory; the rest is for what torch cannot use of it, and for what is measured too low
 
@@ -71,8 +71,7 @@ def choose_micro_batch_tokens(
 
     On a GPU three short passes are run and their peaks of memory compared. 70 % of what is free behind the first
     rollout, while the engine is as it is in training, less what optimizers and reference have not taken yet, is divided
-    by what a token takes. The result is a multiple of 1024, at most 65,536: beyond that, larger passes are no faster.
-    On a CPU it is 8192.
+    by what a token takes. The result is a multiple of 1024, at most 65,536. On a CPU it is 8192.
 
     Args:
         scorer: runs the passes.

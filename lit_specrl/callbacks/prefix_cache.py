@@ -156,7 +156,8 @@ class PrefixCache(RolloutCallback):
             parts.append(f"lenience {self.adaptive_lenience.low:.3g} to {self.adaptive_lenience.high:.3g} (adaptive)")
         elif self.rule.lenience is not None:
             parts.append(f"lenience {self.rule.lenience:.3g}")
-        return {"prefix cache": ", ".join([*parts, "exact" if self.rule.is_exact else "approximate"])}
+        is_exact = self.rule.is_exact and (self.reuse_policy is None or self.reuse_policy.is_exact)
+        return {"prefix cache": ", ".join([*parts, "exact" if is_exact else "approximate"])}
 
     def memory(self, trainer: L.Trainer, num_parameters: int) -> dict[str, int]:
         if trainer.strategy.root_device.type != "cpu":  # the cache is on the host

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -52,9 +53,9 @@ def run_and_end(main: Callable[[], None]) -> None:
         if isinstance(exit_.code, str):
             print(exit_.code, file=sys.stderr)
         status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-        status = 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     if _num_ranks() > 1:
         sys.exit(status)
     end(status)

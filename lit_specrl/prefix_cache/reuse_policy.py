@@ -47,6 +47,10 @@ class ReusePolicy(ABC):
         [Offer(num_tokens=0, reason='none'), Offer(num_tokens=0, reason='none')]
     """
 
+    is_exact: bool = False
+    """Whether offers depend on nothing that a response says: not on its tokens, its length or its reward. Only then do
+    rollouts under an exact acceptance rule have the policy's distribution."""
+
     @abstractmethod
     def __call__(self, last: Sequence[CachedRollout | None], seeds: Sequence[int]) -> list[Offer]:
         """What each row may take over.
@@ -64,6 +68,8 @@ class ReusePolicy(ABC):
 class EveryResponse(ReusePolicy):
     """Offer every response whole, as SPEC-RL does (Liu et al. 2025, arXiv 2509.23232)."""
 
+    is_exact = True
+
     def __call__(self, last: Sequence[CachedRollout | None], seeds: Sequence[int]) -> list[Offer]:
         return [whole(row, "whole") for row in last]
 
@@ -75,6 +81,7 @@ class BoundedShare(ReusePolicy):
     fixed share the first tokens stay for ever, until `PrefixCache(max_reuses)` renews them: set both. A drawn share
     renews them now and then, but no longer shortens the longest row.
 
+    Not exact: a share of a long response is a long beginning, and long ones come more often than the policy says them.
     Ours.
 
     Args:
@@ -121,7 +128,8 @@ class BySignal(ReusePolicy):
     Rewards that are all equal give no advantage: such a group teaches nothing, whether it is reused or not. What it
     costs to reuse it is that it might teach something again. It is therefore answered afresh with the probability of
     having regained spread. If n answers of the group in a row had all the same reward, this is `G / (n G + G + 1)` by
-    Laplace's rule of succession: about a half after the first time, a third after the second.
+    Laplace's rule of succession: about a half after the first time, a third after the second. Not exact: groups that
+    happened to agree stay, and the others are drawn again.
 
     GRESO (Zheng et al. 2025, arXiv 2506.02177) leaves such prompts out before they are answered, with a probability
     that grows with the number of times in a row. Here they stay in their batch.
@@ -157,11 +165,11 @@ class BySignal(ReusePolicy):
     def __call__(self, last: Sequence[CachedRollout | None], seeds: Sequence[int]) -> list[Offer]:
         if not has_equal_rewards(last, self.tolerance):
             if self.informative is None:
-                return _afresh(last, "informative")
+                return afresh(last, "informative")
             return _named("informative", self.informative(last, seeds))
         renewal = self.renewal_probability(last)
         if float(row_uniforms(seeds[:1], 1, "renewal")) < renewal:
-            return _afresh(last, "renewed")
+            return afresh(last, "renewed")
         return _named("equal", self.equal(last, seeds))
 
     def renewal_probability(self, last: Sequence[CachedRollout | None]) -> float:
@@ -195,7 +203,7 @@ class KeepSuccesses(ReusePolicy):
         mean = sum(rewards) / len(rewards) if rewards else 0.0
         is_success = [row is not None and row.reward is not None and row.reward > mean for row in last]
         successes = _named("success", self.successes(last, seeds))
-        failures = _named("failure", self.failures(last, seeds) if self.failures else _afresh(last, "failure"))
+        failures = _named("failure", self.failures(last, seeds) if self.failures else afresh(last, "failure"))
         return [
             success if kept else failure for kept, success, failure in zip(is_success, successes, failures, strict=True)
         ]
@@ -205,7 +213,8 @@ class RenewInTurns(ReusePolicy):
     """Answer a share of the rows of every group afresh, those whose responses are oldest.
 
     Each row is then answered afresh in every n-th visit, and every group holds new answers in every step.
-    `PrefixCache(max_reuses)` renews all rows of a step at once; `control_fraction` chooses at random. Ours.
+    `PrefixCache(max_reuses)` renews all rows of a step at once; `control_fraction` chooses at random. Exact where
+    `rest` is: rows are chosen by their age. Ours.
 
     Args:
         fresh_fraction: share of the rows that are answered afresh, at least one.
@@ -219,6 +228,7 @@ class RenewInTurns(ReusePolicy):
         if not 0 < fresh_fraction < 1:
             raise ValueError(f"fresh_fraction must lie in (0, 1), got {fresh_fraction}")
         self.fresh_fraction, self.rest = fresh_fraction, rest or EveryResponse()
+        self.is_exact = self.rest.is_exact
 
     def __call__(self, last: Sequence[CachedRollout | None], seeds: Sequence[int]) -> list[Offer]:
         there = [index for index, row in enumerate(last) if row is not None]
@@ -242,7 +252,8 @@ def has_equal_rewards(last: Sequence[CachedRollout | None], tolerance: float = 0
     return bool(known) and len(known) == len(rewards) and max(known) - min(known) <= tolerance
 
 
-def _afresh(last: Sequence[CachedRollout | None], reason: str) -> list[Offer]:
+def afresh(last: Sequence[CachedRollout | None], reason: str) -> list[Offer]:
+    """Nothing of any response."""
     return [NO_RESPONSE if row is None else Offer(0, reason) for row in last]
 
 

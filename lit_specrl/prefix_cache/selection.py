@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from lit_specrl.prefix_cache.reuse import control_samples
-from lit_specrl.prefix_cache.reuse_policy import NO_RESPONSE, EveryResponse, Offer, ReusePolicy
+from lit_specrl.prefix_cache.reuse_policy import NO_RESPONSE, EveryResponse, Offer, ReusePolicy, afresh
 from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 from lit_specrl.seeds import row_uniforms
 from lit_specrl.types import RolloutRequest
@@ -111,7 +111,7 @@ class Selector:
 
     def _offers(self, last: list[CachedRollout | None], seeds: list[int], group_fraction: float) -> list[Offer]:
         if group_fraction < 1 and float(row_uniforms(seeds[:1], 1, "reuse")) >= group_fraction:
-            return _withheld(last, "withheld")
+            return afresh(last, "withheld")
         control = control_samples(seeds, self._control_fraction)
         offers = self._policy(last, seeds)
         if len(offers) != len(last):
@@ -129,7 +129,3 @@ class Selector:
         if is_control:
             return Offer(0, "control")
         return Offer(0, "max_reuses") if row.num_reuses >= self._max_reuses else offer
-
-
-def _withheld(last: list[CachedRollout | None], reason: str) -> list[Offer]:
-    return [NO_RESPONSE if row is None else Offer(0, reason) for row in last]

@@ -38,7 +38,7 @@ def test_what_does_not_come_back_is_named_and_left():
         ("sys.exit(2)", 2, ""),
         ("sys.exit('no such file')", 1, "no such file"),
         ("1 / 0", 1, "ZeroDivisionError"),
-        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
     ],
 )
 def test_the_status_is_that_of_the_command(main, status, said):

@@ -1,5 +1,7 @@
 """What rows of a group are offered, on groups of four."""
 
+import itertools
+
 import pytest
 
 from lit_specrl.prefix_cache import BoundedShare, BySignal, EveryResponse, KeepSuccesses, RenewInTurns, ReusePolicy
@@ -151,3 +153,44 @@ def test_wrong_numbers_are_refused(make, message):
 @pytest.mark.parametrize("policy", [EveryResponse(), BoundedShare(), BySignal(), KeepSuccesses(), RenewInTurns()])
 def test_policies_cope_with_groups_that_have_nothing(policy: ReusePolicy):
     assert policy([None] * 4, SEEDS) == [NO_RESPONSE] * 4
+
+
+# What a policy that has not changed says in the end, where all that is offered is kept; by enumeration.
+SAID = {"a": 0.3, "ab": 0.2, "bbb": 0.5}
+
+
+def continued(kept):
+    """Distribution of what begins with `kept`."""
+    weights = {text: p for text, p in SAID.items() if text.startswith(kept)}
+    return {text: p / sum(weights.values()) for text, p in weights.items()}
+
+
+def said_again(policy, cached, num_reuses=(1, 0)):
+    """[G] distribution of each row of a group of two, over all groups that the policy may have said before."""
+    rows = [dict.fromkeys(SAID, 0.0) for _ in range(2)]
+    for texts in itertools.product(SAID, repeat=2):
+        probability = SAID[texts[0]] * SAID[texts[1]]
+        last = [
+            cached(sample=sample, token_ids=[8] * len(text), reward=float(len(text)), num_reuses=reuses)
+            for sample, (text, reuses) in enumerate(zip(texts, num_reuses, strict=True))
+        ]
+        for row, (text, offer) in enumerate(zip(texts, policy(last, [5, 6]), strict=True)):
+            # a response that is taken over whole is complete
+            ends = {text: 1.0} if offer.num_tokens == len(text) else continued(text[: offer.num_tokens])
+            for end, share in ends.items():
+                rows[row][end] += probability * share
+    return rows
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [EveryResponse(), RenewInTurns(0.5), BoundedShare(0.5), KeepSuccesses(), BySignal(renewal=0.0)],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_a_policy_is_exact_if_and_only_if_it_says_so(policy, cached):
+    keeps_it = all(row == pytest.approx(SAID) for row in said_again(policy, cached))
+    assert keeps_it == policy.is_exact
+
+
+def test_a_policy_is_as_exact_as_what_it_offers():
+    assert not RenewInTurns(0.5, BoundedShare(0.5)).is_exact
