@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from rendezvous import OF_A_LAUNCHED_RANK
 from tiny_models import SHAPE, save_model
 from training import with_many_stops, write_questions
 from transformers import LlamaConfig, Qwen3Config
@@ -26,6 +27,14 @@ def _freed_memory_goes_back():
     yield
     gc.collect()
     give_back_freed_memory()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_file_makes_a_launched_rank():
+    """A sharded trainer leaves `LOCAL_RANK` behind, and a later one takes itself for a rank that somebody launched."""
+    yield
+    for name in OF_A_LAUNCHED_RANK:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

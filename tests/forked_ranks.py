@@ -6,7 +6,7 @@ import signal
 import time
 import traceback
 
-from ports import free_port
+from rendezvous import free_port
 
 
 class Ranks:

@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from ports import free_port
+from rendezvous import OF_A_LAUNCHED_RANK, free_port
 from torch import distributed as dist
 from training import QUESTIONS, make_trainer, with_many_stops
 
@@ -179,7 +179,7 @@ def both_ranks(model_folder, tmp_path_factory):
     """What each of two processes found, `RUNS` one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHED_RANK},
         "OMP_NUM_THREADS": "1",
         "MASTER_PORT": str(free_port()),
         "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
