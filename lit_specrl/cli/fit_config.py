@@ -6,6 +6,8 @@ import copy
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -67,6 +69,22 @@ def without_callbacks(configuration: Configuration, names: Sequence[str]) -> Con
         callback for callback in callbacks if _name(callback) not in names or _name(callback) == _ENGINE_OWNER
     ]
     return changed
+
+
+def with_arguments(configuration: Configuration, name: str, arguments: dict[str, Any]) -> Configuration:
+    """A copy whose callback of this name has these arguments, and the defaults of all others.
+
+    Raises:
+        ConfigurationError: arguments that the callback does not take.
+    """
+    changed = copy.deepcopy(configuration)
+    for callback in changed["trainer"]["callbacks"]:
+        if _name(callback) == name:
+            callback["init_args"] = arguments
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "config.yaml")
+        file.write_text(yaml.safe_dump(changed, sort_keys=False), "utf-8")
+        return fit_configuration(["--config", str(file)])
 
 
 def with_seed(configuration: Configuration, seed: int) -> Configuration:

@@ -14,6 +14,7 @@ import yaml
 from lit_specrl import GRPO, PromptDataModule, RolloutCallback, SpeculativeRollout, TransformersEngine, timing
 from lit_specrl.bench.command import bench_command
 from lit_specrl.bench.rollout import figure, recorder
+from lit_specrl.bench.rollout.arms import further_arms
 from lit_specrl.bench.rollout.comparison import (
     Pair,
     notes,
@@ -288,6 +289,52 @@ def test_runs_differ_in_the_callbacks_alone_and_take_turns(config, tmp_path):
     assert len({run.settings_hash for run in runs[1:]}) == 3
 
 
+def test_arms_are_the_callback_with_other_arguments_and_each_seed_begins_with_another(config, tmp_path):
+    settings = fit_configuration([f"--config={config}"])
+    Path("arms.yaml").write_text("at most once: {log_lenience: 0.5, max_reuses: 1}\nrandom: {acceptance: random}\n")
+    more = further_arms(settings, ["PrefixCache"], Path("arms.yaml"))
+    once, random = (arm["trainer"]["callbacks"][-1]["init_args"] for arm in more.values())
+    assert (once["lenience"], once["log_lenience"], once["max_reuses"]) == (None, 0.5, 1)  # nothing of the block's 2.0
+    assert (random["lenience"], random["acceptance"], random["max_reuses"]) == (None, "random", None)
+    for arm in more.values():
+        assert arm | {"trainer": None} == settings | {"trainer": None}
+        assert arm["trainer"]["callbacks"][:-1] == settings["trainer"]["callbacks"][:-1]
+    runs = planned_runs(settings, ["PrefixCache"], [0, 1], tmp_path, more)
+    assert [run.folder.name for run in runs] == [
+        *("seed-0-without", "seed-0-with", "seed-0-at-most-once", "seed-0-random"),
+        *("seed-1-with", "seed-1-at-most-once", "seed-1-random", "seed-1-without"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "message"),
+    [
+        ("once: {max_reuses: 1}", ["PrefixCache", "RunSummary"], "arguments of one callback, but --without names 2"),
+        ("- max_reuses: 1", ["PrefixCache"], "must hold the arguments of PrefixCache for each arm, by the arm's name"),
+        ("with: {max_reuses: 1}", ["PrefixCache"], "with is the name of an arm that is always there"),
+        ("once: {max_reuse: 1}", ["PrefixCache"], "max_reuse"),
+    ],
+)
+def test_wrong_arms_are_refused_before_anything_runs(config, no_process, capsys, text, names, message):
+    Path("arms.yaml").write_text(text)
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        further_arms(fit_configuration([f"--config={config}"]), names, Path("arms.yaml"))
+    assert message in f"{refused.value} {capsys.readouterr().err}"
+
+
+def test_the_arms_of_the_test_bed_are_understood(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    settings = fit_configuration(
+        [
+            "--config=recipes/toy_sums.yaml",
+            "--config=configs/callbacks/prefix_cache.yaml",
+            "--model.init_args.model=toy",
+        ]
+    )
+    arms = further_arms(settings, ["PrefixCache"], Path("recipes/toy_sums_arms.yaml"))
+    assert {"e^0.5", "random", "groups without spread"} <= set(arms)
+
+
 def test_without_speculation_means_the_same_engine_without_a_drafter(config, tmp_path):
     speculating = {"class_path": "SpeculativeRollout", "init_args": {"drafter": {"class_path": "NGramDrafter"}}}
     block = {"trainer": {"callbacks+": [speculating, {"class_path": "AdaptiveScheduler"}]}}
@@ -397,6 +444,17 @@ def test_a_tiny_model_with_and_without_the_prefix_cache(config, processes, capsy
     ):
         bench_command([*arguments, "--model.init_args.beta=0.1"])
     assert len(processes) == 2
+
+    Path("arms.yaml").write_text("afresh: {acceptance: 'off'}")
+    bench_command([*arguments, "--arms=arms.yaml"])  # one run more
+    assert [command[-1] for command in processes[2:]] == ["out/seed-0-afresh/config.yaml"]
+    report = json.loads(Path("out/report.json").read_text())
+    assert [(row["arm"], row["tokens_ratio"] == "1.00x") for row in report["tables"]["arms"]] == [
+        ("with", False),
+        ("afresh", True),
+    ]
+    assert [run["arm"] for run in report["runs"]] == ["without", "with", "afresh"]
+    assert Path("out/frontier.png").exists()
 
 
 @pytest.mark.parametrize(

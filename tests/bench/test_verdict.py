@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from lit_specrl.bench.rollout.arms import arms_table
 from lit_specrl.bench.rollout.comparison import Pair
 from lit_specrl.bench.rollout.intervals import Interval, mean_interval, ratio_interval, t_quantile
 from lit_specrl.bench.rollout.paired import COSTS, LAST, MEAN, Comparison, compare, cost_to_score
@@ -101,6 +102,25 @@ def test_costs_to_a_score_are_of_the_pairs_that_both_reach_it(pairs):
 def test_records_of_earlier_versions_know_no_decode_steps():
     pair = Pair(0, run([0.1, 0.5], decode_steps=None), run([0.1, 0.5]))
     assert "decode_steps" not in compare([pair]).ratios
+
+
+def test_arms_stand_side_by_side_each_against_the_runs_without(pairs):
+    other = [pair._replace(with_callbacks=pair.without) for pair in pairs]
+    rows = arms_table({"with": compare(pairs, 0.6), "nothing": compare(other, 0.6)}, "tokens", 0.6)
+    assert rows[0] == {
+        "arm": "with",
+        "seeds": 3,
+        "seconds_ratio": "1.25x (1.25x to 1.25x)",
+        "rollout_seconds_ratio": "1.25x (1.25x to 1.25x)",
+        "tokens_ratio": "2.00x (2.00x to 2.00x)",
+        "decode_steps_ratio": "1.00x (1.00x to 1.00x)",
+        "score_last": "-0.067 (-0.210 to +0.077)",
+        "score_mean": "-0.033 (-0.105 to +0.038)",
+        "tokens_to_0.6": "1.65x (1.09x to 2.49x)",
+        "pairs_not_there": 0,
+    }
+    assert rows[1]["tokens_ratio"] == rows[1]["tokens_to_0.6"] == "1.00x (1.00x to 1.00x)"
+    assert rows[1]["score_last"] == "+0.000 (+0.000 to +0.000)"
 
 
 def test_the_table_names_what_is_compared(pairs):

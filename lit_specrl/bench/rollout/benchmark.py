@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_specrl.bench.report import Report
+from lit_specrl.bench.rollout.arms import arms_table, further_arms
 from lit_specrl.bench.rollout.comparison import (
     Pair,
     notes,
@@ -17,10 +18,10 @@ from lit_specrl.bench.rollout.comparison import (
     time_table,
     validation_table,
 )
-from lit_specrl.bench.rollout.figure import draw
+from lit_specrl.bench.rollout.figure import draw, draw_frontier
 from lit_specrl.bench.rollout.paired import compare
 from lit_specrl.bench.rollout.records import RunRecord
-from lit_specrl.bench.rollout.runs import planned_runs
+from lit_specrl.bench.rollout.runs import WITH, WITHOUT, planned_runs
 from lit_specrl.bench.rollout.verdict import verdict
 from lit_specrl.cli.fit_config import Configuration, fit_configuration
 
@@ -43,6 +44,7 @@ def bench_rollout(
     output: Path,
     cost: str = "seconds",
     margin: float = 0.01,
+    arms: Path | None = None,
 ) -> RolloutReport:
     """Train with and without callbacks, and compare time, tokens and what was learned: `lit-specrl bench rollout`.
 
@@ -55,26 +57,29 @@ def bench_rollout(
         output: folder; made if it is not there.
         cost: what the verdict charges, a key of `paired.COSTS`.
         margin: score that the callbacks may cost at equal steps.
+        arms: file with other arguments of the callback (`further_arms`).
 
     Raises:
-        ValueError: an unknown callback, or a folder with runs of other settings.
+        ValueError: an unknown callback, a file without arms, or a folder with runs of other settings.
         RunFailedError: a run failed.
     """
     configuration = fit_configuration(fit_arguments)
-    runs = planned_runs(configuration, without, seeds, output)
+    more = further_arms(configuration, without, arms) if arms else {}
+    runs = planned_runs(configuration, without, seeds, output, more)
     records: dict[tuple[int, str], RunRecord] = {}
     finished = [run.finished() for run in runs]  # of all, so that a wrong folder is refused before anything runs
     for number, (run, record) in enumerate(zip(runs, finished, strict=True), start=1):
-        label = f"run {number} of {len(runs)}: seed {run.seed}, {run.arm} {', '.join(without)}"
+        arm = f"{run.arm} {', '.join(without)}" if run.arm in (WITHOUT, WITH) else f"{', '.join(without)} {run.arm!r}"
+        label = f"run {number} of {len(runs)}: seed {run.seed}, {arm}"
         print(f"{label}, {'found in' if record else 'into'} {run.folder}", file=sys.stderr)
         records[run.seed, run.arm] = record or run.execute()
-    pairs = [Pair(seed, records[seed, "without"], records[seed, "with"]) for seed in seeds]
+    pairs = {arm: [Pair(seed, records[seed, WITHOUT], records[seed, arm]) for seed in seeds] for arm in (WITH, *more)}
     return _report(configuration, pairs, fit_arguments, without, score, output, cost, margin)
 
 
 def _report(
     configuration: Configuration,
-    pairs: Sequence[Pair],
+    pairs_by_arm: Mapping[str, Sequence[Pair]],
     fit_arguments: Sequence[str],
     without: Sequence[str],
     score: float | None,
@@ -82,15 +87,19 @@ def _report(
     cost: str,
     margin: float,
 ) -> RolloutReport:
-    names = ", ".join(without)
-    comparison = compare(pairs, score)
+    names, pairs = ", ".join(without), pairs_by_arm[WITH]
+    comparisons = {arm: compare(of_arm, score) for arm, of_arm in pairs_by_arm.items()}
+    comparison = comparisons[WITH]
     remarks = [verdict(comparison, names, cost, margin), *notes(pairs, names, score)]
     try:
         draw(pairs, names, output / "report.png")
+        if len(comparisons) > 1:
+            draw_frontier(comparisons, cost, output / "frontier.png")
     except ImportError as error:
         remarks.append(str(error))
     tables = {
         "paired": comparison.table(score),
+        "arms": arms_table(comparisons, cost, score) if len(comparisons) > 1 else [],
         "compared": ratio_table(pairs),
         "time": time_table(pairs),
         "rollouts": rollout_table(pairs),
@@ -113,7 +122,9 @@ def _report(
         configuration=configuration,
         runs=[
             {"seed": pair.seed, "arm": arm, **asdict(record)}
-            for pair in pairs
-            for arm, record in (("without", pair.without), ("with", pair.with_callbacks))
+            for of_arm, of_seeds in pairs_by_arm.items()
+            for pair in of_seeds
+            for arm, record in ((WITHOUT, pair.without), (of_arm, pair.with_callbacks))
+            if arm == of_arm or of_arm == WITH  # the runs without are the same in all arms
         ],
     )

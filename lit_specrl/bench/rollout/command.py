@@ -17,6 +17,7 @@ def rollout(
     output: str = "bench_rollout",
     cost: Literal["seconds", "rollout_seconds", "tokens", "decode_steps"] = "seconds",
     margin: float = 0.01,
+    arms: str | None = None,
 ) -> Any:
     """Train with and without callbacks, and compare time, tokens and what was learned.
 
@@ -36,6 +37,9 @@ def rollout(
     on the table of paired differences, whose 95 % intervals are those of Student's t over the seeds. They
     pay if they lose at most --margin of the validation score at equal steps and save cost.
 
+    With --arms the callback in question is also tried with other arguments, against the same runs without it.
+    The table of arms and `frontier.png` tell for each what it saves and what it costs in learning.
+
     The folder holds each run's configuration, output and `run.json` with the numbers of every step, and
     at the end `report.json` and `report.png` (with matplotlib). Finished runs are not repeated by the
     same command. Logs go there as well, unless the configuration names another place. Runs save no
@@ -49,12 +53,13 @@ def rollout(
         output: folder of the results.
         cost: what the verdict charges; decode steps are the tokens of each round's longest continuation.
         margin: validation score that may be lost at equal steps.
+        arms: YAML file with arguments of the callback for each further arm, by its name, as recipes/toy_sums_arms.yaml
 
     Returns:
         A `RolloutReport`, whose module imports torch.
 
     Raises:
-        ValueError: an unknown callback, wrong seeds, or a folder with runs of other settings.
+        ValueError: an unknown callback, wrong seeds, a file without arms, or a folder with runs of other settings.
         RunFailedError: a run failed.
     """
     names, numbers = _names(without), _seeds(seeds)
@@ -64,7 +69,9 @@ def rollout(
 
     signal.signal(signal.SIGTERM, _stop)
     try:
-        report = bench_rollout(fit_arguments, names, numbers, score, Path(output), cost, margin)
+        report = bench_rollout(
+            fit_arguments, names, numbers, score, Path(output), cost, margin, Path(arms) if arms else None
+        )
     except KeyboardInterrupt:
         message = "interrupted. Finished runs are kept: the same command goes on after them"
         raise SystemExit(f"lit-specrl bench rollout: {message}") from None

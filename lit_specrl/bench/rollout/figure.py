@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lit_specrl.bench.rollout.comparison import SCORE, Pair
+from lit_specrl.bench.rollout.paired import COSTS, MEAN, Comparison
 
 _COLORS = {"without": "tab:gray", "with": "tab:blue"}
 
@@ -16,11 +18,7 @@ def draw(pairs: Sequence[Pair], callbacks: str, file: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"{file} needs matplotlib: pip install 'lit_specrl[bench]'") from error
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = _figure(file, 13)
     rollout, tokens, learned = figure.subplots(1, 3)
     validated = any(SCORE in evaluation.metrics for pair in pairs for evaluation in pair.without.evaluations)
     for index, pair in enumerate(pairs):
@@ -41,3 +39,34 @@ def draw(pairs: Sequence[Pair], callbacks: str, file: Path) -> None:
     learned.set(xlabel="training time, s", ylabel=SCORE if validated else "reward")
     rollout.legend()
     figure.savefig(file, dpi=150)
+
+
+def draw_frontier(comparisons: Mapping[str, Comparison], cost: str, file: Path) -> None:
+    """What each arm saves against what it costs in learning, with 95 % intervals; up and to the right is better.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(file, 8)
+    axes = figure.subplots()
+    for arm, found in comparisons.items():
+        saved, lost = found.ratios.get(cost), found.differences.get(MEAN)
+        if saved is None or lost is None:
+            continue
+        bars = {
+            axis: [[each.mean - each.low], [each.high - each.mean]] if each.is_bounded else None
+            for axis, each in (("xerr", saved), ("yerr", lost))
+        }
+        axes.errorbar([saved.mean], [lost.mean], **bars, marker="o", capsize=2, label=arm)
+    axes.axhline(0, color="tab:gray", linewidth=1)
+    axes.set(xlabel=f"{COSTS[cost][0]}, without / with", ylabel=f"{MEAN}, with - without", xscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=150)
+
+
+def _figure(file: Path, width: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{file} needs matplotlib: pip install 'lit_specrl[bench]'") from error
+    return Figure(figsize=(width, 4), layout="constrained")

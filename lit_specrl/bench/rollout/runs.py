@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import xxhash
@@ -20,7 +21,8 @@ from lit_specrl import __version__
 from lit_specrl.bench.rollout.records import RunRecord
 from lit_specrl.cli.fit_config import Configuration, with_seed, without_callbacks
 
-Arm = Literal["without", "with"]
+WITHOUT, WITH = "without", "with"
+"""The two arms that every comparison has."""
 _TAIL_LINES = 5  # of what a failed run has written
 
 
@@ -33,7 +35,7 @@ class Run:
     """One training run, with the callbacks in question or without them."""
 
     seed: int
-    arm: Arm
+    arm: str
     configuration: Configuration
     folder: Path
 
@@ -98,15 +100,35 @@ def _saves_checkpoints(callback: dict[str, Any]) -> bool:
     return issubclass(pkgutil.resolve_name(callback["class_path"]), Checkpoint)
 
 
-def planned_runs(configuration: Configuration, names: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Run]:
-    """Two runs for each seed, the one without the callbacks first, then second, in turn.
+def planned_runs(
+    configuration: Configuration,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    more: Mapping[str, Configuration] | None = None,
+) -> list[Run]:
+    """For each seed a run without the callbacks, one with them, and one for each further arm.
+
+    Each seed begins with another arm, so that none is always first on a cold machine.
+
+    Args:
+        configuration: of the runs with the callbacks.
+        names: of the callbacks in question.
+        seeds: of the runs.
+        folder: holds a folder for each run.
+        more: configurations of further arms, by name.
 
     Raises:
         ValueError: a callback that is not there.
     """
-    arms: dict[Arm, Configuration] = {"without": without_callbacks(configuration, names), "with": configuration}
+    arms = {WITHOUT: without_callbacks(configuration, names), WITH: configuration, **(more or {})}
     runs = []
     for index, seed in enumerate(seeds):
-        order: list[Arm] = ["without", "with"] if index % 2 == 0 else ["with", "without"]
-        runs += [Run(seed, arm, with_seed(arms[arm], seed), folder / f"seed-{seed}-{arm}") for arm in order]
+        first = index % len(arms)
+        order = [*list(arms)[first:], *list(arms)[:first]]
+        runs += [Run(seed, arm, with_seed(arms[arm], seed), folder / f"seed-{seed}-{_as_name(arm)}") for arm in order]
     return runs
+
+
+def _as_name(arm: str) -> str:
+    return re.sub(r"[^\w.^-]+", "-", arm).strip("-")

@@ -1,0 +1,68 @@
+"""Further arms of a comparison: the callback in question with other arguments, and all arms side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_specrl.bench.rollout.intervals import Interval
+from lit_specrl.bench.rollout.paired import COSTS, LAST, MEAN, Comparison
+from lit_specrl.bench.rollout.runs import WITH, WITHOUT
+from lit_specrl.cli.fit_config import Configuration, with_arguments
+
+
+def further_arms(configuration: Configuration, names: Sequence[str], file: Path) -> dict[str, Configuration]:
+    """The configuration with other arguments of one callback.
+
+    Args:
+        configuration: of the runs with the callbacks.
+        names: of the callbacks in question; just one.
+        file: YAML that holds the callback's arguments for each arm, by the arm's name.
+
+    Raises:
+        ValueError: more than one callback, or a file without arms.
+    """
+    if len(names) != 1:
+        raise ValueError(
+            f"--arms gives arguments of one callback, but --without names {len(names)}: {', '.join(names)}"
+        )
+    arms = yaml.safe_load(file.read_text("utf-8"))
+    if not isinstance(arms, dict) or not all(isinstance(arguments, dict) for arguments in arms.values()):
+        raise ValueError(
+            f"--arms {file} must hold the arguments of {names[0]} for each arm, by the arm's name, "
+            f'as in "twice: {{max_reuses: 2}}"'
+        )
+    if taken := {WITHOUT, WITH} & set(arms):
+        raise ValueError(f"--arms {file}: {taken.pop()} is the name of an arm that is always there; take another one")
+    return {str(arm): with_arguments(configuration, names[0], arguments) for arm, arguments in arms.items()}
+
+
+def arms_table(comparisons: Mapping[str, Comparison], cost: str, score: float | None) -> list[dict[str, Any]]:
+    """What each arm saves and what it costs in learning, each against the runs without the callback.
+
+    Args:
+        comparisons: by arm.
+        cost: a key of `COSTS`.
+        score: validation score that was looked for.
+    """
+    until = "" if score is None else f"{cost}_to_{score:g}"
+    rows = []
+    for arm, found in comparisons.items():
+        row: dict[str, Any] = {"arm": arm, "seeds": max(each.num_seeds for each in found.ratios.values())}
+        row |= {f"{name}_ratio": _text(found.ratios.get(name), "x") for name in COSTS if name in found.ratios}
+        row |= {"score_last": _text(found.differences.get(LAST)), "score_mean": _text(found.differences.get(MEAN))}
+        if until:
+            row |= {until: _text(found.ratios_to_score.get(cost), "x"), "pairs_not_there": found.num_unreached}
+        rows.append(row)
+    return rows
+
+
+def _text(interval: Interval | None, unit: str = "") -> str:
+    if interval is None:
+        return "-"
+    number = "{:.2f}x" if unit else "{:+.3f}"
+    mean, low, high = (number.format(value) for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} ({low} to {high})" if interval.is_bounded else mean
