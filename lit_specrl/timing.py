@@ -17,6 +17,7 @@ class StageTimer:
 
     Args:
         on_start: called with the name of a stage that begins.
+        on_progress: called with the name of the present stage, how many of its parts are done, and of how many.
 
     Example:
         >>> timer = StageTimer()
@@ -26,13 +27,18 @@ class StageTimer:
         ['gen']
     """
 
-    def __init__(self, on_start: Callable[[str], None] | None = None) -> None:
-        self._on_start = on_start
+    def __init__(
+        self,
+        on_start: Callable[[str], None] | None = None,
+        on_progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self._on_start, self._on_progress = on_start, on_progress
+        self._stage = ""
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        started_at = time.perf_counter()
+        started_at, self._stage = time.perf_counter(), stage
         if self._on_start is not None:
             self._on_start(stage)
         try:
@@ -41,6 +47,11 @@ class StageTimer:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # otherwise the next stage pays for the kernels of this one
             self.seconds[stage] += time.perf_counter() - started_at
+
+    def tell(self, num_done: int, num_parts: int) -> None:
+        """How far the present stage is."""
+        if self._on_progress is not None:
+            self._on_progress(self._stage, num_done, num_parts)
 
     def pop(self) -> dict[str, float]:
         """Seconds by stage since the last call."""

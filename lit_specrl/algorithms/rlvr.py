@@ -204,7 +204,7 @@ class RLVRModule(L.LightningModule):
         self.policy_version = 0
         """Updates of the policy done."""
         self.policy: Policy | None = None
-        self.timer = StageTimer(partial(self._hook, "on_stage_start"))
+        self.timer = StageTimer(partial(self._hook, "on_stage_start"), partial(self._hook, "on_stage_progress"))
         self.report = StepReport(self.timer)
         self.worker = RolloutWorker(model, RewardSet(list(rewards)), seed, self.timer, self._hook)
         names = ", ".join(f"{reward.weight:g} {reward.name}" for reward in self.worker.rewards.rewards)

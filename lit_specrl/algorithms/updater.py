@@ -106,7 +106,7 @@ class Updater:
             ),
             rows_without_gradient=experience.num_rows - len(rows),
         )
-        for micro_batch, row_numbers, part in self.scorer.micro_batches(experience, rows):
+        for micro_batch, row_numbers, part in self.scorer.micro_batches(experience, rows, self.report.timer.tell):
             cut = row_numbers, slice(part.response_ids.shape[1])
             statistics = self.scorer.training_forward(part, micro_batch)
             per_token_loss, found = self.objective(statistics, part, kl_coef)  # [n, R]
@@ -137,7 +137,7 @@ class Updater:
             optimizer.zero_grad()
             weights = self._token_weights(experience, "token")
             rows = rows_with_gradient(experience, every_row_matters=True)
-            for micro_batch, row_numbers, part in self.scorer.micro_batches(experience, rows):
+            for micro_batch, row_numbers, part in self.scorer.micro_batches(experience, rows, self.report.timer.tell):
                 values = self.critic(*part.inputs, share_prompts=micro_batch.share_prompts, layout=part.layout)
                 per_token_loss, found = self.critic.loss(values, part)  # [n, R]
                 loss = (per_token_loss * weights[row_numbers, : values.shape[1]]).sum()

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_specrl.checkpoints.atomic_files import replace_atomically
 
@@ -32,12 +33,15 @@ class CompletionWriter(BasePredictionWriter):
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self._target.with_name(self._target.name + ".partial")
         self._partial.write_text("")
+        self._num_written = 0
 
     def write_on_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: list[dict[str, Any]], *unused: Any
     ) -> None:
         with self._partial.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
+        self._num_written += len(prediction)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         replace_atomically(self._partial, self._target)
+        rank_zero_info(f"{self._num_written} completions are in {self._target.absolute()}")

@@ -51,6 +51,11 @@ class RolloutCallback(L.Callback):
     def on_stage_start(self, trainer: L.Trainer, pl_module: RLVRModule, stage: str) -> None:
         """Called when a stage of a step begins, such as `update_weights`; names as in the metrics `timing_s/NAME`."""
 
+    def on_stage_progress(
+        self, trainer: L.Trainer, pl_module: RLVRModule, stage: str, num_done: int, num_parts: int
+    ) -> None:
+        """Called behind each micro-batch of an update: how many of the stage are done, and of how many."""
+
     def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
         """Called before the engine sees the request; may change it."""
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -17,9 +18,10 @@ from lit_specrl.callbacks.rollout_callback import require_rlvr_module
 
 
 class RunSummary(L.Callback):
-    """Prints, at the end of training, what was learned and where the time went.
+    """Prints, at the end of training, what was learned and where the time went; also at an end before its time.
 
-    Held-out accuracy before training needs a validation before training (`num_sanity_val_steps=-1`).
+    Held-out accuracy before training needs a validation before training (`num_sanity_val_steps=-1`). Each validation
+    is told when it is done.
 
     Attributes:
         seconds: wall time of all training steps by stage, in seconds; "other" is what no stage accounts for, callbacks
@@ -35,6 +37,8 @@ class RunSummary(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
         if "val_accuracy" in pl_module.evaluation:
             self.accuracies.append(pl_module.evaluation["val_accuracy"])
+            when = f"after {self.num_steps} steps" if self.num_steps else "before training"
+            rank_zero_info(f"held-out accuracy {when}: {self.accuracies[-1]:.3f}")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_rlvr_module(self, pl_module)
@@ -59,8 +63,23 @@ class RunSummary(L.Callback):
         self.rewards[trainer.current_epoch].append(metrics["reward"])
         self.num_steps += 1
 
-    @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._print(trainer)
+
+    @rank_zero_only
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
+            return  # the message about it is what the user needs
+        self._print(trainer)
+        checkpoints = [path for path in map(_last_checkpoint, trainer.checkpoint_callbacks) if path]  # type: ignore[attr-defined]
+        print(
+            f"Stopped. Go on with --ckpt_path {checkpoints[-1]}"
+            if checkpoints
+            else "Stopped. No checkpoint was saved; configs/trainer/resumable.yaml saves some"
+        )
+
+    @rank_zero_only
+    def _print(self, trainer: L.Trainer) -> None:
         if self.num_steps:
             Console().print(self._table())
         for logger in trainer.loggers:
@@ -79,3 +98,9 @@ class RunSummary(L.Callback):
         for stage, value in sorted(self.seconds.items(), key=lambda item: -item[1]):
             table.add_row(f"  {stage}", f"{value:.1f} ({value / total_s:.1%})")
         return table
+
+
+def _last_checkpoint(callback: Any) -> str | None:
+    """What a run would go on from."""
+    saved = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+    return saved or None

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
 
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
@@ -51,6 +52,10 @@ DYNAMIC_SAMPLING_LAYOUT = {
     }
 }
 
+_RESULTS = ("reward", "val_accuracy", "completions/mean_length")
+"""Curves whose latest values stand beside the settings in HParams."""
+_NOTHING = "(none)"  # a prompt without reference answer, a reward that does not apply
+
 
 def layout_for(module: L.LightningModule, callbacks: Sequence[L.Callback] = ()) -> dict[str, dict[str, list[Any]]]:
     """Tabs for what a module and the callbacks of a run report."""
@@ -87,11 +92,15 @@ class TensorBoardReport(RolloutCallback):
             writer.add_custom_scalars(layout_for(pl_module, trainer.callbacks))  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.logger is not None:
-            settings = {**getattr(pl_module, "settings", {}), "optimizer": type(trainer.optimizers[0]).__name__}
-            group = trainer.optimizers[0].param_groups[0]
-            settings["learning_rate"] = float(group.get("initial_lr", group["lr"]))
-            trainer.logger.log_hyperparams(settings)
+        settings = {**getattr(pl_module, "settings", {}), "optimizer": type(trainer.optimizers[0]).__name__}
+        group = trainer.optimizers[0].param_groups[0]
+        settings["learning_rate"] = float(group.get("initial_lr", group["lr"]))
+        settings["batch_size"] = getattr(trainer.datamodule, "batch_size", "none")  # type: ignore[attr-defined]
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, TensorBoardLogger):
+                _show_settings(logger, settings)
+            else:
+                logger.log_hyperparams(settings)
 
     def on_experience_end(
         self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
@@ -121,13 +130,17 @@ def completions_table(rollouts: Rollouts, limit: int) -> str:
         rewards = [values[row] for values in rollouts.rewards.values()]
         cells = [
             _cell(rollouts.prompts.prompts[owner]),
-            _cell(rollouts.prompts.answers[owner] or ""),
+            _cell(_shown(rollouts.prompts.answers[owner])),
             _cell(rollouts.texts[row]),
-            *("" if reward is None else f"{reward:.3g}" for reward in rewards),
+            *(_NOTHING if reward is None else f"{reward:.3g}" for reward in rewards),
             rollouts.finish_reasons[row],
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _shown(answer: str | None) -> str:
+    return _NOTHING if answer is None else answer
 
 
 def _cell(text: str) -> str:
@@ -140,6 +153,14 @@ def _cell(text: str) -> str:
         .replace("`", "&#96;")
     )
     return f"<code>{escaped}</code>".replace("\n", "</code><br><code>")
+
+
+def _show_settings(logger: TensorBoardLogger, settings: dict[str, Any]) -> None:
+    """The row of the run in HParams. Its results are the curves of these names; Lightning's own way would add a first
+    point to them."""
+    logger.hparams.update(settings)  # for `hparams.yaml`
+    for summary in hparams(settings, dict.fromkeys(_RESULTS, 0.0)):
+        logger.experiment.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
 def _writers(trainer: L.Trainer) -> list[Any]:

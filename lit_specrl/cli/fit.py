@@ -70,6 +70,8 @@ class LitSpecRLCLI(LightningCLI):
         if not isinstance(trainer, Namespace):
             raise ConfigurationError(f"trainer must be a mapping, got {in_short(trainer)}", "trainer")
         check_settings(self.config[self.config.subcommand])
+        if trainer.max_epochs is None:  # Lightning's would be a thousand
+            trainer.max_epochs = 1 if trainer.max_steps < 0 and trainer.max_time is None else -1
         if isinstance(trainer.callbacks, list):
             last = {callback.class_path: callback for callback in trainer.callbacks}
             trainer.callbacks = [
@@ -134,7 +136,7 @@ def train(arguments: list[str] | None = None) -> LitSpecRLCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},  # a resumed run writes into the folder of the first
-        trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0, "max_epochs": 1}
+        trainer_defaults={"log_every_n_steps": 1, "num_sanity_val_steps": 0}
         | {"enable_model_summary": False},  # the table of the run says more
         parser_kwargs={
             "prog": "lit-specrl",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any, Literal, TypeAlias
 
@@ -10,8 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_specrl.data.evaluation_loader import EvaluationLoader
+from lit_specrl.data.files import FileSource
+from lit_specrl.data.hub import HubSource
 from lit_specrl.data.loader import PromptLoader
-from lit_specrl.data.presets import DataName, resolve_source
+from lit_specrl.data.presets import PRESETS, DataName, resolve_source
 from lit_specrl.data.prompts import build_prompts
 from lit_specrl.data.sources import PromptSource
 from lit_specrl.data.template import PromptTemplate
@@ -35,7 +38,8 @@ class PromptDataModule(L.LightningDataModule):
         train: what to learn from.
         validation: what to evaluate on during training.
         test: what `trainer.test` evaluates on.
-        predict: what `trainer.predict` answers.
+        predict: what `trainer.predict` answers. Answers may be missing. A file that is given by its path alone has the
+            columns of `train`, where that is a single source.
         template: how a question becomes a prompt; the tokenizer's chat template by default.
         batch_size: prompts per step over all ranks, each sampled `num_generations` times.
         eval_batch_size: the same for validation, test and predict; `batch_size` by default.
@@ -93,7 +97,7 @@ class PromptDataModule(L.LightningDataModule):
             "train": named_sources(train),
             "validation": named_sources(validation),
             "test": named_sources(test),
-            "predict": named_sources(predict),
+            "predict": _unanswered(predict, train),
         }
         self.template = template or PromptTemplate()
         self.batch_size = batch_size
@@ -226,6 +230,24 @@ class PromptDataModule(L.LightningDataModule):
                 "PromptDataModule works inside a Trainer: `trainer.fit(module, datamodule)`"
             )
         return self.trainer
+
+
+def _unanswered(predict: Sources | None, train: Sources | None) -> dict[str, PromptSource]:
+    """Sources whose answers may be missing; a bare path has the columns of the training data."""
+    answered = list(named_sources(train).values())
+    like = answered[0] if len(answered) == 1 else None
+
+    def resolved(source: Source) -> PromptSource:
+        if not isinstance(source, PromptSource) and source not in PRESETS and isinstance(like, (FileSource, HubSource)):
+            source = FileSource(source, like.question, like.answer, like.answer_format)
+        source = copy.copy(resolve_source(source))
+        source.needs_answer = False
+        return source
+
+    if isinstance(predict, dict):
+        return named_sources({name: resolved(source) for name, source in predict.items()})
+    sources = [] if predict is None else predict if isinstance(predict, list) else [predict]
+    return named_sources([resolved(source) for source in sources])
 
 
 def named_sources(sources: Sources | None) -> dict[str, PromptSource]:

@@ -73,7 +73,9 @@ class FileSource(PromptSource):
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such file (looked in {Path.cwd()}); check `path`")
         records = READERS[suffix](self.path)[: self.limit]
-        return read_rows(records, self.question, self.answer, self.answer_format, str(self.path), self.columns)
+        return read_rows(
+            records, self.question, self.answer, self.answer_format, str(self.path), self.columns, self.needs_answer
+        )
 
 
 def file_suffix(path: str | Path) -> str:

@@ -69,7 +69,13 @@ class HubSource(PromptSource):
         if self.limit is not None:
             dataset = dataset.select(range(min(self.limit, len(dataset))))
         return read_rows(
-            dataset, self.question, self.answer, self.answer_format, f"dataset {self.path!r}", self.columns
+            dataset,
+            self.question,
+            self.answer,
+            self.answer_format,
+            f"dataset {self.path!r}",
+            self.columns,
+            self.needs_answer,
         )
 
     def _dataset(self) -> Any:

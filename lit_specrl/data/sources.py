@@ -30,6 +30,8 @@ class PromptSource(ABC):
     """
 
     name: str
+    needs_answer: bool = True
+    """Whether a missing answer column is an error; not where questions are only answered (`predict`)."""
 
     def download(self) -> None:
         """Fetch what `load` needs; called by one process per node, before any process calls `load`."""
@@ -51,6 +53,7 @@ def read_rows(
     answer_format: str | None,
     origin: str,
     columns: list[str] | dict[str, str] | None = None,
+    needs_answer: bool = True,
 ) -> list[dict[str, Any]]:
     """Bring raw records into the form of `PromptSource.load`.
 
@@ -61,6 +64,7 @@ def read_rows(
         answer_format: how the reference is cut out of the answer column, as in `extract_answer`; `None` takes it whole.
         origin: what error messages call the data.
         columns: further columns to keep, by name, or by name with the name that rewards see; `None` keeps all.
+        needs_answer: False lets the answer column, and further ones, be missing.
 
     Raises:
         ValueError: without rows, for a column that is not there, and for a row whose question or answer cannot be read.
@@ -86,12 +90,14 @@ def read_rows(
                 f" {type(prompt).__name__}: {str(prompt)[:200]}"
             )
         row["question" if isinstance(prompt, str) else "messages"] = prompt
-        row["answer"] = None if answer is None else _reference(_column(record, answer, where), answer_format, where)
+        row["answer"] = None
+        if answer is not None and (needs_answer or answer.split(".")[0] in record):
+            row["answer"] = _reference(_column(record, answer, where), answer_format, where)
         rows.append(row)
     if not rows:
         raise ValueError(f"{origin} is empty; expected at least one row")
     missing = sorted(set(columns or []) - set(present))
-    if missing:
+    if missing and needs_answer:
         raise ValueError(f"{origin}: no columns {missing} to keep; columns present: {str(list(present))[:500]}")
     if answer != "answer" and "answer" in _further_columns(present, {question, answer}, columns):
         rank_zero_warn(

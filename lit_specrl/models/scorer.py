@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -179,17 +179,25 @@ class Scorer:
         return self._forward(self.policy, part, micro_batch, self.observer if is_observed else None)
 
     def micro_batches(
-        self, experience: Experience, rows: list[int] | None = None
+        self,
+        experience: Experience,
+        rows: list[int] | None = None,
+        told: Callable[[int, int], None] = lambda done, total: None,
     ) -> Iterator[tuple[MicroBatch, Tensor, Experience]]:
         """Micro-batches of the given rows, or of all, with the numbers of their rows, [n] long, and the rows.
 
         The numbers reach the device in one copy, before the first pass.
+
+        Args:
+            experience: of the step.
+            rows: numbers of the rows.
+            told: is called behind each micro-batch with how many are done, and of how many.
         """
         plan = self.plan(experience, rows)
-        for micro_batch, (row_numbers, part) in zip(
-            plan, experience.split([micro_batch.rows for micro_batch in plan]), strict=True
-        ):
+        parts = experience.split([micro_batch.rows for micro_batch in plan])
+        for done, (micro_batch, (row_numbers, part)) in enumerate(zip(plan, parts, strict=True), start=1):
             yield micro_batch, row_numbers, part
+            told(done, len(plan))
 
     def plan(self, experience: Experience, rows: list[int] | None = None) -> list[MicroBatch]:
         """Micro-batches of the given rows, or of all.

@@ -331,7 +331,7 @@ def test_the_arms_of_the_test_bed_are_understood(monkeypatch):
             "--model.init_args.model=toy",
         ]
     )
-    arms = further_arms(settings, ["PrefixCache"], Path("recipes/toy_sums_arms.yaml"))
+    arms = further_arms(settings, ["PrefixCache"], Path("recipes/arms/reuse.yaml"))
     assert {"e^0.5", "random", "groups without spread"} <= set(arms)
 
 

@@ -1,6 +1,11 @@
+import io
+import itertools
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 from lit_specrl.callbacks import RolloutCallback, RolloutProgressBar
 from lit_specrl.types import RolloutProgress
@@ -58,6 +63,26 @@ def test_the_end_of_a_rollout_and_of_a_step_are_shown_too(lines):
 )
 def test_rollouts_outside_of_training_move_the_bar_of_their_stage(lines, stage, options, bar, row):
     assert any(line.startswith(bar) and f"rollout={row}" in line for line in lines(stage, **options))
+
+
+def test_slow_steps_are_told_in_seconds_and_fast_ones_in_steps_a_second():
+    bar = {"n": 2, "total": 8, "elapsed": 70.0, "bar_format": RolloutProgressBar.BAR_FORMAT}
+    assert "35.00s/it" in tqdm.format_meter(**bar)
+    assert "4.00it/s" in tqdm.format_meter(**bar | {"elapsed": 0.5})
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_an_update_tells_its_micro_batches(module, data, make_trainer, monkeypatch):
+    screen, clock = Terminal(), itertools.count()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("lit_specrl.callbacks.progress_bar.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    make_trainer(RolloutProgressBar(), enable_progress_bar=True, max_steps=1).fit(module, datamodule=data)
+    assert re.search(r"stage=update_actor 1/\d+", screen.getvalue())
 
 
 def test_a_disabled_bar_shows_nothing(module, data, make_trainer, capfd):

@@ -3,7 +3,9 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_specrl.callbacks import RunSummary
 
@@ -83,6 +85,49 @@ def test_time_between_the_hooks_counts_as_other(monkeypatch):
 def test_the_summary_says_where_tensorboard_looks(module, data, make_trainer, tmp_path, capsys):
     make_trainer(RunSummary(), logger=TensorBoardLogger(tmp_path / "logs"), max_steps=1).fit(module, datamodule=data)
     assert f"tensorboard --logdir {tmp_path / 'logs'}" in capsys.readouterr().out
+
+
+def test_each_validation_is_told_when_it_is_done(module, data, make_trainer, caplog):
+    caplog.set_level("INFO")
+    make_trainer(RunSummary(), max_epochs=2, num_sanity_val_steps=-1, limit_val_batches=1.0).fit(
+        module, datamodule=data
+    )
+    assert [message for message in caplog.messages if message.startswith("held-out")] == [
+        "held-out accuracy before training: 1.000",
+        "held-out accuracy after 2 steps: 4.000",
+        "held-out accuracy after 4 steps: 7.000",
+    ]
+
+
+class Interrupt(L.Callback):
+    """Ends the run before its second step, as Ctrl-C or a scheduler's SIGTERM does."""
+
+    def __init__(self, exception):
+        self.exception = exception
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            raise self.exception
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, SIGTERMException])
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_run_that_is_stopped_says_what_it_did_and_how_to_go_on(
+    module, data, make_trainer, tmp_path, capsys, exception, is_saved
+):
+    saving = [ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)] if is_saved else []
+    with pytest.raises((SystemExit, SIGTERMException)):
+        make_trainer(RunSummary(), Interrupt(exception()), *saving).fit(module, datamodule=data)
+    out = capsys.readouterr().out
+    assert "1 steps" in out
+    saved = f"Go on with --ckpt_path {tmp_path / 'last.ckpt'}"
+    assert (saved if is_saved else "No checkpoint was saved; configs/trainer/resumable.yaml saves some") in out
+
+
+def test_an_error_has_no_summary(module, data, make_trainer, capsys):
+    with pytest.raises(RuntimeError, match="out of luck"):
+        make_trainer(RunSummary(), Interrupt(RuntimeError("out of luck"))).fit(module, datamodule=data)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_without_steps_prints_no_table(capsys):

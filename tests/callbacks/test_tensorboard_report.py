@@ -57,7 +57,6 @@ def test_curves_have_the_names_of_trl_and_verl(report):
         "entropy",
         "epoch",
         "frac_reward_zero_std",
-        "hp_metric",
         "kl",
         "loss",
         "perf/computed_tokens",
@@ -162,6 +161,11 @@ def test_the_settings_of_the_run_are_shown(report, module):
     assert events.summary_metadata["_hparams_/session_start_info"].plugin_data.plugin_name == "hparams"
     assert b"learning_rate" in events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"num_generations" in events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"batch_size" in events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    results = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    assert b"reward" in results
+    assert b"val_accuracy" in results
+    assert [event.value for event in events.Scalars("reward")] == [1.0, 2.0]  # no point that nothing was measured for
 
 
 def test_other_loggers_are_left_alone(module, data, make_trainer, tmp_path):
@@ -184,8 +188,8 @@ def test_the_table_shows_different_prompts_first_and_text_as_it_is():
     assert completions_table(rollouts, limit=2).splitlines() == [
         "| prompt | answer | completion | math | format | end |",
         "|---|---|---|---|---|---|",
-        "| <code>Q1</code> | <code>1</code> | <code>a&#124;b</code> | 1 |  | stop |",
-        "| <code>Q2</code> | <code></code> | <code>&lt;b&gt;</code><br><code>&#96;x&#96; &amp; y</code> | 0.123 | 1 | length |",
+        "| <code>Q1</code> | <code>1</code> | <code>a&#124;b</code> | 1 | (none) | stop |",
+        "| <code>Q2</code> | <code>(none)</code> | <code>&lt;b&gt;</code><br><code>&#96;x&#96; &amp; y</code> | 0.123 | 1 | length |",
     ]
     order = [line.split("|")[1].strip() for line in completions_table(rollouts, limit=3).splitlines()[2:]]
     assert order == ["<code>Q1</code>", "<code>Q2</code>", "<code>Q1</code>"]

@@ -19,7 +19,7 @@ from lit_specrl.cli.fit import train as run
 from lit_specrl.cli.messages import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 BLOCKS = sorted((ROOT / "configs").rglob("*.yaml"))  # parts, which complete a recipe
 ONE_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
 
@@ -83,6 +83,24 @@ def test_recipe_builds_its_classes(recipe, fitted, tmp_path, monkeypatch):
     [(trainer, module, data)] = fitted
     assert trainer.max_epochs == yaml.safe_load(recipe.read_text())["trainer"]["max_epochs"]
     assert data.batch_size % module.num_minibatches == 0
+
+
+@pytest.mark.parametrize(
+    ("bounds", "max_epochs"),
+    [
+        ([], 1),
+        (["--trainer.max_steps=4"], -1),
+        (["--trainer.max_time=00:00:05:00"], -1),
+        (["--trainer.max_steps=4", "--trainer.max_epochs=2"], 2),
+    ],
+)
+def test_epochs_are_bounded_where_nothing_else_bounds_the_run(bounds, max_epochs, tmp_path, monkeypatch):
+    """`max_steps: 4` stopped after one epoch, the default of the command line."""
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text())
+    del settings["trainer"]["max_epochs"]
+    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    assert parsed_config(["fit", "--config=config.yaml", *ONE_CPU, *bounds]).trainer.max_epochs == max_epochs
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=relative)

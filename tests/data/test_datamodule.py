@@ -307,6 +307,24 @@ def test_columns_that_rewards_could_not_be_given_are_refused_but_for_predict(set
     setup(PromptDataModule(predict=Rows("1", source="web")), "predict")
 
 
+def test_questions_to_predict_need_no_answers_and_a_path_has_the_columns_of_the_training_data(setup, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"problem": "2 + 3?", "gold": "5"}\n')
+    (tmp_path / "ask.jsonl").write_text('{"problem": "1 + 1?"}\n{"problem": "2 + 2?", "gold": "4"}\n')
+    source = FileSource(str(tmp_path / "train.jsonl"), question="problem", answer="gold")
+    data = setup(PromptDataModule(source, predict=str(tmp_path / "ask.jsonl"), template=PLAIN), "predict")
+    (batch,) = data.predict_dataloader()
+    assert (batch.prompts, batch.answers) == (["1 + 1?", "2 + 2?"], [None, "4"])
+
+    data = setup(
+        PromptDataModule(predict=FileSource(str(tmp_path / "ask.jsonl"), "problem"), template=PLAIN), "predict"
+    )
+    (batch,) = data.predict_dataloader()
+    assert batch.answers == [None, None]
+    assert batch.columns == [{}, {"gold": "4"}]
+    with pytest.raises(ValueError, match="no column 'answer'"):  # to learn from, answers are needed
+        setup(PromptDataModule(FileSource(str(tmp_path / "ask.jsonl"), "problem"), template=PLAIN))
+
+
 def test_presets_by_name():
     assert named_sources(["deepmath", "gsm8k"]) == {"deepmath": PRESETS["deepmath"], "gsm8k": PRESETS["gsm8k"]}
     assert list(PromptDataModule("deepmath").sources["train"]) == ["deepmath"]

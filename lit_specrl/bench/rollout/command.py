@@ -53,7 +53,7 @@ def rollout(
         output: folder of the results.
         cost: what the verdict charges; decode steps are the tokens of each round's longest continuation.
         margin: validation score that may be lost at equal steps.
-        arms: YAML file with arguments of the callback for each further arm, by its name, as recipes/toy_sums_arms.yaml
+        arms: YAML file with arguments of the callback for each further arm, by its name, as recipes/arms/reuse.yaml
 
     Returns:
         A `RolloutReport`, whose module imports torch.
