@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
 import lightning as L
@@ -15,7 +16,7 @@ from lit_specrl.data.files import FileSource
 from lit_specrl.data.hub import HubSource
 from lit_specrl.data.loader import PromptLoader
 from lit_specrl.data.presets import PRESETS, DataName, resolve_source
-from lit_specrl.data.prompts import build_prompts
+from lit_specrl.data.prompts import REWARD_ARGUMENTS, build_prompts
 from lit_specrl.data.sources import PromptSource
 from lit_specrl.data.template import PromptTemplate
 from lit_specrl.types import PromptBatch, SamplingConfig
@@ -58,7 +59,7 @@ class PromptDataModule(L.LightningDataModule):
         ValueError: for unknown presets, and from `setup` for data that cannot be read, rendered or cut into batches, or
             whose columns rewards could not be given.
         MisconfigurationException: from `setup`, when the stage has no data, the LightningModule no tokenizer, or a
-            reward no answers to compare with.
+            reward no answers to compare with, or not the columns that it needs.
 
     Example::
 
@@ -167,6 +168,7 @@ class PromptDataModule(L.LightningDataModule):
         )
         if split != "predict":
             self._check_answers(split, prompts)
+            self._check_columns(split, prompts)
         self.num_dropped[split] = num_dropped
         if num_dropped:
             rank_zero_warn(
@@ -192,6 +194,21 @@ class PromptDataModule(L.LightningDataModule):
             f"{split} data: {len(without)} of {len(prompts)} prompts ({counts}) have no reference answer; reward {needing}"
             " does not apply to them."
         )
+
+    def _check_columns(self, split: str, prompts: PromptBatch) -> None:
+        """Refuse rewards that would be called without an argument which they need."""
+        rewards = getattr(getattr(self._trainer().lightning_module, "rewards", None), "rewards", [])
+        present = sorted({name for columns in prompts.columns for name in columns})
+        for reward in rewards:
+            needed = getattr(reward, "required_columns", ())
+            if missing := sorted(set(needed) - set(present) - set(REWARD_ARGUMENTS)):
+                similar = get_close_matches(missing[0], [*present, *REWARD_ARGUMENTS], 1)
+                raise MisconfigurationException(
+                    f"{split} data: reward {reward.name!r} needs the column {missing[0]!r}, which no prompt has; "
+                    + (f"did you mean {similar[0]!r}? " if similar else "")
+                    + f"Columns present: {', '.join(present) or 'none'}. Keep it by `columns` of the source, or give the "
+                    "argument a default"
+                )
 
     def _make_train_loader(self, prompts: PromptBatch) -> PromptLoader:
         if self._trainer().overfit_batches:  # type: ignore[attr-defined]  # set in a helper of Trainer.__init__

@@ -77,7 +77,7 @@ def build_prompts(
         prompts=[texts[i] for i in kept],
         answers=answers,
         sources=[entries[i][0] for i in kept],
-        columns=[further_columns(entries[i][1]) for i in kept],
+        columns=_filled_up([further_columns(entries[i][1]) for i in kept]),
     )
     return prompts, num_dropped
 
@@ -112,6 +112,13 @@ def further_columns(row: dict[str, Any]) -> dict[str, Any]:
     if row.get("question") is not None and "messages" in row:
         own["messages"] = row["messages"]
     return own | row.get("columns", {})
+
+
+def _filled_up(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the columns of all rows, `None` where one has none: a batch of rows without a column that a reward
+    takes must not lack it."""
+    names = dict.fromkeys(name for row in rows for name in row)  # in their order
+    return [dict.fromkeys(names) | row for row in rows]
 
 
 def _check_column_names(source: str, names: set[Any]) -> None:

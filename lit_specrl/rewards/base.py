@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from typing import Any, ClassVar
 
 from lit_specrl.rewards.identity import identity_of, settings_of
@@ -32,6 +32,9 @@ class Reward(ABC):
 
     needs_answer: ClassVar[bool] = False
     """Whether rows without a reference answer cannot be scored."""
+
+    required_columns: Collection[str] = ()
+    """Columns without which the reward cannot be called; checked before a run."""
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not math.isfinite(weight):
@@ -68,7 +71,11 @@ class Reward(ABC):
     def _made_by(self) -> dict[str, Any]:
         """Return what the numbers depend on besides the code: the attributes that are public or hold a constructor
         argument."""
-        return {name: value for name, value in settings_of(self).items() if name not in ("weight", "name", "counters")}
+        return {
+            name: value
+            for name, value in settings_of(self).items()
+            if name not in ("weight", "name", "counters", "required_columns")
+        }
 
     def close(self) -> None:
         """Release what the reward holds, such as worker processes; the next call may start it again."""

@@ -69,6 +69,7 @@ class RewardFunction(Reward):
             )
         self.timeout_s = timeout_s
         self._accepted = _accepted_arguments(self.function)
+        self.required_columns = required_arguments(self.function)
         self._thread = None if timeout_s is None else DeadlineThread(timeout_s)
         self._num_successive_timeouts = 0
 
@@ -166,6 +167,21 @@ def _function_name(function: Callable[..., Any]) -> str:
 
 def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def required_arguments(function: Callable[..., Any]) -> set[str]:
+    """Names of the arguments that a call of `function` must give.
+
+    Example:
+        >>> required_arguments(lambda completions, gold, level=1, **columns: [])  # doctest: +SKIP
+        {'completions', 'gold'}
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # builtins without a signature
+        return set()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {each.name for each in parameters if each.kind in named and each.default is each.empty}
 
 
 def _accepted_arguments(function: Callable[..., Any]) -> set[str] | None:

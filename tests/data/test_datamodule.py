@@ -19,6 +19,7 @@ from lit_specrl.data import (
     PromptTemplate,
 )
 from lit_specrl.data.datamodule import named_sources
+from lit_specrl.rewards import RewardFunction
 from lit_specrl.types import SamplingConfig
 
 
@@ -292,6 +293,30 @@ def test_single_gaps_among_the_answers_are_counted(setup, tokenizer, stage, spli
         setup(data, stage, model=rewarding(tokenizer, math=True, numeric=True))
 
 
+@pytest.mark.parametrize(("stage", "split"), SPLITS)
+def test_columns_that_a_reward_needs_are_asked_for_before_the_run(setup, tokenizer, stage, split):
+    def judge(completions, gold, answer, level=1, **columns):
+        return [0.0 for _ in completions]
+
+    model = Model(tokenizer)
+    model.rewards = SimpleNamespace(rewards=[RewardFunction(judge)])
+    answered = {"train": Rows("1", gold="1")} if split == "validation" else {}
+    data = PromptDataModule(**answered, **{split: Rows("1", golden="1")}, batch_size=1)
+    with pytest.raises(
+        MisconfigurationException,
+        match=rf"^{split} data: reward 'judge' needs the column 'gold', which no prompt has; did you mean 'golden'\? "
+        "Columns present: golden",
+    ):
+        setup(data, stage, model=model)
+
+
+def test_every_prompt_has_the_columns_of_all_sources(setup, tokenizer):
+    """A step whose prompts all came from the other source called the reward without its argument."""
+    data = setup(PromptDataModule([Rows("1", name="x", gold="5"), Rows("2", name="y")], batch_size=1))
+    batches = sorted(data.train_dataloader(), key=lambda batch: batch.sources)
+    assert [batch.columns for batch in batches] == [[{"gold": "5"}], [{"gold": None}]]
+
+
 def test_nobody_asks_for_answers_that_no_reward_needs(setup, tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -320,7 +345,7 @@ def test_questions_to_predict_need_no_answers_and_a_path_has_the_columns_of_the_
     )
     (batch,) = data.predict_dataloader()
     assert batch.answers == [None, None]
-    assert batch.columns == [{}, {"gold": "4"}]
+    assert batch.columns == [{"gold": None}, {"gold": "4"}]
     with pytest.raises(ValueError, match="no column 'answer'"):  # to learn from, answers are needed
         setup(PromptDataModule(FileSource(str(tmp_path / "ask.jsonl"), "problem"), template=PLAIN))
 

@@ -26,7 +26,7 @@ def test_rows_become_prompts_with_all_their_columns(tokenizer):
         "prompts": ["A B", "C"],
         "answers": ["1", None],
         "sources": ["letters", "words"],
-        "columns": [{"level": 3}, {}],
+        "columns": [{"level": 3}, {"level": None}],
         "sampling": None,
     }
 
