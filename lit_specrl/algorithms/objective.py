@@ -15,18 +15,20 @@ from lit_specrl.models.policy import TokenStatistics
 
 @dataclass(frozen=True)
 class Objective:
-    """Clipped surrogate, corrected for the engine's rounding, plus KL penalty.
+    """Clipped surrogate, corrected for the engine's rounding, plus KL penalty, minus entropy bonus.
 
     Args:
         policy_loss: the surrogate.
         importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for
             none.
         kl_estimator: of the penalty.
+        entropy_coef: weight of the entropy of each token's distribution; positive keeps the policy diverse.
     """
 
     policy_loss: TokenLoss
     importance_sampling: ImportanceSampling | None
     kl_estimator: KLEstimator
+    entropy_coef: float = 0.0
 
     def __call__(
         self, statistics: TokenStatistics, part: Experience, kl_coef: float
@@ -56,8 +58,10 @@ class Objective:
             kl_sum = masked_sum(kl.detach(), mask)
             if kl_coef:
                 per_token_loss = per_token_loss + kl_coef * kl
+        if self.entropy_coef:
+            per_token_loss = per_token_loss - self.entropy_coef * statistics.entropy * mask
         return per_token_loss, UpdateStatistics(
-            entropy_sum=masked_sum(statistics.entropy, mask),
+            entropy_sum=masked_sum(statistics.entropy.detach(), mask),
             kl_sum=kl_sum,
             num_tokens=mask.sum(),
             clipped=clipped,

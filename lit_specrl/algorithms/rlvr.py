@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -88,6 +89,8 @@ class RLVRModule(L.LightningModule):
             not ("none"). "rloo" knows no "group".
         beta: weight of the KL penalty towards the initial policy; 0 loads no reference model.
         kl: how the penalty is taken.
+        entropy_coef: weight of a bonus for the entropy of the policy at each token, in the loss (verl's
+            `entropy_coeff`); averaged as the loss is.
         importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for
             none.
         mask_truncated_completions: leave responses that were cut at the length limit out of the loss.
@@ -135,6 +138,7 @@ class RLVRModule(L.LightningModule):
         scale_rewards: ScaleRewards = "group",
         beta: float = 0.0,
         kl: KLPenalty = KLPenalty(),
+        entropy_coef: float = 0.0,
         importance_sampling: ImportanceSampling | None = ImportanceSampling(),
         mask_truncated_completions: bool = False,
         dynamic_sampling: bool | DynamicSampling = False,
@@ -173,6 +177,8 @@ class RLVRModule(L.LightningModule):
         )
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if not math.isfinite(entropy_coef):
+            raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef}; use 0.0 for no bonus")
         if max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
 
@@ -195,7 +201,7 @@ class RLVRModule(L.LightningModule):
             raise ValueError(f"dynamic_sampling compares rows of a group, got num_generations={num_generations}")
         if isinstance(loss_type, str):
             loss_type = named_loss(loss_type, epsilon, epsilon_high, delta, clip_ratio_c)
-        self.objective = Objective(loss_type, importance_sampling, kl.estimator)
+        self.objective = Objective(loss_type, importance_sampling, kl.estimator, entropy_coef)
         self.kl_coefficient = KLCoefficient(beta, kl.target, kl.horizon)
         self.kl_in_reward = kl.in_reward and beta > 0
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler

@@ -163,7 +163,8 @@ class Updater:
         shares_passes = self.critic is not None and self.critic.updates_with_policy
         if self.warms_up(step) and not shares_passes:
             return []
-        return rows_with_gradient(experience, every_row_matters=kl_coef > 0 or shares_passes)
+        every_row_matters = kl_coef > 0 or shares_passes or self.objective.entropy_coef != 0
+        return rows_with_gradient(experience, every_row_matters=every_row_matters)
 
     def _token_weights(self, experience: Experience, aggregation: Aggregation) -> Tensor:
         """What each token weighs in the loss of all ranks together, [N, R]."""

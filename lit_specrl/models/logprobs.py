@@ -33,8 +33,8 @@ def token_logprobs(
         chunk_tokens: tokens per chunk; by default as many as make 128 MB of float32 logits.
 
     Returns:
-        Log-probs [T] in nats (differentiable in `hidden` and `weight`) and entropies [T] in nats (without gradient),
-        float32.
+        Log-probs [T] and entropies [T] in nats, differentiable in `hidden` and `weight`, float32. A backward pass
+        that does not ask for the entropies costs no more for them.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive to have log-probs, got {temperature}")
@@ -58,12 +58,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 torch.log_softmax(logits, -1, out=spare)
                 logprobs[rows] = spare.gather(-1, targets[rows, None]).squeeze(-1)
                 entropy[rows] = torch.exp(spare, out=logits).mul_(spare).sum(-1).neg_()
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = hidden.new_zeros(len(targets), dtype=torch.float32)
         head = weight.to(ctx.dtype)
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -72,7 +74,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
             for rows, states, product, logits, spare in _logit_chunks(ctx, hidden, head):
                 # d logprob / d logits = (one_hot(target) - softmax) / temperature
                 scale = grad_logprobs[rows, None] / ctx.temperature  # [t, 1]
-                grad = torch.softmax(logits, -1, out=spare).mul_(-scale)  # [t, V]
+                if grad_entropy is None:
+                    grad = torch.softmax(logits, -1, out=spare).mul_(-scale)  # [t, V]
+                else:
+                    grad = _with_entropy(logits, spare, scale, grad_entropy[rows, None] / ctx.temperature)
                 grad.scatter_add_(-1, targets[rows, None], scale)
                 grad = grad if ctx.dtype == torch.float32 else product.copy_(grad)
                 if grad_hidden is not None:
@@ -82,6 +87,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 elif grad_weight is not None:
                     grad_weight.addmm_(grad.T, states)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _with_entropy(logits: Tensor, spare: Tensor, scale: Tensor, entropy_scale: Tensor) -> Tensor:
+    """Gradient [t, V] of scaled log-probs, without that of the target itself, and of scaled entropies.
+
+    d entropy / d logits = -softmax * (log_softmax + entropy) / temperature; writes over both buffers.
+    """
+    logprobs = torch.log_softmax(logits, -1, out=spare)
+    probs = torch.exp(logprobs, out=logits)
+    entropy = -(probs * logprobs).sum(-1, keepdim=True)  # [t, 1]
+    return logprobs.add_(entropy).mul_(entropy_scale).add_(scale).mul_(probs).neg_()
 
 
 class _LogitChunk(NamedTuple):

@@ -50,29 +50,47 @@ def train(model_folder, data_file, lr, max_grad_norm=1e9, **settings):
     return module, spy
 
 
-def row_logprobs(model, prompt, response, temperature):
-    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1)[torch.arange(len(response)), response]
-
-
-def all_logprobs(model, rollouts, temperature):
+def all_distributions(model, rollouts, temperature):
+    """Log-probs of all tokens at each place of each row, [R, V]."""
     owners = [rollouts.prompts.prompt_ids[row // NUM_GENERATIONS] for row in range(rollouts.num_rows)]
-    return [row_logprobs(model, *pair, temperature) for pair in zip(owners, rollouts.response_ids, strict=True)]
+    return [
+        (model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        for prompt, response in zip(owners, rollouts.response_ids, strict=True)
+    ]
+
+
+def all_logprobs(distributions, rollouts):
+    return [
+        distribution[torch.arange(len(response)), response]
+        for distribution, response in zip(distributions, rollouts.response_ids, strict=True)
+    ]
 
 
 def expected_updates(
-    model, rollouts, lr, loss_type="dapo", temperature=1.0, beta=0.0, num_iterations=1, num_minibatches=1, masked=False
+    model,
+    rollouts,
+    lr,
+    loss_type="dapo",
+    temperature=1.0,
+    beta=0.0,
+    entropy_coef=0.0,
+    num_iterations=1,
+    num_minibatches=1,
+    masked=False,
 ):
     """Apply the updates of a step to `model`; returns the mean of their losses. GRPO, clipped at 0.2, row by row."""
     with torch.no_grad():
-        old = all_logprobs(model, rollouts, temperature)  # also those of the reference: nothing was learned before
+        old = all_logprobs(
+            all_distributions(model, rollouts, temperature), rollouts
+        )  # also those of the reference: nothing was learned before
     rewards = torch.tensor(rollouts.rewards["spread_but_why"]).view(-1, NUM_GENERATIONS)
     advantages = ((rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)).flatten()
     takes_part = [not (masked and truncated) for truncated in rollouts.truncated]
     size = rollouts.num_rows // num_minibatches
     step_losses = []
     for rows in [range(part * size, (part + 1) * size) for part in range(num_minibatches)] * num_iterations:
-        new = all_logprobs(model, rollouts, temperature)
+        distributions = all_distributions(model, rollouts, temperature)
+        new = all_logprobs(distributions, rollouts)
         losses = []
         for row in rows:
             ratio = (new[row] - old[row]).exp()
@@ -80,7 +98,8 @@ def expected_updates(
             mismatch = (old[row] - torch.tensor(rollouts.sampling_logprobs[row])).sum().exp()
             kl = (old[row] - new[row]).exp() - (old[row] - new[row]) - 1
             correction = mismatch if mismatch <= 3 else 0
-            losses.append((beta * kl - correction * surrogate) * takes_part[row])
+            entropy = -(distributions[row].exp() * distributions[row]).sum(-1)
+            losses.append((beta * kl - entropy_coef * entropy - correction * surrogate) * takes_part[row])
         if loss_type == "dapo":
             loss = sum(loss.sum() for loss in losses) / sum(len(old[row]) * takes_part[row] for row in rows)
         elif loss_type == "grpo":
@@ -102,6 +121,8 @@ CASES = {
     "dr_grpo, truncated rows masked": {"lr": 1.0, "loss_type": "dr_grpo", "masked": True},
     "two passes": {"lr": 0.1, "num_iterations": 2},
     "two passes with KL": {"lr": 0.1, "num_iterations": 2, "beta": 0.5},
+    "entropy bonus": {"lr": 1.0, "entropy_coef": 0.3, "temperature": 0.7},
+    "entropy bonus, truncated rows masked": {"lr": 1.0, "loss_type": "grpo", "entropy_coef": -0.3, "masked": True},
     "two minibatches": {"lr": 0.1, "num_minibatches": 2},
 }
 
@@ -168,9 +189,12 @@ def test_what_an_update_reports_does_not_depend_on_micro_batches(model_folder, d
 
 
 def test_rows_without_advantage_are_not_computed(model_folder, data_file):
-    """The three rows of "Why?" score the same; nothing of them enters the plan, unless a KL term reaches them."""
+    """The three rows of "Why?" score the same; nothing of them enters the plan, unless a KL term or a bonus reaches
+    them."""
     without, _ = train(model_folder, data_file, lr=1.0)
     with_kl, _ = train(model_folder, data_file, lr=1.0, beta=0.1)
+    with_bonus, _ = train(model_folder, data_file, lr=1.0, entropy_coef=0.1)
+    assert with_bonus.step_metrics["perf/rows_without_gradient"] == 0
     assert without.step_metrics["frac_reward_zero_std"] >= 0.25
     assert without.step_metrics["perf/rows_without_gradient"] >= 3
     assert with_kl.step_metrics["perf/rows_without_gradient"] == 0

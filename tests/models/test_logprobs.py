@@ -125,11 +125,26 @@ def test_float64_inputs_are_reduced_in_float32():
     torch.testing.assert_close(logprobs, plain_logprobs(hidden, weight, targets, 1.0)[0].float())
 
 
-def test_entropy_of_two_equal_words_is_the_logarithm_of_two_and_has_no_gradient():
-    logprobs, entropy = token_logprobs(torch.ones(1, 1, requires_grad=True), torch.ones(2, 1), torch.tensor([0]))
+def test_entropy_of_two_equal_words_is_the_logarithm_of_two_and_cannot_grow():
+    hidden = torch.ones(1, 1, requires_grad=True)
+    logprobs, entropy = token_logprobs(hidden, torch.ones(2, 1), torch.tensor([0]))
     torch.testing.assert_close(entropy, torch.tensor([2.0]).log())
     torch.testing.assert_close(logprobs, torch.tensor([0.5]).log())
-    assert not entropy.requires_grad
+    assert torch.autograd.grad(entropy.sum(), hidden)[0].tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+@pytest.mark.parametrize("with_logprobs", [True, False])
+def test_gradients_of_entropies_are_those_of_the_formula(chunk_tokens, temperature, with_logprobs):
+    hidden, weight, targets, upstream = random_inputs()
+    logprobs, entropy = token_logprobs(hidden, weight, targets, temperature, chunk_tokens)
+    value = (entropy * upstream.flip(0)).sum() + (logprobs * upstream).sum() * with_logprobs
+    expected_logprobs, expected_entropy = plain_logprobs(hidden, weight, targets, temperature)
+    expected = (expected_entropy * upstream.flip(0)).sum() + (expected_logprobs * upstream).sum() * with_logprobs
+    torch.testing.assert_close(
+        torch.autograd.grad(value, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))
+    )
 
 
 def test_logits_that_overflow_a_naive_exponential_stay_finite():
