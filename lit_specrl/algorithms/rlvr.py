@@ -93,6 +93,8 @@ class RLVRModule(L.LightningModule):
             `entropy_coeff`); averaged as the loss is.
         importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for
             none.
+        skip_special_tokens: leave special tokens out of the texts that rewards see; False for rewards that look for
+            them, such as a tag of tool calls.
         mask_truncated_completions: leave responses that were cut at the length limit out of the loss.
         dynamic_sampling: replace groups without reward spread by fresh prompts; `True` for up to ten rounds.
         critic: the value model of "gae": `SeparateCritic` or `SharedTrunkCritic`.
@@ -140,6 +142,7 @@ class RLVRModule(L.LightningModule):
         kl: KLPenalty = KLPenalty(),
         entropy_coef: float = 0.0,
         importance_sampling: ImportanceSampling | None = ImportanceSampling(),
+        skip_special_tokens: bool = True,
         mask_truncated_completions: bool = False,
         dynamic_sampling: bool | DynamicSampling = False,
         critic: Critic | None = None,
@@ -213,6 +216,7 @@ class RLVRModule(L.LightningModule):
         self.timer = StageTimer(partial(self._hook, "on_stage_start"), partial(self._hook, "on_stage_progress"))
         self.report = StepReport(self.timer)
         self.worker = RolloutWorker(model, RewardSet(list(rewards)), seed, self.timer, self._hook)
+        self.worker.skip_special_tokens = skip_special_tokens
         names = ", ".join(f"{reward.weight:g} {reward.name}" for reward in self.worker.rewards.rewards)
         self.settings = hyperparameters({"algorithm": type(self).__name__} | arguments | {"rewards": names})
         """All settings as a flat table, for loggers."""

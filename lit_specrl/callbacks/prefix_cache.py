@@ -79,6 +79,7 @@ class PrefixCache(RolloutCallback):
             0.3 (PPO), 0.15 (DAPO).
         reuse_policy: chooses, before any verification, which rows may reuse, and how much of their responses; by what
             reuse costs in learning. `None` offers every response whole, as in the paper.
+        load_cache: take the responses of a checkpoint along; False answers every prompt afresh once.
 
     Raises:
         ValueError: an argument out of its range.
@@ -105,6 +106,7 @@ class PrefixCache(RolloutCallback):
         max_bytes: int = 2**30,
         log_lenience: float | None = None,
         reuse_policy: ReusePolicy | None = None,
+        load_cache: bool = True,
     ) -> None:
         if log_lenience is not None:
             if lenience is not None:
@@ -126,6 +128,7 @@ class PrefixCache(RolloutCallback):
         self.acceptance = acceptance if isinstance(acceptance, str) else type(acceptance).__name__
         self.adaptive_lenience = adaptive_lenience
         self.max_reuses, self.reuse_policy, self.reuse_rewards = max_reuses, reuse_policy, reuse_rewards
+        self.load_cache = load_cache
         self._selector = Selector(reuse_policy, max_reuses, control_fraction)
         self.verifier, self.block_length = verifier, block_length
         self._block_length = block_length or 128
@@ -313,7 +316,7 @@ class PrefixCache(RolloutCallback):
         checkpoint["prefix_cache"] = self._files.save(trainer, self.store, self._identity(module), module.step) | {
             "model": module.model_name,
             "max_completion_length": module.sampling.max_completion_length,
-            "rewards": module.rewards.identity(),
+            "rewards": _scored_by(module),
             "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
             "block_length": self._block_length,
         }
@@ -333,6 +336,9 @@ class PrefixCache(RolloutCallback):
             self.adaptive_lenience.load_state_dict(state["adaptive_lenience"])
             self.rule = self.rule.with_lenience(self.adaptive_lenience.value)
         self._block_length = self.block_length or state.get("block_length", self._block_length)  # older ones have none
+        if not self.load_cache:
+            rank_zero_info("load_cache=False: the responses of the checkpoint are left out")
+            return
         self._other_ranks_included = state["world_size"] != trainer.world_size
         identity = self._identity(module)
         stores = self._files.load(
@@ -343,7 +349,7 @@ class PrefixCache(RolloutCallback):
             range(state["world_size"]) if self._other_ranks_included else None,
         )
         self.store = RolloutStore.merge(stores, self.store.max_bytes)
-        has_other_rewards = state.get("rewards") != module.rewards.identity()
+        has_other_rewards = state.get("rewards") != _scored_by(module)
         if has_other_rewards:
             rank_zero_info(
                 "the rewards, or their settings, are not those of the checkpoint: kept responses are scored again when they "
@@ -383,6 +389,11 @@ class PrefixCache(RolloutCallback):
             "tokenizer": _digest(module.tokenizer.get_vocab()),
             "temperature": str(module.sampling.temperature),
         }
+
+
+def _scored_by(module: RLVRModule) -> str:
+    """What the rewards of a response depend on: the rewards, and the text that they see."""
+    return module.rewards.identity() + ("" if module.worker.skip_special_tokens else "\nspecial tokens kept")
 
 
 def _digest(value: dict[str, Any]) -> str:

@@ -44,6 +44,8 @@ class RolloutWorker:
         """Whose responses; set when the policy is built."""
         self.max_length: int | None = None
         """Longest prompt plus response of the run, in tokens; `None` for as many as the policy has positions."""
+        self.skip_special_tokens = True
+        """Whether texts of responses are without special tokens."""
         self._is_started = False
 
     @cached_property
@@ -94,7 +96,9 @@ class RolloutWorker:
         engine = self.current_engine(policy_version)
         with self.timer("gen"):
             rollouts = engine.generate(request, on_progress=partial(self.notify, "on_rollout_progress"))
-            rollouts.texts = self.tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
+            rollouts.texts = self.tokenizer.batch_decode(
+                rollouts.response_ids, skip_special_tokens=self.skip_special_tokens
+            )
         self.notify("on_rollout_end", rollouts)
         return rollouts
 

@@ -480,6 +480,20 @@ def test_jsonl_columns_reach_the_reward(fit, tmp_path, tiny_model):
 # ------------------------------------------------------------------------------------------------------------ warnings
 
 
+@pytest.mark.parametrize("skipped", [True, False])
+def test_rewards_see_special_tokens_on_request(fit, tiny_model, skipped):
+    seen = []
+
+    def record(completions, completion_ids, **columns):
+        seen.extend(zip(completions, completion_ids, strict=True))
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    fit(grpo(tiny_model, [record], temperature=2.0, skip_special_tokens=skipped), max_epochs=1)
+    of_roles = [text for text, ids in seen if {4, 5, 6} & set(ids)]  # <|user|>, <|assistant|>, <|system|>
+    assert of_roles
+    assert all(("<|" in text) != skipped for text in of_roles)
+
+
 def test_a_reward_that_stays_constant_is_warned_of_by_name(fit, tiny_model):
     def flat(completions, **columns):
         return [0.0] * len(completions)

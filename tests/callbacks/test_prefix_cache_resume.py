@@ -223,6 +223,12 @@ def test_caches_do_not_pile_up_over_restarts(run, tmp_path):
     assert len(cache_files(folder)) <= len(list(folder.glob("*.ckpt"))) + 2
 
 
+def test_the_responses_of_a_checkpoint_can_be_left_out(run, tmp_path):
+    run(every_step(tmp_path))
+    _, rest, _ = run(cache=PrefixCache(load_cache=False), ckpt_path=tmp_path / f"step={STEPS}.ckpt")
+    assert rest.of_cache("hit_fraction") == [0.0] * STEPS + [1.0] * STEPS
+
+
 def test_a_checkpoint_that_is_a_broken_link_disturbs_nobody(run, tmp_path):
     """With `save_last="link"` a kill between the removal of a checkpoint and the new link leaves one behind."""
     folder = tmp_path / "linked"
