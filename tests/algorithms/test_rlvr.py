@@ -489,9 +489,10 @@ def test_rewards_see_special_tokens_on_request(fit, tiny_model, skipped):
         return [float(len(set(ids))) for ids in completion_ids]
 
     fit(grpo(tiny_model, [record], temperature=2.0, skip_special_tokens=skipped), max_epochs=1)
-    of_roles = [text for text, ids in seen if {4, 5, 6} & set(ids)]  # <|user|>, <|assistant|>, <|system|>
-    assert of_roles
-    assert all(("<|" in text) != skipped for text in of_roles)
+    roles = {4: "<|user|>", 5: "<|assistant|>", 6: "<|system|>"}
+    shown = [roles[role] in text for text, ids in seen for role in roles if role in ids]
+    assert shown
+    assert all(is_shown != skipped for is_shown in shown)
 
 
 def test_a_reward_that_stays_constant_is_warned_of_by_name(fit, tiny_model):
