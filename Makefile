@@ -45,7 +45,7 @@ lint: $(INSTALLED)
 
 # A static site in build/site, with search; reading it needs no network.
 docs: $(INSTALLED) $(DOCS_INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 	@echo "build/site/index.html is the first page"
 
 $(DOCS_INSTALLED): $(INSTALLED) pyproject.toml
