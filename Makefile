@@ -43,10 +43,10 @@ test: $(INSTALLED) $(MODEL)/config.json
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# A static site in build/site, with search; reading it needs no network.
+# A static site in build/site. Its pages open as files; search wants them served.
 docs: $(INSTALLED) $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
-	@echo "build/site/index.html is the first page"
+	@echo "build/site/index.html is the first page; with search: $(BIN)/python -m http.server --directory build/site"
 
 $(DOCS_INSTALLED): $(INSTALLED) pyproject.toml
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[docs]'
