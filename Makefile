@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Each installs what it needs into $(VENV) the first time.
+# Two commands: `make quickstart` and `make test`; `make docs` builds the documentation. Each installs what it needs into $(VENV) the first time.
 #
 # PIP_ARGS  further arguments of pip. On a machine that reaches it, the CPU index of PyTorch saves gigabytes:
 #           make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -14,8 +14,9 @@ PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.docs_installed
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test lint docs clean
 
 install: $(INSTALLED)
 
@@ -42,6 +43,15 @@ test: $(INSTALLED) $(MODEL)/config.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# A static site in build/site. Its pages open as files; search wants them served.
+docs: $(INSTALLED) $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	@echo "build/site/index.html is the first page; with search: $(BIN)/python -m http.server --directory build/site"
+
+$(DOCS_INSTALLED): $(INSTALLED) pyproject.toml
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[docs]'
+	touch $(DOCS_INSTALLED)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,83 +1,53 @@
-"""The README's commands and programs work as they stand there."""
+"""The front page is short, and its program runs; what it shares with the other pages is tested in `tests/docs`."""
 
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import lightning as L
-import pytest
+from pages import BLOCKS, ROOT, command_lines, prose
 
-from lit_specrl import DrafterDistillation, NGramDrafter, PrefixCache, SpeculativeRollout, VLLMEngine
-from lit_specrl.bench.command import bench_command
-from lit_specrl.bench.rollout.runs import Run, RunFailedError
-from lit_specrl.callbacks.tensorboard_report import LAYOUT
-from lit_specrl.cli.fit import train
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
+README = ROOT / "README.md"
+TEXT = README.read_text("utf-8")
+OWN = [block for block in BLOCKS if block.page == README]
+MAX_WORDS, MAX_PROGRAM = 1200, 24
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def test_the_front_page_is_short():
+    assert len(TEXT.split()) <= MAX_WORDS
+    long = [line for line in prose(TEXT).splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not long
 
 
-def commands(program: str) -> list[str]:
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [re.sub(r"\s+#.*", "", line) for line in lines if line.startswith(program + " ")]
-
-
-@pytest.mark.parametrize("command", commands("make"))
-def test_make_knows_the_target(command):
-    result = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+def test_it_says_what_is_gained_what_it_costs_on_what_and_by_which_command():
+    head = prose(TEXT).split("\n## ")[0]
+    header, _, *rows = [line for line in head.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == ["gained", "cost", "hardware, seeds", "command"]
+    assert len(rows) == 4
+    numbers = [number for row in rows for number in re.findall(r"\d+\.\d+", re.sub(r"\(.*?\)", "", row))]
+    results = (ROOT / "docs" / "results.md").read_text("utf-8")
+    measured = set(re.findall(r"\d*\.\d+", results))
+    assert len(numbers) > 8
+    assert [number for number in numbers if number not in measured and number[1:] not in measured] == []
 
 
 def test_the_test_command_is_what_continuous_integration_runs():
-    assert "make test" in commands("make")
+    commands = [line for block in OWN if block.language == "bash" for line in command_lines(block)]
+    assert commands[:2] == ["make quickstart", "make test"]
     assert re.search(r"^make .*\btest\b", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "command", [command for command in commands("lit-specrl fit") if " --config recipes/" in command]
-)
-def test_the_command_line_is_understood(command, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    arguments = [argument for argument in shlex.split(command)[1:] if argument != "--print_config"]
-    with pytest.raises(SystemExit) as stop:
-        train([*arguments, "--print_config"])
-    assert stop.value.code in (0, None)
-    assert re.search("class_path: lit_specrl.(GRPO|DAPO|PPO)", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("command", commands("lit-specrl bench --config"))
-def test_the_benchmark_finds_its_callbacks(command, tmp_path, monkeypatch):
-    def stop(run):
-        raise RunFailedError(f"{run.arm} would start")
-
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(Run, "execute", stop)
-    with pytest.raises(RunFailedError, match="without would start"):
-        bench_command([*shlex.split(command)[2:], f"--output={tmp_path}"])
-
-
-def test_the_programs_run_up_to_the_training(monkeypatch):
+def test_the_program_shows_both_papers_and_runs_up_to_the_training(monkeypatch):
+    (program,) = (block.text for block in OWN if block.language == "python")
+    assert len(program.splitlines()) <= MAX_PROGRAM
     started = []
     monkeypatch.setattr(L.Trainer, "fit", lambda self, module, datamodule: started.append((self, module, datamodule)))
-    for program in blocks("python"):
-        exec(
-            compile(
-                program.replace("precision=auto_precision(),", 'precision=auto_precision(), accelerator="cpu",'),
-                "README",
-                "exec",
-            ),
-            {},
-        )
-    (trainer, module, datamodule), *_ = started
-    assert type(module).__name__ == "GRPO"
-    assert datamodule.batch_size == 64
-    assert {"SpeculativeRollout", "RunSummary"} <= {type(callback).__name__ for callback in trainer.callbacks}
+    exec(compile(program.replace("L.Trainer(", 'L.Trainer(accelerator="cpu", '), "README", "exec"), {})
+    ((trainer, module, datamodule),) = started
+    assert type(module).__name__ == "GRPO" and datamodule.batch_size == 64
+    callbacks = {type(callback).__name__: callback for callback in trainer.callbacks}
+    assert {"PrefixCache", "AdaptiveScheduler", "RunSummary"} <= set(callbacks)
+    assert type(callbacks["SpeculativeRollout"].drafter).__name__ == "HistoryDrafter"
 
 
 def test_importing_the_package_needs_neither_torch_nor_vllm():
@@ -86,22 +56,3 @@ def test_importing_the_package_needs_neither_torch_nor_vllm():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-
-
-def test_the_table_of_metrics_defines_what_is_charted():
-    table = README[README.index("## Metrics") : README.index("## Measured")]
-    drafting = SpeculativeRollout(VLLMEngine(), NGramDrafter())
-    layouts = [LAYOUT, *(callback.charts() for callback in (PrefixCache(), drafting, DrafterDistillation()))]
-    for charts in [charts for layout in layouts for charts in layout.values()]:
-        for _, (_, names) in charts.items():
-            for name in names:
-                stem = re.sub(r"[\^$]|\(.*?\)|\.\*", "", name).split("/")[0]
-                assert stem in table, f"{name} is charted, but the README does not define it"
-
-
-def test_every_stage_of_a_step_is_in_the_table_of_metrics():
-    sources = [path.read_text("utf-8") for path in (ROOT / "lit_specrl").rglob("*.py")]
-    stages = {stage for source in sources for stage in re.findall(r'\.timer\("(\w+)"\)', source)}
-    section = README[README.index("## Metrics") : README.index("## Measured")]
-    documented = set(re.findall(r"\w+", " ".join(re.findall(r"timing_s/[^`]*", section))))
-    assert {"gen", "experience", "update_actor"} <= stages <= documented

@@ -1,0 +1,99 @@
+"""Draws the curves of docs/results.md from its tables: python docs/pictures/draw.py
+
+The numbers are read from the page, so that a picture cannot say anything else.
+"""
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+plt.switch_backend("svg")
+plt.rcParams.update({"svg.hashsalt": "lit_specrl", "font.size": 10, "axes.spines.top": False})
+
+HERE = Path(__file__).parent
+PAGE = (HERE.parent / "results.md").read_text("utf-8")
+COLOURS = ["#3056a0", "#c4622d", "#4c8c4a", "#8a5a9e", "#7a7a7a"]
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table whose first line begins with the heading."""
+    lines = PAGE[PAGE.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+
+
+def number(text: str) -> float:
+    return float(re.search(r"[-+]?\d*\.?\d+", text.replace(",", ""))[0])
+
+
+def save(name: str) -> None:
+    plt.tight_layout()
+    plt.savefig(HERE / f"{name}.svg", metadata={"Date": None})
+    plt.close()
+
+
+def quickstart_stages() -> None:
+    table = rows("seed | held-out accuracy before -> after")
+    plt.figure(figsize=(6, 2.6))
+    left = [0.0] * len(table)
+    for column, stage, colour in zip((3, 4, 5, 6), ("update", "generation", "weights", "other"), COLOURS, strict=False):
+        seconds = [number(row[2]) * number(row[column]) / 100 for row in table]
+        plt.barh([f"seed {row[0]}" for row in table], seconds, left=left, label=stage, color=colour)
+        left = [start + width for start, width in zip(left, seconds, strict=True)]
+    plt.xlabel("seconds a step (20 steps, two CPU cores with bf16)")
+    plt.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    save("quickstart_stages")
+
+
+def reuse_cost() -> None:
+    table = [row for row in rows("reuse | seeds") if row[1] == "10" or row[0] == "e^0.5"]
+    plt.figure(figsize=(6.5, 3.6))
+    for index, row in enumerate(table):
+        low, high = (float(bound) for bound in re.search(r"\(([-+.\d]+) to ([-+.\d]+)\)", row[4]).groups())
+        saved, middle = number(row[2]), number(row[4])
+        colour = [*COLOURS, "#222222"][index]
+        plt.errorbar(saved, middle, [[middle - low], [high - middle]], fmt="o", color=colour, capsize=3)
+        plt.plot([], [], "o", color=colour, label=row[0].replace("`", ""))
+    plt.axhline(0, color="#bbbbbb", linewidth=1)
+    plt.xlabel("times fewer tokens")
+    plt.ylabel("score, with - without")
+    plt.title("54 steps of the test bed; 95 % intervals over pairs of seeds", fontsize=9)
+    plt.legend(fontsize=7, frameon=False)
+    save("reuse_cost")
+
+
+def long_sums_scores() -> None:
+    table = rows("learning rate | reuse | tokens generated")
+    _, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+    for axis, rate in zip(axes, ("2e-6", "3e-6"), strict=True):
+        runs = [row for row in table if row[0] == rate]
+        for row, colour in zip(runs, COLOURS, strict=False):
+            scores = [float(score) for score in row[6].split()]
+            epochs = [3 * (index + 1) for index in range(len(scores))]
+            axis.plot(epochs, scores, "o-", markersize=3, color=colour, label=row[1].replace("`", ""))
+        axis.set_title(f"learning rate {rate}, seed 0", fontsize=9)
+        axis.set_xlabel("epochs")
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("held-out score (128 sums)")
+    save("long_sums_scores")
+
+
+def distillation() -> None:
+    table = rows("drafter | step 1")
+    plt.figure(figsize=(6.5, 3.2))
+    steps = ["1", "2-5", "6-10", "11-15", "16-20"]
+    for row, colour in zip(table, COLOURS, strict=False):
+        means = [sum(map(float, cell.split(" / "))) / len(cell.split(" / ")) for cell in row[1:]]
+        plt.plot(steps, means, "o-", markersize=3, color=colour, label=row[0].replace("`", ""))
+    plt.xlabel("steps of training")
+    plt.ylabel("tokens a row and step")
+    plt.title("quickstart's task, K = 3, mean of seeds 0 and 1", fontsize=9)
+    plt.legend(fontsize=6.5, frameon=False)
+    save("distillation")
+
+
+if __name__ == "__main__":
+    quickstart_stages()
+    reuse_cost()
+    long_sums_scores()
+    distillation()
