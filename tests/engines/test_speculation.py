@@ -13,7 +13,7 @@ from lit_specrl.engines import VLLMEngine
 
 PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51, 52]]
 GROUP, LENGTH = 96, 16
-LOOK_UP = ["ngram", "history"]
+LOOK_UP = ["ngram", "history", "siblings"]
 HEADS = ["head", "head of few tokens"]
 LIKELIEST = ["head of few tokens, likeliest"]  # drafts that are not sampled
 ALL = [*LOOK_UP, "small model", "same model", *HEADS, *LIKELIEST]
@@ -49,8 +49,8 @@ def build_drafter(kind, policy_model, make_llama, folder) -> Drafter | None:
         return Eagle3Drafter.build(policy, policy_model, folder / "head", None, 48 if "few" in kind else None)
     if kind == "ngram":
         return NGramDrafter(3, min_match=1, max_match=3)
-    if kind == "history":
-        return HistoryDrafter(4)
+    if kind in ("history", "siblings"):
+        return HistoryDrafter(4, min_chance=0.0)  # all that is found is drafted
     if kind == "same model":
         return DraftModel(policy_model, 3)
     if kind == "small model":
@@ -63,6 +63,7 @@ def start(kind, policy_model, make_llama, folder):
     engine = VLLMEngine(dtype="float32", max_num_seqs=100 if waiting else 400, cpu_kv_cache_gib=1)
     engine.drafter = build_drafter(kind, policy_model, make_llama, folder)
     colocated = Colocated(engine, policy_model)
+    colocated.has_past = kind == "history"  # siblings are read in a first epoch
     colocated.sync()
     return colocated
 
@@ -76,7 +77,7 @@ def past_responses(colocated, **sampling):
 
 def generate(colocated, lengths=None, **sampling):
     request = colocated.request(PROMPTS, group=GROUP, length=LENGTH, **sampling)
-    if isinstance(colocated.engine.drafter, HistoryDrafter):
+    if colocated.has_past:
         request.past_responses = past_responses(colocated, **sampling)
     colocated.engine.speculation_control = lengths
     try:

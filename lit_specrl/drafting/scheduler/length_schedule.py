@@ -52,6 +52,8 @@ class DecodeStep:
     """Whether the step also drafted as many tokens as it verified, so that its time belongs to that length."""
     age: float = 0.0
     """Tokens that the requests had generated before the step, on average."""
+    by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Tokens that were drafted, and accepted, by where they were read (`SOURCES`), of drafters that look tokens up."""
     catch_up_s: float = 0.0
     """Time before the step in which the drafter read tokens that were generated without it."""
 
