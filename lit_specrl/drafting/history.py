@@ -219,11 +219,18 @@ class HistoryReader:
     def _drafts(self, rows: Ints, places: Ints, tails: Ints, length: int) -> Drafts:
         texts = self.index.texts_at(places)
         found = places > 0
-        rest = self._room - self._seen[rows] - 1  # of which no token need be drafted: the policy adds one itself
+        seen, starts = self._seen[rows], self.index.starts[self._past[rows]]
+        rest = self._room - seen - 1  # of which no token need be drafted: the policy adds one itself
         lengths = np.where(found, np.minimum(self.index.ends[texts] - places, np.minimum(rest, length)), 0)
         sources = np.where(texts == rows, OWN, self._sources[texts])
         agreement = (self._agrees(places, tails) * _WEIGHTS).sum(-1) * found
         read = np.minimum(places[:, None] + np.arange(length), len(self.index.tokens) - 1)
-        past_lengths = self.index.ends[self._past[rows]] - self.index.starts[self._past[rows]]
-        expected = np.where(self._past[rows] >= 0, np.maximum(past_lengths - self._seen[rows], 1), np.nan)
-        return Drafts(self.index.tokens[read], np.maximum(lengths, 0), np.where(found, sources, 0), agreement, expected)
+        past_lengths = np.where(self._past[rows] >= 0, self.index.ends[self._past[rows]] - starts, 0)
+        expected = np.where(past_lengths > seen, past_lengths, self._room) - seen
+        return Drafts(
+            self.index.tokens[read],
+            np.maximum(lengths, 0),
+            np.where(found, sources, 0),
+            agreement,
+            expected.astype(np.float64),
+        )

@@ -191,7 +191,7 @@ def test_drafts_tell_where_they_were_read_and_how_well_it_agrees():
     drafts = drafts_of(reader, {0: [*prompt, 11, 12, 13, 14], 1: [*prompt, 5, 6]}, 2)
     assert [SOURCES[source] for source in drafts.sources] == ["other", "past"]
     assert drafts.agreement.tolist() == pytest.approx([0, sum(0.7**k for k in range(16))])
-    assert np.isnan(drafts.remaining[0]) and drafts.remaining[1] == 3
+    assert drafts.remaining.tolist() == [ROOM - 4, 3]  # all that it may have, or as much as last time
     drafts = drafts_of(reader, {0: [*prompt, 11, 12, 13, 14, 11, 12], 1: [*prompt, 5, 6, 12, 13]}, 2)
     assert [SOURCES[source] for source in drafts.sources] == ["own", "sibling"]
     assert drafts.agreement.tolist() == pytest.approx([1.7, 1.7])

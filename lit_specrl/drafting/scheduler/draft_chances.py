@@ -53,6 +53,7 @@ class DraftChances:
     def start(self, groups: NDArray[Any]) -> None:
         """A rollout begins; the rows [N] belong to these groups."""
         self._groups = groups
+        self._row_emitted, self._row_steps = np.zeros(len(groups)), np.zeros(len(groups))
         self._row_accepted, self._row_expected = np.zeros(len(groups)), np.zeros(len(groups))
         self._group_accepted, self._group_expected = np.zeros(groups.max() + 1), np.zeros(groups.max() + 1)
 
@@ -64,6 +65,8 @@ class DraftChances:
             drafts: of these rows.
             accepted: [n] tokens of each that were accepted.
         """
+        self._row_emitted[rows] += accepted + 1
+        self._row_steps[rows] += 1
         longest = int(drafts.lengths.max(initial=0))
         if not longest:
             return
@@ -96,6 +99,12 @@ class DraftChances:
         conditional = np.minimum(self._rates()[self._kinds(drafts, longest)] * factors[:, None], _HIGHEST)
         chances: NDArray[np.float64] = conditional.cumprod(-1)
         return chances * (np.arange(longest) < drafts.lengths[:, None])
+
+    def remaining_steps(self, rows: NDArray[Any], drafts: Drafts) -> NDArray[np.float64]:
+        """Steps [n] that the rows will probably still need, at the pace that they have had; NaN where nothing tells."""
+        pace = (self._row_emitted[rows] + _ROW_WEIGHT) / (self._row_steps[rows] + _ROW_WEIGHT)
+        steps: NDArray[np.float64] = drafts.remaining / pace
+        return steps
 
     def _rates(self) -> NDArray[np.float64]:
         rates: NDArray[np.float64] = (self._accepted + _PRIOR_CHANCE * _PRIOR_WEIGHT) / (self._tried + _PRIOR_WEIGHT)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_specrl.drafting.history import RolloutTexts
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
-from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
+from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine, RowControl
 from lit_specrl.engines.vllm.jobs import Job, filler_job, generation_job, jobs_of_all_ranks, scoring_job
 from lit_specrl.engines.vllm.loop import FinishedRow, run
 from lit_specrl.engines.vllm.plan import rows_at_once, sleep_level
@@ -234,7 +234,9 @@ class VLLMEngine(RolloutEngine):
         finished: dict[int, FinishedRow] = {}
         control, steps = self.speculation_control, list[DecodeStep]()
         if self._speculation is not None:
-            self._speculation.begin(_texts(request))
+            if control is None:  # whoever decided before has left its last length
+                self._speculation.set_length(self._speculation.longest)
+            self._speculation.begin(_texts(request), control.row_lengths if isinstance(control, RowControl) else None)
         self._scored: dict[int, list[float]] = {}  # log-probs of cached responses, as far as they are scored
         jobs = {row: self._first_job(request, row) for row in rows}
         own = {row: row for row in rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from lit_specrl.drafting.drafters import LookUpDrafter, RolloutReader
 from lit_specrl.drafting.drafts import SOURCES, Drafts
 from lit_specrl.drafting.history import RolloutTexts
 from lit_specrl.drafting.scheduler.draft_chances import DraftChances
+
+RowLengths = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[Any] | None]
+"""As `RowControl.row_lengths`."""
 
 
 class LookUpProposer:
@@ -36,6 +40,7 @@ class LookUpProposer:
         """What drafts have brought, over all rollouts."""
         self._rows: dict[str, int] = {}  # vLLM's name of a request -> row of the rollout
         self._reader: RolloutReader | None = None
+        self._row_lengths: RowLengths | None = None
         self._latest: tuple[NDArray[Any], Drafts] | None = None  # rows and drafts that the present step verifies
         self.by_source: dict[str, tuple[int, int]] = {}
         """Of the latest step: tokens drafted, and accepted, by where they were read."""
@@ -77,10 +82,15 @@ class LookUpProposer:
 
     def _lengths(self, rows: NDArray[Any], drafts: Drafts) -> NDArray[Any]:
         """[n] tokens of each draft that are worth verifying."""
-        if not self.length or not self.drafter.min_chance:
+        if not self.length or (self._row_lengths is None and not self.drafter.min_chance):
             return drafts.lengths
         chances = self.chances.by_position(rows, drafts, drafts.token_ids.shape[1])
-        return np.asarray((chances >= self.drafter.min_chance).sum(-1))
+        lengths = (
+            None
+            if self._row_lengths is None
+            else self._row_lengths(chances, self.chances.remaining_steps(rows, drafts))
+        )
+        return np.asarray((chances >= self.drafter.min_chance).sum(-1)) if lengths is None else lengths
 
     def _learn(self, rows: NDArray[Any], accepted: NDArray[Any]) -> None:
         """From the tokens [n] of the drafts of the step before that were accepted; rows that have ended are lost."""
@@ -106,8 +116,9 @@ class LookUpProposer:
                 f"{self._vocabulary_size - 1}"
             )
 
-    def begin(self, texts: RolloutTexts) -> None:
-        """A rollout begins, beside which these texts may be read."""
+    def begin(self, texts: RolloutTexts, row_lengths: RowLengths | None) -> None:
+        """A rollout begins, beside which these texts may be read; `row_lengths` chooses what is drafted in each row."""
+        self._row_lengths = row_lengths
         self._reader = self.drafter.rollout_reader(texts)
         self.chances.start(np.arange(texts.num_rows) // texts.num_generations)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_specrl.drafting.drafters import Drafter, LookUpDrafter
 from lit_specrl.drafting.history import RolloutTexts
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
-from lit_specrl.engines.vllm.proposers import LookUpProposer
+from lit_specrl.engines.vllm.proposers import LookUpProposer, RowLengths
 from lit_specrl.engines.vllm.sampler import CPUSampler, RejectionCounter
 from lit_specrl.engines.vllm.weights import repack_tied_head
 
@@ -114,10 +114,10 @@ class Speculation:
         finally:
             self._forced_token = None
 
-    def begin(self, texts: RolloutTexts) -> None:
-        """A rollout begins; a drafter that looks tokens up may read these texts."""
+    def begin(self, texts: RolloutTexts, row_lengths: RowLengths | None = None) -> None:
+        """A rollout begins; a drafter that looks tokens up may read these texts, and asks for row lengths."""
         if isinstance(self._drafter, LookUpProposer):
-            self._drafter.begin(texts)
+            self._drafter.begin(texts, row_lengths)
 
     def follow(self, request: str, row: int) -> None:
         """A request generates a row of the rollout."""
