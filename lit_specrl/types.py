@@ -11,7 +11,7 @@ Ragged data stays in lists; tensors appear where arithmetic on them starts (`lit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -143,7 +143,7 @@ class RolloutRequest:
     verify_block_length: int | None = None
     """Tokens of a cached response that the engine scores at a time, as long as all are kept; `None` scores all at
     once."""
-    past_responses: dict[int, list[int]] = field(default_factory=dict)
+    past_responses: Mapping[int, Sequence[int] | NDArray[np.int32]] = field(default_factory=dict)
     """Row -> its response of the last visit, in which a drafter looks for the next tokens; no part of the new one."""
     expected_lengths: list[int] = field(default_factory=list)
     """[N] or empty: tokens that a row will probably still need; where not all rows fit, the longest start first."""

@@ -6,6 +6,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -15,7 +17,8 @@ from transformers import AutoTokenizer
 
 from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device
 from lit_specrl.data import ArithmeticSource
-from lit_specrl.drafting import Drafter, DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter
+from lit_specrl.drafting import Drafter, DraftModel, Eagle3Drafter, HistoryDrafter, LookUpDrafter, NGramDrafter
+from lit_specrl.drafting.drafts import SOURCES
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule
 from lit_specrl.engines import VLLMEngine
 from lit_specrl.engines.base import SpeculationControl
@@ -24,6 +27,8 @@ from lit_specrl.precision import fast_dtype
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 
 _BATCHES = (1, 4, 16, 32)
+_GENERATIONS = 8  # rows of a prompt, where epochs are timed
+_AGES = (0, 32, 64, 128, 256, 512, 1024)
 _TERMS = 12  # of the sums in the prompts
 _EXAMPLE = "What is 4 + 9 + 3 + 6?\n4 + 9 = 13. 13 + 3 = 16. 16 + 6 = 22. Answer: 22\n"
 Ask = Callable[..., Any]
@@ -46,9 +51,11 @@ def bench_speculation(
     """Time vLLM without speculation, with each number of drafted tokens, and with the scheduler.
 
     Two loads: batches of equal responses, and one that drains from `rows` to a single response, as a step of
-    reinforcement learning does. The prompts are sums to be written out; responses go on to a fixed length, whatever
-    they say. The history is what each row said before. All ways take turns: the engine that cannot speculate is in a
-    process of its own, and whichever does not run sleeps.
+    reinforcement learning does. A drafter that looks tokens up is also timed in a first epoch, where there are no
+    earlier responses, and in a later one, eight rows to a prompt, with a length for each row and with one for all. The
+    prompts are sums to be written out; responses go on to a fixed length, whatever they say. The history is what each
+    row said before. All ways take turns: the engine that cannot speculate is in a process of its own, and whichever
+    does not run sleeps.
 
     Args:
         model: hub name or folder of the policy.
@@ -72,8 +79,8 @@ def bench_speculation(
     with _plain_engine(model, rows, tokens, dtype, device) as plain:
         bench = _Bench(model, rows, tokens, dtype, device, plain("said"))
         proposer = _drafter(drafter, draft_model, num_speculative_tokens)
-        schedule, accepted = bench.time_speculation(proposer, plain, lengths, repeats, times)
-    ages = [age for age in (0, 32, 64, 128, 256, 512, 1024) if age < tokens]
+        schedule, steps = bench.time_speculation(proposer, plain, lengths, repeats, times)
+    ages = [age for age in _AGES if age < tokens]
     seconds = {setting: statistics.median(values) for setting, values in times.items()}
     return Report(
         hardware=describe_hardware(device),
@@ -99,8 +106,10 @@ def bench_speculation(
                 for batch in _BATCHES
                 if batch <= rows
             ],
-        },
-        notes=[f"Accepted in the drain with the scheduler: {accepted}."],
+            "acceptance by age, in the drain with the scheduler": _by_age(steps["drain"], ages),
+        }
+        | _epoch_table(steps, seconds, times),
+        notes=_notes(steps),
     )
 
 
@@ -113,6 +122,7 @@ def _drafter(name: str, model: str | None, length: int) -> Drafter:
 def _drain_rows(seconds: dict[tuple[str, str], float], times: Times, lengths: Sequence[int]) -> list[dict[str, Any]]:
     plain = seconds["drain", "plain"]
     names = ["plain", *(f"drafting {length}" for length in lengths), "adaptive, first", "adaptive"]
+    names += ["adaptive, one length"] if ("drain", "adaptive, one length") in times else []
     return [
         {
             "run": name,
@@ -123,6 +133,55 @@ def _drain_rows(seconds: dict[tuple[str, str], float], times: Times, lengths: Se
         }
         for name in names
     ]
+
+
+def _by_age(steps: Sequence[DecodeStep], ages: Sequence[int]) -> list[dict[str, Any]]:
+    """Tokens drafted and accepted where the rows had generated so many tokens on average."""
+    rows = []
+    for start, end in pairwise([*ages, float("inf")]):
+        inside = [step for step in steps if start <= step.age < end]
+        drafted, accepted = _sums(inside)
+        rate = accepted / drafted if drafted else None
+        rows.append({"age_from": start, "drafted": drafted, "accepted": accepted, "acceptance": rate})
+    return rows
+
+
+def _epoch_table(
+    steps: dict[str, list[DecodeStep]], seconds: dict[tuple[str, str], float], times: Times
+) -> dict[str, list[dict[str, Any]]]:
+    """A first and a later epoch, for drafters that look tokens up."""
+    rows = []
+    for epoch, way in (key for key in times if key[0].endswith("epoch")):
+        found = steps.get(f"{epoch}, {way}", [])
+        row_steps, num_tokens = sum(step.num_active for step in found), sum(step.num_tokens for step in found)
+        gain = seconds[epoch, "drafting 0"] / seconds[epoch, way]
+        row = {"epoch": epoch, "way": way, "seconds_median": seconds[epoch, way], "speed_over_drafting_0": gain}
+        row |= {"tokens_a_row_and_step": num_tokens / row_steps, "steps": len(found)}
+        rows.append(row | {f"accepted_{name}": counts[1] for name, counts in _by_source(found).items()})
+    return {"epochs": rows} if rows else {}
+
+
+def _by_source(steps: Sequence[DecodeStep]) -> dict[str, tuple[int, int]]:
+    """Tokens drafted and accepted, by where they were read."""
+    return {
+        source: (
+            sum(step.by_source.get(source, (0, 0))[0] for step in steps),
+            sum(step.by_source.get(source, (0, 0))[1] for step in steps),
+        )
+        for source in SOURCES
+    }
+
+
+def _sums(steps: Sequence[DecodeStep]) -> tuple[int, int]:
+    """Tokens drafted, and accepted."""
+    return sum(sum(step.drafted) for step in steps), sum(sum(step.accepted) for step in steps)
+
+
+def _notes(steps: dict[str, list[DecodeStep]]) -> list[str]:
+    drafted, accepted = _sums(steps["drain"])
+    notes = [f"Accepted in the drain with the scheduler: {accepted:,} of {drafted:,} drafted tokens."]
+    sources = [f"{name} {hits:,} of {tried:,}" for name, (tried, hits) in _by_source(steps["drain"]).items() if tried]
+    return notes + ([f"By where they were read: {', '.join(sources)}."] if sources else [])
 
 
 class _Fixed:
@@ -150,6 +209,7 @@ class _Bench:
         source = ArithmeticSource(num_prompts=rows, num_terms=_TERMS)
         self.prompts = [tokenizer(f"{_EXAMPLE}{entry['question']}\n")["input_ids"] for entry in source.load()]
         self.texts = said or []
+        self._past: dict[int, list[int]] = {}  # of an earlier epoch, by row
 
     def engine(self, drafter: Drafter | None) -> VLLMEngine:
         engine = VLLMEngine(dtype=self.dtype, max_num_seqs=self.rows)
@@ -182,38 +242,62 @@ class _Bench:
         prefixes = [text[: self.tokens - (row + 1) * self.tokens // self.rows] for row, text in enumerate(self.texts)]
         return engine.generate(self._request(self.rows, self.tokens, prefixes, seed)).elapsed_s
 
+    def epoch(self, engine: VLLMEngine, seed: int, has_past: bool) -> float:
+        """Seconds of a step of reinforcement learning, with responses of another seed to look in or without."""
+        size = min(_GENERATIONS, self.rows)
+        request = self._request(self.rows // size, self.tokens, [], seed)
+        request.sampling = SamplingConfig(size, self.tokens)
+        request.seeds = [seed * self.rows + row for row in range(request.num_rows)]
+        if has_past and not self._past:
+            self._past = dict(
+                enumerate(
+                    engine.generate(replace(request, seeds=[10_000 + seed for seed in request.seeds])).response_ids
+                )
+            )
+        request.past_responses = self._past if has_past else {}
+        return engine.generate(request).elapsed_s
+
     def batch(self, engine: VLLMEngine, size: int, seed: int) -> float:
         """Seconds of a batch of equal responses."""
         return float(self._run(engine, size, self.tokens // 2, seed).elapsed_s)
 
     def time_speculation(
         self, drafter: Drafter, plain: Ask, lengths: Sequence[int], repeats: int, times: Times
-    ) -> tuple[LengthSchedule, str]:
-        """Returns the schedule, and what was accepted under it."""
+    ) -> tuple[LengthSchedule, dict[str, list[DecodeStep]]]:
+        """Returns the schedule, and the steps of the drains under it and of each way of an epoch."""
         engine = self.engine(drafter)
         self.drain(engine, 1)
-        schedule = LengthSchedule(drafter.num_speculative_tokens)
-        schedule.profile(engine.profile(self.rows))
+        looks_up = isinstance(drafter, LookUpDrafter)
+        schedule, one_length = (
+            LengthSchedule(drafter.num_speculative_tokens, per_row=per_row) for per_row in (looks_up, False)
+        )
+        profile = engine.profile(self.rows)
+        schedule.profile(profile)
+        one_length.profile(profile)
         controls: dict[str, SpeculationControl] = {f"drafting {length}": _Fixed(length) for length in lengths}
-        steps: list[DecodeStep] = []
+        adaptive = {"adaptive": schedule} | ({"adaptive, one length": one_length} if looks_up else {})
+        steps: dict[str, list[DecodeStep]] = defaultdict(list)
         engine.speculation_control = schedule
         times["drain", "adaptive, first"].append(self.drain(engine, 1))
         for repeat in range(repeats):
             times["drain", "plain"].append(plain("drain", 2 + repeat))
-            for name, control in (controls | {"adaptive": schedule}).items():
+            for name, control in (controls | adaptive).items():
                 engine.speculation_control = control
                 times["drain", name].append(self.drain(engine, 2 + repeat))
-            steps += engine.decode_steps
+                steps["drain"] += engine.decode_steps if name == "adaptive" else []
+            if looks_up:
+                for name, control in ({"drafting 0": _Fixed(0)} | adaptive).items():
+                    engine.speculation_control = control
+                    for epoch in ("first epoch", "later epoch"):
+                        times[epoch, name].append(self.epoch(engine, 2 + repeat, epoch == "later epoch"))
+                        steps[f"{epoch}, {name}"] = list(engine.decode_steps)
             for size in (batch for batch in _BATCHES if batch <= self.rows):
                 times[f"batch {size}", "plain"].append(plain("batch", size, repeat))
                 for name, control in controls.items():
                     engine.speculation_control = control
                     times[f"batch {size}", name].append(self.batch(engine, size, repeat))
         engine.shutdown()
-        drafted, accepted = (
-            sum(map(sum, counts)) for counts in zip(*[(s.drafted, s.accepted) for s in steps], strict=True)
-        )
-        return schedule, f"{accepted:,} of {drafted:,} drafted tokens"
+        return schedule, steps
 
     def batch_row(self, batch: int, lengths: Sequence[int], seconds: dict[tuple[str, str], float]) -> dict[str, Any]:
         """Tokens per second of each way, and how off off is."""

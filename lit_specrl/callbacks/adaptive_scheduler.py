@@ -13,6 +13,7 @@ from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one, require_rlvr_module
 from lit_specrl.callbacks.speculative_rollout import SpeculativeRollout
 from lit_specrl.distributed.collectives import gather_objects
+from lit_specrl.drafting import LookUpDrafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep, LengthSchedule
 from lit_specrl.experience import Experience
 from lit_specrl.types import RolloutRequest, Rollouts
@@ -38,15 +39,18 @@ class AdaptiveScheduler(RolloutCallback):
     Args:
         hysteresis: predicted gain, as a fraction, for which a length is left for another.
         probe_fraction: share of the decoding time that may be lost by trying a drafter that is off; 0 for never.
+        per_row: under a drafter that looks tokens up, choose a length for each row: by what drafts like its own have
+            brought in this row, its group and altogether, by the time of a step as a function of all tokens that it
+            verifies, and by how long the row will probably run. False: one length for all rows.
 
     Raises:
         ValueError: an argument out of its range.
         MisconfigurationException: from `setup`, without a `SpeculativeRollout` that has a drafter.
     """
 
-    def __init__(self, hysteresis: float = 0.03, probe_fraction: float = 0.01) -> None:
+    def __init__(self, hysteresis: float = 0.03, probe_fraction: float = 0.01, per_row: bool = True) -> None:
         LengthSchedule(1, hysteresis, probe_fraction)  # refuses what is out of range
-        self.hysteresis, self.probe_fraction = hysteresis, probe_fraction
+        self.hysteresis, self.probe_fraction, self.per_row = hysteresis, probe_fraction, per_row
         self.schedule: LengthSchedule | None = None
         self._steps: list[DecodeStep] = []
         self._was_off = False
@@ -61,8 +65,11 @@ class AdaptiveScheduler(RolloutCallback):
             )
         self.engine = owners[0].engine
         if self.schedule is None:
-            longest = owners[0].drafter.num_speculative_tokens
-            self.schedule = LengthSchedule(longest, self.hysteresis, self.probe_fraction)
+            drafter = owners[0].drafter
+            per_row = self.per_row and isinstance(drafter, LookUpDrafter)
+            self.schedule = LengthSchedule(
+                drafter.num_speculative_tokens, self.hysteresis, self.probe_fraction, per_row
+            )
         self.engine.speculation_control = self.schedule
 
     def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:
@@ -98,8 +105,8 @@ class AdaptiveScheduler(RolloutCallback):
     def _gain(self, step: DecodeStep) -> tuple[float, float, float]:
         """Seconds of a step: measured, predicted, and predicted for the same tokens without drafts."""
         assert self.schedule is not None
-        plain, predicted = self.schedule.latency.table([step.num_active], [0, step.length])[0]
-        return step.seconds + step.catch_up_s, float(predicted), float(plain) * step.num_tokens / step.num_active
+        predicted, plain = self.schedule.predict(step)
+        return step.seconds + step.catch_up_s, predicted, plain * step.num_tokens / step.num_active
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert self.schedule is not None

@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import xxhash
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.algorithms.streak_warning import StreakWarning
@@ -271,13 +273,13 @@ class PrefixCache(RolloutCallback):
             )
             self._validations = []
 
-    def _past_responses(self, request: RolloutRequest) -> dict[int, list[int]]:
+    def _past_responses(self, request: RolloutRequest) -> dict[int, NDArray[np.int32]]:
         size = request.sampling.num_generations
         cached = {
             row: self.store.get(request.prompts.uids[request.prompt_index(row)], row % size)
             for row in range(request.num_rows)
         }
-        return {row: found.token_ids.tolist() for row, found in cached.items() if found is not None}
+        return {row: found.token_ids for row, found in cached.items() if found is not None}
 
     def _select(self, request: RolloutRequest) -> Selection:
         if self.rule.keeps_nothing:

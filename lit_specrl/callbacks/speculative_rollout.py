@@ -44,7 +44,7 @@ class SpeculativeRollout(RolloutCallback):
 
     Raises:
         MisconfigurationException: from `setup`, for a module that does not generate, an engine that cannot speculate,
-            or a `HistoryDrafter` without a `PrefixCache` to look in.
+            or a `HistoryDrafter(siblings=False)` without a `PrefixCache` to look in.
         ValueError: from `setup`, for a drafter that does not fit the policy, and an engine that does not fit the run
             (`VLLMEngine.check_run`).
         ImportError: from `setup`, for `VLLMEngine` without a vLLM that it was tested with.
@@ -110,10 +110,11 @@ class SpeculativeRollout(RolloutCallback):
                 "tensor_parallel_size=1, or leave the drafter out"
             )
         caches = callbacks_of(trainer, PrefixCache)
-        if drafter.reads_past_responses and not caches:
+        if drafter.needs_past_responses and not caches:
             raise MisconfigurationException(
-                f"{type(drafter).__name__} looks for tokens in the responses that a PrefixCache keeps; add PrefixCache(), or "
-                "PrefixCache(acceptance='off') to draft from them without reusing them"
+                f"{type(drafter).__name__} looks for tokens in the responses that a PrefixCache keeps, and with siblings=False "
+                "nowhere else; add PrefixCache(), PrefixCache(acceptance='off') to draft from them without reusing them, "
+                "or set siblings=True"
             )
 
     def on_rollout_end(self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts) -> None:
@@ -142,7 +143,8 @@ def speculation_metrics(steps: Sequence[DecodeStep]) -> dict[str, float]:
 
     `length` and `acceptance_length` are means over rows and steps: tokens drafted, and tokens emitted (1 without
     drafts). `acceptance_rate` is the share of drafted tokens that were accepted, `accepted_by_position/k` the share of
-    drafts with a k-th token of which it was.
+    drafts with a k-th token of which it was. `drafted_by_source/s` and `accepted_by_source/s` are tokens a row and step
+    that were read in s (`SOURCES`).
 
     Example:
         >>> step = DecodeStep(num_active=2, length=2, seconds=0.1, num_tokens=4, drafted=[2, 2], accepted=[1, 1])
@@ -163,6 +165,10 @@ def speculation_metrics(steps: Sequence[DecodeStep]) -> dict[str, float]:
     }
     if sum(drafted):
         metrics["speculation/acceptance_rate"] = sum(accepted) / sum(drafted)
+    for source in sorted({name for step in steps for name in step.by_source}):
+        tried, kept = (sum(step.by_source.get(source, (0, 0))[k] for step in steps) for k in (0, 1))
+        metrics[f"speculation/drafted_by_source/{source}"] = tried / row_steps
+        metrics[f"speculation/accepted_by_source/{source}"] = kept / row_steps
     for position, (tried, kept) in enumerate(zip(drafted, accepted, strict=True), start=1):
         metrics[f"speculation/accepted_by_position/{position}"] = kept / tried
     return metrics

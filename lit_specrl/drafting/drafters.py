@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_specrl.checkpoints.locks import ProcessFolder
+from lit_specrl.drafting.drafts import Drafts, from_lists
 from lit_specrl.drafting.eagle3 import (
     build_head,
     check_architecture,
@@ -21,7 +23,7 @@ from lit_specrl.drafting.eagle3 import (
     draft_vocabulary,
     save_head,
 )
-from lit_specrl.drafting.history import HistoryReader, RowHistory
+from lit_specrl.drafting.history import HistoryReader, RolloutTexts, RowHistory
 from lit_specrl.drafting.networks import CausalNetwork, DraftNetwork, Eagle3Network
 from lit_specrl.drafting.ngram import PromptLookup
 from lit_specrl.models.model_files import check_weights
@@ -37,6 +39,8 @@ class Drafter(ABC):
 
     reads_past_responses: bool = False
     """Whether it looks into earlier responses to the prompt, which a `PrefixCache` keeps."""
+    needs_past_responses: bool = False
+    """Whether it has nothing to say without them."""
 
     def __init__(self, num_speculative_tokens: int) -> None:
         if num_speculative_tokens < 1:
@@ -89,6 +93,20 @@ class TokenReader(Protocol):
         """Tokens that may follow; see `LookUpDrafter.propose`."""
 
 
+class RolloutReader(Protocol):
+    """Proposes tokens for the rows of a rollout while they are generated."""
+
+    def propose(self, rows: NDArray[Any], token_ids: NDArray[Any], num_tokens: NDArray[Any], length: int) -> Drafts:
+        """What may follow in each row; asked after every step, also where nothing is wanted.
+
+        Args:
+            rows: [n] rows of the rollout.
+            token_ids: [n, T] prompt and response of each, and anything behind them; to be read only.
+            num_tokens: [n] tokens of prompt and response.
+            length: tokens wanted.
+        """
+
+
 class LookUpDrafter(Drafter):
     """A drafter without weights: it looks tokens up in what it is shown.
 
@@ -106,6 +124,9 @@ class LookUpDrafter(Drafter):
         >>> Stutter(num_speculative_tokens=2).propose([5, 6], 2)
         [6, 6]
     """
+
+    min_chance: float = 0.0
+    """Least chance of acceptance with which a token is drafted where nothing compares it with its price."""
 
     def __init__(self, num_speculative_tokens: int = 3) -> None:
         super().__init__(num_speculative_tokens)
@@ -127,6 +148,10 @@ class LookUpDrafter(Drafter):
                 there are none.
         """
         return self
+
+    def rollout_reader(self, texts: RolloutTexts) -> RolloutReader:
+        """What proposes for all rows of a rollout; by default `reader`, row by row."""
+        return _RowByRow(self, texts)
 
     def vllm_config(self) -> dict[str, Any]:
         return {"method": "custom_class", "model": "lit_specrl.engines.vllm.proposers.LookUpProposer"}
@@ -155,31 +180,39 @@ class NGramDrafter(LookUpDrafter):
 
 
 class HistoryDrafter(LookUpDrafter):
-    """Proposes the tokens that followed the same words in the prompt's earlier responses; see `TextHistory`.
+    """Proposes the tokens that followed the same words in other responses to the prompt; see `HistoryReader`.
 
     A row first reads on in its own last response (behind the verified prefix, where there is a `PrefixCache`). After a
-    rejection it reads on where a response of its group agrees best with its last 16 tokens; a few of these may differ.
+    rejection it reads on where another text agrees best with its last 16 tokens; a few of these may differ. The texts
+    are the earlier responses of its group, and with `siblings` what the rows of the group, finished or not, have said
+    in this rollout, with the row's own words and the prompt: these are there from the first epoch on.
 
-    RhymeRL (He et al. 2025, arXiv 2508.18588) drafts from earlier responses in the same spirit: its HistoSpec keeps a
-    tree of suffixes of the earlier responses to a prompt. Here the texts are searched by their last two tokens, and the
-    best agreement over 16 decides.
+    RhymeRL (He et al. 2025, arXiv 2508.18588) drafts from earlier responses in the same spirit, by a tree of suffixes;
+    Seer (2025, arXiv 2511.14617) from the running group. A match of two tokens makes a candidate, as there; whether
+    it is used depends on what drafts with such a match have brought, in this row, its group and altogether.
 
     Args:
         num_speculative_tokens: longest draft.
+        siblings: read this rollout's responses and the prompt, too; False for earlier responses alone, which need a
+            `PrefixCache`.
+        min_chance: least chance of acceptance, from 0 to 1, with which a token is drafted where no `AdaptiveScheduler`
+            compares it with its price.
     """
 
     reads_past_responses = True
 
-    def __init__(self, num_speculative_tokens: int = 4) -> None:
+    def __init__(self, num_speculative_tokens: int = 4, siblings: bool = True, min_chance: float = 0.3) -> None:
         super().__init__(num_speculative_tokens)
+        if not 0 <= min_chance <= 1:
+            raise ValueError(f"min_chance must lie in [0, 1], got {min_chance}")
+        self.siblings, self.min_chance = siblings, min_chance
+        self.needs_past_responses = not siblings
 
     def propose(self, token_ids: Sequence[int], length: int) -> list[int]:
-        return []  # a row without history
+        return []  # of a single row nothing is known
 
-    def reader(self, history: RowHistory | None) -> TokenReader:
-        if history is None:
-            return self
-        return _ResponseReader(HistoryReader(history.history, history.own_text), history.prompt_length)
+    def rollout_reader(self, texts: RolloutTexts) -> RolloutReader:
+        return HistoryReader(texts, self.siblings)
 
 
 class DraftModel(Drafter):
@@ -318,15 +351,28 @@ class _NGramReader:
         return self.text.propose(length)
 
 
-@dataclass
-class _ResponseReader:
-    """Shows a `HistoryReader` the response without its prompt."""
+class _RowByRow:
+    """Asks a reader of each row."""
 
-    reader: HistoryReader
-    prompt_length: int
+    def __init__(self, drafter: LookUpDrafter, texts: RolloutTexts) -> None:
+        self._drafter, self._texts = drafter, texts
+        self._readers: dict[int, TokenReader] = {}
 
-    def propose(self, token_ids: Sequence[int], length: int) -> list[int]:
-        return self.reader.propose(token_ids[self.prompt_length :], length)
+    def propose(self, rows: NDArray[Any], token_ids: NDArray[Any], num_tokens: NDArray[Any], length: int) -> Drafts:
+        if not length:
+            return from_lists([[]] * len(rows))
+        return from_lists(
+            [
+                self._reader(row).propose(tokens[:count], length)[:length]
+                for row, tokens, count in zip(rows.tolist(), token_ids, num_tokens.tolist(), strict=True)
+            ]
+        )
+
+    def _reader(self, row: int) -> TokenReader:
+        if row not in self._readers:
+            history = self._texts.row(row) if self._drafter.reads_past_responses else None
+            self._readers[row] = self._drafter.reader(history)
+        return self._readers[row]
 
 
 def _draft_sampling(sampled: bool) -> str:

@@ -6,9 +6,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_specrl.drafting.drafters import Drafter
@@ -41,6 +43,21 @@ class SpeculationControl(Protocol):
 
     def observe(self, step: DecodeStep) -> None:
         """Receives every step that has only decoded."""
+
+
+@runtime_checkable
+class RowControl(Protocol):
+    """Decides it for each row, too; a `SpeculationControl` may."""
+
+    def row_lengths(self, chances: NDArray[np.float64], remaining: NDArray[np.float64]) -> NDArray[Any] | None:
+        """Tokens to draft for each row of the next step, or `None` for as many as `length` has said.
+
+        Asked under drafters that look tokens up.
+
+        Args:
+            chances: [N, K] that the k first tokens of each draft are accepted; 0 where there is none.
+            remaining: [N] steps that each row will probably still need; NaN where nothing is known.
+        """
 
 
 class RolloutEngine(ABC):

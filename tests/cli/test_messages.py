@@ -320,7 +320,7 @@ CONFIGURATION = {
         drafted("NGramDrafter", num_speculative_tokens=0),
         "num_speculative_tokens must be at least 1, got 0",
     ),
-    "history without a cache": (FIT, drafted("HistoryDrafter"), "add PrefixCache()"),
+    "history without a cache": (FIT, drafted("HistoryDrafter", siblings=False), "add PrefixCache()"),
     "negative lenience": (FIT, callback("PrefixCache", lenience=-0.5), "lenience"),
     # rewards
     "missing module of a reward": (

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from colocated import STOP_TOKEN_IDS, Colocated
@@ -13,7 +14,7 @@ from lit_specrl.engines import VLLMEngine
 
 PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51, 52]]
 GROUP, LENGTH = 96, 16
-LOOK_UP = ["ngram", "history"]
+LOOK_UP = ["ngram", "history", "siblings"]
 HEADS = ["head", "head of few tokens"]
 LIKELIEST = ["head of few tokens, likeliest"]  # drafts that are not sampled
 ALL = [*LOOK_UP, "small model", "same model", *HEADS, *LIKELIEST]
@@ -39,6 +40,19 @@ class Lengths:
         self.steps.append(step)
 
 
+class LengthsByRow(Lengths):
+    """Drafts another number of tokens in every row and step."""
+
+    def __init__(self):
+        super().__init__([4])
+        self.chances = []
+
+    def row_lengths(self, chances, remaining):
+        assert chances.shape[1] == 4 and remaining.shape == (len(chances),)
+        self.chances.append(chances)
+        return (np.arange(len(chances)) + len(self.chances)) % 5
+
+
 def build_drafter(kind, policy_model, make_llama, folder) -> Drafter | None:
     if kind in LIKELIEST:
         drafter = build_drafter(kind.removesuffix(", likeliest"), policy_model, make_llama, folder)
@@ -49,8 +63,8 @@ def build_drafter(kind, policy_model, make_llama, folder) -> Drafter | None:
         return Eagle3Drafter.build(policy, policy_model, folder / "head", None, 48 if "few" in kind else None)
     if kind == "ngram":
         return NGramDrafter(3, min_match=1, max_match=3)
-    if kind == "history":
-        return HistoryDrafter(4)
+    if kind in ("history", "siblings"):
+        return HistoryDrafter(4, min_chance=0.0)  # all that is found is drafted
     if kind == "same model":
         return DraftModel(policy_model, 3)
     if kind == "small model":
@@ -63,6 +77,7 @@ def start(kind, policy_model, make_llama, folder):
     engine = VLLMEngine(dtype="float32", max_num_seqs=100 if waiting else 400, cpu_kv_cache_gib=1)
     engine.drafter = build_drafter(kind, policy_model, make_llama, folder)
     colocated = Colocated(engine, policy_model)
+    colocated.has_past = kind == "history"  # siblings are read in a first epoch
     colocated.sync()
     return colocated
 
@@ -76,7 +91,7 @@ def past_responses(colocated, **sampling):
 
 def generate(colocated, lengths=None, **sampling):
     request = colocated.request(PROMPTS, group=GROUP, length=LENGTH, **sampling)
-    if isinstance(colocated.engine.drafter, HistoryDrafter):
+    if colocated.has_past:
         request.past_responses = past_responses(colocated, **sampling)
     colocated.engine.speculation_control = lengths
     try:
@@ -165,6 +180,39 @@ def test_every_token_has_the_policys_distribution(colocated, temperature, patter
     assert (drafted > 0) == (colocated.engine.drafter is not None)
     if not isinstance(colocated.engine.drafter, NGramDrafter):  # random text hardly ever repeats itself
         assert (accepted > 0) == (drafted > 0)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("started", ["history", "siblings"], indirect=True)
+def test_every_token_has_it_with_a_length_for_each_row(colocated, plain, temperature):
+    lengths = LengthsByRow()
+    rollouts = generate(colocated, lengths, temperature=temperature)
+    rows = probability_transforms(colocated, rollouts, temperature)
+    assert kolmogorov_distance(torch.stack([row[0] for row in rows])) < 2.2
+    assert kolmogorov_distance(torch.cat([row[1:] for row in rows])) < 2.2
+    assert abs(serial_correlation(rows)) < 4
+    assert rollouts.response_ids == plain[temperature].response_ids
+    drafted, accepted = (
+        np.array([sum(c) for c in counts]) for counts in zip(*map(by_length, lengths.steps), strict=True)
+    )
+    assert drafted.sum() > accepted.sum() > 0
+    assert any(len(set(np.diff([*step.drafted, 0]).tolist())) > 1 for step in lengths.steps)  # in one step, several
+    assert all(chances.min() >= 0 and chances.max() < 1 for chances in lengths.chances)
+
+
+def by_length(step):
+    return step.drafted, step.accepted
+
+
+@pytest.mark.parametrize("started", ["history", "siblings"], indirect=True)
+def test_steps_tell_where_drafts_were_read(colocated):
+    lengths = Lengths([4])
+    generate(colocated, lengths)
+    sources = {source for step in lengths.steps for source in step.by_source}
+    assert "sibling" in sources and ("past" in sources) == colocated.has_past
+    for step in lengths.steps:
+        drafted, accepted = (sum(counts[k] for counts in step.by_source.values()) for k in (0, 1))
+        assert (drafted, accepted) == (sum(step.drafted), sum(step.accepted))
 
 
 @pytest.mark.parametrize("started", ["small model"], indirect=True)

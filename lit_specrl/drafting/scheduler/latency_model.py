@@ -191,23 +191,32 @@ def _features(settings: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
 
 
 def _non_negative_least_squares(
-    matrix: NDArray[np.float64],
-    target: NDArray[np.float64],
+    matrix: NDArray[np.float64], target: NDArray[np.float64], start: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """x >= 0 that minimises |matrix x - target|, from `start`."""
+    return non_negative_solution(matrix.T @ matrix, matrix.T @ target, start)
+
+
+def non_negative_solution(
+    gram: NDArray[np.float64],
+    wanted: NDArray[np.float64],
     start: NDArray[np.float64] | None = None,
     sweeps: int = 60,
 ) -> NDArray[np.float64]:
-    """x >= 0 that minimises |matrix x - target|, by coordinate descent on scaled columns from `start`."""
-    scale = np.sqrt((matrix**2).sum(0))
+    """x >= 0 of a least-squares fit whose normal equations are `gram x = wanted`.
+
+    By coordinate descent on scaled columns from `start`.
+    """
+    scale = np.sqrt(np.diag(gram))
     scale[scale == 0] = 1
-    columns = matrix / scale
-    gram = columns.T @ columns
+    gram = gram / np.outer(scale, scale)
     gram[np.diag_indices_from(gram)] += 1e-9  # columns that say the same
-    rows, wanted = gram.tolist(), (columns.T @ target).tolist()
-    solution = [0.0] * len(wanted) if start is None else (start * scale).tolist()
+    rows, targets = gram.tolist(), (wanted / scale).tolist()
+    solution = [0.0] * len(targets) if start is None else (start * scale).tolist()
     for _ in range(sweeps):
         change = 0.0
         for index, row in enumerate(rows):
-            gradient = wanted[index] - sum(map(operator.mul, row, solution))
+            gradient = targets[index] - sum(map(operator.mul, row, solution))
             value = max(0.0, solution[index] + gradient / row[index])
             change = max(change, abs(value - solution[index]))
             solution[index] = value

@@ -1,7 +1,8 @@
-"""The speculation length for every number of active requests."""
+"""The speculation length for every number of active requests, or for every row."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,12 @@ from numpy.typing import NDArray
 
 from lit_specrl.drafting.scheduler.acceptance_rates import AcceptanceRates
 from lit_specrl.drafting.scheduler.latency_model import LatencyModel
+from lit_specrl.drafting.scheduler.row_lengths import row_lengths, row_weights
+from lit_specrl.drafting.scheduler.step_cost import StepCost
 
 _SOLVE_EVERY = 16  # steps of the engine
 _FEW_DRAFTS = 200
+_IDLE = 64  # steps without a draft after which speculation counts as off
 _FIRST_AGES = 32  # tokens; then 32 to 63, 64 to 127, and so on
 
 
@@ -48,10 +52,18 @@ class DecodeStep:
     """Requests that had a k-th drafted token, by position."""
     accepted: list[int] = field(default_factory=list)
     """Requests of which the k-th and all before it were accepted, by position."""
+
+    @property
+    def num_drafted(self) -> int:
+        """Drafted tokens that were verified, over all requests."""
+        return sum(self.drafted)
+
     is_steady: bool = True
     """Whether the step also drafted as many tokens as it verified, so that its time belongs to that length."""
     age: float = 0.0
     """Tokens that the requests had generated before the step, on average."""
+    by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Tokens that were drafted, and accepted, by where they were read (`SOURCES`), of drafters that look tokens up."""
     catch_up_s: float = 0.0
     """Time before the step in which the drafter read tokens that were generated without it."""
 
@@ -84,6 +96,7 @@ class LengthSchedule:
         max_length: longest draft, in tokens.
         hysteresis: predicted gain, as a fraction, for which a length is left for another.
         probe_fraction: share of the decoding time that may be lost by trying a drafter that is off.
+        per_row: give each row the length that pays, where the drafter tells what each draft is worth.
 
     Example::
 
@@ -94,14 +107,20 @@ class LengthSchedule:
         schedule.observe(DecodeStep(num_active=8, length=2, seconds=0.03, age=20, **counts))
     """
 
-    def __init__(self, max_length: int, hysteresis: float = 0.03, probe_fraction: float = 0.01) -> None:
+    def __init__(
+        self, max_length: int, hysteresis: float = 0.03, probe_fraction: float = 0.01, per_row: bool = False
+    ) -> None:
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         for name, value in {"hysteresis": hysteresis, "probe_fraction": probe_fraction}.items():
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
         self.max_length, self.hysteresis, self.probe_fraction = max_length, hysteresis, probe_fraction
+        self.per_row = per_row
         self.latency = LatencyModel()
+        self.cost = StepCost()
+        """Of steps whose rows draft different lengths."""
+        self._latest_drafted: deque[int] = deque(maxlen=_IDLE)  # tokens, by step
         self.num_switches = 0
         """Batch sizes whose length has changed, over all solutions and ages."""
         self._groups = [_AgeGroup(AcceptanceRates(max_length))]
@@ -110,11 +129,15 @@ class LengthSchedule:
     def profile(self, steps: Sequence[DecodeStep]) -> None:
         """Learn step times alone from steps that were made for that; then solve for batches up to their largest."""
         self.latency.observe((step.num_active, step.length, step.seconds) for step in steps if step.is_steady)
+        for step in steps:
+            self.cost.observe(step.num_active, step.num_drafted, step.seconds)
         if steps:
             self._solve(max(step.num_active for step in steps))
 
     def observe(self, step: DecodeStep) -> None:
         """Learn from a step of the engine; every so often choose anew."""
+        self.cost.observe(step.num_active, step.num_drafted, step.seconds)
+        self._latest_drafted.append(step.num_drafted)
         if step.is_steady:
             self.latency.observe([(step.num_active, step.length, step.seconds)])
         group = self._group_to_learn(step.age)
@@ -140,6 +163,7 @@ class LengthSchedule:
 
     def _solve(self, max_batch: int) -> None:
         self.latency.fit()
+        self.cost.fit()
         seconds = self._seconds(range(1, max_batch + 1))  # [batches, lengths]
         at = np.arange(max_batch)
         for group in self._groups:
@@ -164,10 +188,36 @@ class LengthSchedule:
 
     def length(self, num_active: int, age: float = 0.0) -> int:
         """What to draft in a step with so many requests, which have generated `age` tokens on average."""
+        if self._solves_rows:
+            return self.max_length
         group = self._group(age)
         if not group.lengths or num_active < 1:
             return 0
         return group.solved(num_active) or int(self._may_probe(group, num_active))
+
+    @property
+    def _solves_rows(self) -> bool:
+        return self.per_row and self.cost.is_known
+
+    def row_lengths(self, chances: NDArray[np.float64], remaining: NDArray[np.float64]) -> NDArray[np.int64] | None:
+        """What to draft in each row of the next step, or `None` where all rows get the same.
+
+        Args:
+            chances: [N, K] that the k first tokens of each draft are accepted; 0 where there is none.
+            remaining: [N] steps that each row will probably still need; NaN where nothing is known.
+        """
+        if not self._solves_rows or not chances.size:
+            return None
+        seconds = self.cost.curve(len(chances), chances.size)
+        fixed_fraction = min(1.0, self.cost.seconds(1, 0) / seconds[0])
+        return row_lengths(chances, row_weights(remaining, float(fixed_fraction)), seconds, self.hysteresis)
+
+    def predict(self, step: DecodeStep) -> tuple[float, float]:
+        """Seconds that a step should have taken, and one of as many requests without drafts."""
+        if self._solves_rows:
+            return self.cost.seconds(step.num_active, step.num_drafted), self.cost.seconds(step.num_active, 0)
+        plain, predicted = self.latency.table([step.num_active], [0, step.length])[0].tolist()
+        return predicted, plain
 
     def _group(self, age: float) -> _AgeGroup:
         """That of an age, or the oldest that is known."""
@@ -176,6 +226,8 @@ class LengthSchedule:
     @property
     def is_off(self) -> bool:
         """Whether speculation pays at no batch size and age."""
+        if self._solves_rows:
+            return len(self._latest_drafted) == _IDLE and not any(self._latest_drafted)
         return not any(any(group.lengths) for group in self._groups)
 
     def acceptance(self, age: float = 0.0) -> AcceptanceRates:
@@ -192,6 +244,7 @@ class LengthSchedule:
     def state_dict(self) -> dict[str, Any]:
         return {
             "latency": self.latency.state_dict(),
+            "cost": self.cost.state_dict(),
             "ages": [
                 {
                     "acceptance": group.acceptance.state_dict(),
@@ -208,6 +261,8 @@ class LengthSchedule:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue; lengths beyond the present `max_length` are cut to it."""
         self.latency.load_state_dict(state_dict["latency"])
+        if "cost" in state_dict:  # of 0.1 it is not
+            self.cost.load_state_dict(state_dict["cost"])
         self._groups = []
         for saved in state_dict["ages"]:
             rates = AcceptanceRates(self.max_length)

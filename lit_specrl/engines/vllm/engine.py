@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_specrl.drafting.history import RowHistory, TextHistory
+from lit_specrl.drafting.history import RolloutTexts
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
-from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
+from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine, RowControl
 from lit_specrl.engines.vllm.jobs import Job, filler_job, generation_job, jobs_of_all_ranks, scoring_job
 from lit_specrl.engines.vllm.loop import FinishedRow, run
 from lit_specrl.engines.vllm.plan import rows_at_once, sleep_level
@@ -232,14 +232,16 @@ class VLLMEngine(RolloutEngine):
     def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         self.wake_up()
         finished: dict[int, FinishedRow] = {}
-        reads = self.drafter is not None and self.drafter.reads_past_responses
-        self._histories = _histories(request) if reads else {}
+        control, steps = self.speculation_control, list[DecodeStep]()
+        if self._speculation is not None:
+            if control is None:  # whoever decided before has left its last length
+                self._speculation.set_length(self._speculation.longest)
+            self._speculation.begin(_texts(request), control.row_lengths if isinstance(control, RowControl) else None)
         self._scored: dict[int, list[float]] = {}  # log-probs of cached responses, as far as they are scored
         jobs = {row: self._first_job(request, row) for row in rows}
         own = {row: row for row in rows}
         if self.generates_together:
             jobs, own = jobs_of_all_ranks(jobs)
-        control, steps = self.speculation_control, list[DecodeStep]()
         choose_length = None if control is None else control.length
         # the trainer's autocast would silently change the dtype of the engine's own arithmetic
         with torch.autocast("cuda" if self._on_gpu else "cpu", enabled=False):
@@ -265,7 +267,6 @@ class VLLMEngine(RolloutEngine):
 
     def generation_jobs(self, request: RolloutRequest) -> list[Job]:
         """What vLLM is asked for the rows of a request without cached responses."""
-        self._histories = {}
         return [self._generation(request, row) for row in range(request.num_rows)]
 
     @torch.no_grad()
@@ -326,7 +327,7 @@ class VLLMEngine(RolloutEngine):
             sampling.max_completion_length - len(prefix),
             self.stop_token_ids,
             request.seeds[row],
-            self._histories.get(row),
+            row,
         )
 
     def sleep(self) -> None:
@@ -373,18 +374,12 @@ class VLLMEngine(RolloutEngine):
         return sleep_level(self.memory(0, device), self.training_bytes, total, self.merge_adapters)
 
 
-def _histories(request: RolloutRequest) -> dict[int, RowHistory]:
-    """By row, the earlier responses to its prompt."""
-    size = request.sampling.num_generations
-    found = {}
-    for group, prompt in enumerate(request.prompts.prompt_ids):
-        rows = [row for row in range(group * size, (group + 1) * size) if row in request.past_responses]
-        if not rows:
-            continue
-        history = TextHistory([request.past_responses[row] for row in rows])
-        for row in range(group * size, (group + 1) * size):
-            found[row] = RowHistory(history, rows.index(row) if row in rows else None, len(prompt))
-    return found
+def _texts(request: RolloutRequest) -> RolloutTexts:
+    """What a drafter may read."""
+    sampling = request.sampling
+    return RolloutTexts(
+        request.prompts.prompt_ids, sampling.num_generations, request.past_responses, sampling.max_completion_length
+    )
 
 
 def _profile_batches(largest: int) -> list[int]:

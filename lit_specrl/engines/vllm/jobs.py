@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lit_specrl.drafting.history import RowHistory
 from lit_specrl.types import SamplingConfig
 
 
@@ -17,8 +16,8 @@ class Job(NamedTuple):
     token_ids: list[int]
     params: Any
     """`vllm.SamplingParams`."""
-    history: RowHistory | None = None
-    """Past responses, for a drafter that reads them."""
+    row: int | None = None
+    """The row of the rollout that it generates, for drafters that look tokens up."""
     num_scored: int = 0
     """Tokens at the end of `token_ids` to score; with any, the sampled token is dropped. See `scoring_job`."""
 
@@ -29,7 +28,7 @@ def generation_job(
     max_tokens: int,
     stop_token_ids: Collection[int],
     seed: int,
-    history: RowHistory | None = None,
+    row: int | None = None,
 ) -> Job:
     """Sample what follows `token_ids`, up to and including a stop token."""
     from vllm import SamplingParams
@@ -47,7 +46,7 @@ def generation_job(
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    return Job(token_ids, params, history)
+    return Job(token_ids, params, row)
 
 
 def scoring_job(token_ids: list[int], num_scored: int, read_cache: bool = True) -> Job:

@@ -119,8 +119,8 @@ class _RunningJobs:
         request = self._inputs.process_inputs(str(row), prompt, job.params, self._tasks, lora_request=self._adapter)
         self._inputs.assign_request_id(request)  # a name that no other request has had
         self.requests[request.request_id] = _Request(row, job)
-        if self._speculation is not None and job.history is not None:
-            self._speculation.follow(request.request_id, job.history)
+        if self._speculation is not None and job.row is not None:
+            self._speculation.follow(request.request_id, job.row)
         self._core.add_request(request)
 
     def step(self) -> EngineStep | None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from lit_specrl.drafting.drafters import LookUpDrafter, TokenReader
-from lit_specrl.drafting.history import RowHistory
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_specrl.drafting.drafters import LookUpDrafter, RolloutReader
+from lit_specrl.drafting.drafts import SOURCES, Drafts
+from lit_specrl.drafting.history import RolloutTexts
+from lit_specrl.drafting.scheduler.draft_chances import DraftChances
+
+RowLengths = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[Any] | None]
+"""As `RowControl.row_lengths`."""
 
 
 class LookUpProposer:
@@ -27,8 +36,14 @@ class LookUpProposer:
         self.length: int = vllm_config.speculative_config.num_speculative_tokens
         """Tokens to propose; vLLM passes it to other proposers in each step, but not to these."""
         self._vocabulary_size: int = vllm_config.model_config.get_vocab_size()
-        self._histories: dict[str, RowHistory] = {}  # by vLLM's name of a request
-        self._readers: dict[str, TokenReader] = {}
+        self.chances = DraftChances()
+        """What drafts have brought, over all rollouts."""
+        self._rows: dict[str, int] = {}  # vLLM's name of a request -> row of the rollout
+        self._reader: RolloutReader | None = None
+        self._row_lengths: RowLengths | None = None
+        self._latest: tuple[NDArray[Any], Drafts] | None = None  # rows and drafts that the present step verifies
+        self.by_source: dict[str, tuple[int, int]] = {}
+        """Of the latest step: tokens drafted, and accepted, by where they were read."""
 
     def load_model(self, *arguments: Any, **options: Any) -> None:
         """Nothing to load."""
@@ -47,27 +62,71 @@ class LookUpProposer:
         Raises:
             ValueError: a token that the policy does not have.
         """
-        return [
-            self._propose_for(self.batch.req_ids[row], token_ids_cpu[row, : num_tokens_no_spec[row]]) if emitted else []
-            for row, emitted in enumerate(sampled_token_ids)
-        ]
-
-    def _propose_for(self, request: str, token_ids: Any) -> list[int]:
-        if request not in self._readers:
-            self._readers[request] = self.drafter.reader(self._histories.get(request))
-        drafted = [int(token) for token in self._readers[request].propose(token_ids, self.length)[: self.length]]
-        unknown = [token for token in drafted if not 0 <= token < self._vocabulary_size]
-        if unknown:
-            raise ValueError(
-                f"{type(self.drafter).__name__} proposes token {unknown[0]}; token ids are 0 to {self._vocabulary_size - 1}"
-            )
+        own = [self._rows.get(request, -1) for request in self.batch.req_ids[: len(sampled_token_ids)]]
+        counts = np.array([len(emitted) for emitted in sampled_token_ids])
+        at = np.flatnonzero((counts > 0) & (np.array(own) >= 0))
+        rows = np.array(own)[at]
+        self._learn(rows, counts[at] - 1)
+        drafted: list[list[int]] = [[]] * len(own)
+        if self._reader is None or not len(at):
+            return drafted
+        num_tokens = num_tokens_no_spec[at]
+        token_ids = token_ids_cpu[: len(own)] if len(at) == len(own) else token_ids_cpu[at]  # the latter is a copy
+        drafts = self._reader.propose(rows, token_ids, num_tokens, self.length)
+        drafts = drafts.cut(self._lengths(rows, drafts))
+        self._latest = rows, drafts
+        for row, tokens in zip(at.tolist(), drafts.as_lists(), strict=True):
+            drafted[row] = tokens
+        self._check(drafts)
         return drafted
 
-    def follow(self, request: str, history: RowHistory) -> None:
-        """Let the drafter read past responses beside a request."""
-        self._histories[request] = history
+    def _lengths(self, rows: NDArray[Any], drafts: Drafts) -> NDArray[Any]:
+        """[n] tokens of each draft that are worth verifying."""
+        if not self.length or (self._row_lengths is None and not self.drafter.min_chance):
+            return drafts.lengths
+        chances = self.chances.by_position(rows, drafts, drafts.token_ids.shape[1])
+        lengths = (
+            None
+            if self._row_lengths is None
+            else self._row_lengths(chances, self.chances.remaining_steps(rows, drafts))
+        )
+        return np.asarray((chances >= self.drafter.min_chance).sum(-1)) if lengths is None else lengths
+
+    def _learn(self, rows: NDArray[Any], accepted: NDArray[Any]) -> None:
+        """From the tokens [n] of the drafts of the step before that were accepted; rows that have ended are lost."""
+        self.by_source = {}
+        if self._latest is None or not len(rows):
+            return
+        drafted_rows, drafts = self._latest
+        self._latest = None
+        _, here, before = np.intersect1d(rows, drafted_rows, return_indices=True)
+        drafts, accepted = drafts.rows(before), np.minimum(accepted[here], drafts.lengths[before])
+        self.chances.observe(rows[here], drafts, accepted)
+        for source in np.unique(drafts.sources[drafts.lengths > 0]).tolist():
+            of_source = drafts.sources == source
+            counts = int(drafts.lengths[of_source].sum()), int(accepted[of_source].sum())
+            self.by_source[SOURCES[source]] = counts
+
+    def _check(self, drafts: Drafts) -> None:
+        wanted = np.arange(drafts.token_ids.shape[1]) < drafts.lengths[:, None]
+        unknown = wanted & ((drafts.token_ids < 0) | (drafts.token_ids >= self._vocabulary_size))
+        if unknown.any():
+            raise ValueError(
+                f"{type(self.drafter).__name__} proposes token {drafts.token_ids[unknown][0]}; token ids are 0 to "
+                f"{self._vocabulary_size - 1}"
+            )
+
+    def begin(self, texts: RolloutTexts, row_lengths: RowLengths | None) -> None:
+        """A rollout begins, beside which these texts may be read; `row_lengths` chooses what is drafted in each row."""
+        self._row_lengths = row_lengths
+        self._reader = self.drafter.rollout_reader(texts)
+        self.chances.start(np.arange(texts.num_rows) // texts.num_generations)
+
+    def follow(self, request: str, row: int) -> None:
+        """A request generates a row of the rollout."""
+        self._rows[request] = row
 
     def forget(self) -> None:
         """All requests have ended."""
-        self._histories.clear()
-        self._readers.clear()
+        self._rows.clear()
+        self._reader = self._latest = None

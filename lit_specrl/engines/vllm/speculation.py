@@ -11,9 +11,9 @@ import xxhash
 from torch import Tensor
 
 from lit_specrl.drafting.drafters import Drafter, LookUpDrafter
-from lit_specrl.drafting.history import RowHistory
+from lit_specrl.drafting.history import RolloutTexts
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
-from lit_specrl.engines.vllm.proposers import LookUpProposer
+from lit_specrl.engines.vllm.proposers import LookUpProposer, RowLengths
 from lit_specrl.engines.vllm.sampler import CPUSampler, RejectionCounter
 from lit_specrl.engines.vllm.weights import repack_tied_head
 
@@ -114,9 +114,15 @@ class Speculation:
         finally:
             self._forced_token = None
 
-    def follow(self, request: str, history: RowHistory) -> None:
-        """Let the drafter read past responses beside a request."""
-        self._drafter.follow(request, history)
+    def begin(self, texts: RolloutTexts, row_lengths: RowLengths | None = None) -> None:
+        """A rollout begins; a drafter that looks tokens up may read these texts, and asks for row lengths."""
+        if isinstance(self._drafter, LookUpProposer):
+            self._drafter.begin(texts, row_lengths)
+
+    def follow(self, request: str, row: int) -> None:
+        """A request generates a row of the rollout."""
+        if isinstance(self._drafter, LookUpProposer):
+            self._drafter.follow(request, row)
 
     def forget(self) -> None:
         """All requests have ended. The KV prefix cache of their prompts may still lack the drafter's part."""
@@ -135,6 +141,7 @@ class Speculation:
             num_tokens=num_tokens,
             drafted=drafted,
             accepted=accepted,
+            by_source=dict(self._drafter.by_source) if isinstance(self._drafter, LookUpProposer) else {},
             is_steady=is_steady,
         )
 
@@ -142,7 +149,7 @@ class Speculation:
         num_rows = len(sampled_token_ids)
         if self._forced_token is not None:
             return [[self._forced_token] * self.length for _ in range(num_rows)]
-        if self.length == 0:
-            self._has_gap = self._has_weights
+        if self.length == 0 and self._has_weights:
+            self._has_gap = True
             return [[] for _ in range(num_rows)]
         return self._propose(scheduler_output, sampled_token_ids, *arguments)
