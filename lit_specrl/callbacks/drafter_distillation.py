@@ -25,6 +25,7 @@ from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.distillation.buffer import DistillationBuffer, DistillationSample
 from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
+from lit_specrl.drafting.distillation.draft_losses import DraftLoss, resolve_draft_loss
 from lit_specrl.drafting.distillation.reward_weights import WeightScope, reward_weights
 from lit_specrl.drafting.distillation.samples import copied, cut, floor_fraction, is_held_out, mean
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
@@ -70,7 +71,7 @@ class DrafterDistillation(RolloutCallback):
             = r is 0.
         max_weight: largest weight; the mean is 1.
         holdout_fraction: share of the responses kept for evaluation.
-        step_decay: weight of a drafted token relative to the one before.
+        step_decay: weight of a drafted token relative to the one before; `None` for 0.8, or 1 for "acceptance".
         max_bytes: most memory for kept responses on each rank.
         max_age: policy updates after which a response is forgotten.
         optimizer: makes the optimizer from the drafter's parameters.
@@ -80,6 +81,9 @@ class DrafterDistillation(RolloutCallback):
         output: folder that the drafter is written to at the end of the run, as `Eagle3Drafter(model=...)` and vLLM take
             it.
         seed: of the choice of responses.
+        loss: what the drafter is trained to make small: "kl", ReSpec's divergence; "tv", the probability that a token
+            is rejected; "acceptance", the share of a draft's tokens that is lost from its first rejection on, end to
+            end (Bebop); or a `DraftLoss` by `class_path`.
 
     Raises:
         ValueError: an argument out of its range.
@@ -98,7 +102,7 @@ class DrafterDistillation(RolloutCallback):
         weight_floor: float = 0.1,
         max_weight: float = 4.0,
         holdout_fraction: float = 0.1,
-        step_decay: float = 0.8,
+        step_decay: float | None = None,
         max_bytes: int = 2**28,
         max_age: int = 8,
         optimizer: OptimizerCallable = default_optimizer,
@@ -107,6 +111,7 @@ class DrafterDistillation(RolloutCallback):
         max_grad_norm: float = 1.0,
         output: str | None = None,
         seed: int = 0,
+        loss: str | DraftLoss = "kl",
     ) -> None:
         check_at_least_one(
             every_n_steps=every_n_steps,
@@ -132,7 +137,7 @@ class DrafterDistillation(RolloutCallback):
         self.version = 0
         """Trainings behind the drafter's weights."""
         self.network: DraftNetwork | None = None
-        self.seed = seed
+        self.seed, self.loss = seed, resolve_draft_loss(loss)
         self._generator = torch.Generator()
         self._newest_sample_version = 0  # policy version
         self._has_new_samples = False
@@ -182,6 +187,7 @@ class DrafterDistillation(RolloutCallback):
             self.step_decay,
             self.micro_batch_tokens,
             self.max_grad_norm,
+            self.loss,
         )
         self.scheduler: Any = self.make_lr_scheduler(self.training.optimizer) if self.make_lr_scheduler else None
         if self._restored is not None:

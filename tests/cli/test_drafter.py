@@ -90,7 +90,7 @@ def test_a_small_model_learns_from_a_file(config, model, make_llama, tmp_path):
     records += [{"prompt": "1 + 2", "completion": "?", "completion_ids": [20, 21, 22], "finish_reason": "length"}]
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     small = make_llama(num_hidden_layers=1)
-    options = [f"--draft_model={small}", f"--rollouts={tmp_path / 'rollouts.jsonl'}", *SMALL]
+    options = [f"--draft_model={small}", f"--rollouts={tmp_path / 'rollouts.jsonl'}", "--loss=acceptance", *SMALL]
     COMMANDS["drafter"].call(["--config", config, "--output", str(tmp_path / "small"), *options])
     trained, old = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "small", small))
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), old.parameters(), strict=True))
@@ -114,6 +114,7 @@ def test_only_engine_and_training_of_the_drafter_are_left(config):
     ("options", "message"),
     [
         (["--rollouts=nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),
+        (["--loss=l1"], "loss must be 'kl', 'tv', 'acceptance' or a DraftLoss by class_path, got 'l1'"),
         (["--num_rollouts=0"], "num_rollouts must be at least 1, got 0"),
         (["--head=nowhere"], "'nowhere' is no EAGLE-3 head"),
     ],

@@ -10,12 +10,8 @@ from torch import Tensor
 
 from lit_specrl.distributed.collectives import average_gradients, num_ranks, sum_over_ranks
 from lit_specrl.drafting.distillation.buffer import DistillationSample
-from lit_specrl.drafting.distillation.loss import (
-    distillation_loss,
-    draft_kl,
-    expected_acceptance,
-    expected_acceptance_length,
-)
+from lit_specrl.drafting.distillation.draft_losses import DraftedTokens, DraftLoss, ForwardKL
+from lit_specrl.drafting.distillation.loss import draft_kl, expected_acceptance, expected_acceptance_length
 from lit_specrl.drafting.networks import DraftNetwork, DraftStep
 
 
@@ -70,9 +66,10 @@ class DrafterTrainer:
         optimizer: of its parameters.
         num_steps: drafted tokens, K.
         temperature: softmax temperature that the policy is sampled at.
-        step_decay: weight of a draft step relative to the one before.
+        step_decay: weight of a draft step relative to the one before; `None` for that of the loss.
         micro_batch_tokens: most tokens, padding included, in one forward and backward pass.
         max_grad_norm: gradients are scaled down to this norm.
+        loss: what is made small; `None` for the KL divergence.
     """
 
     def __init__(
@@ -81,12 +78,15 @@ class DrafterTrainer:
         optimizer: torch.optim.Optimizer,
         num_steps: int,
         temperature: float = 1.0,
-        step_decay: float = 0.8,
+        step_decay: float | None = None,
         micro_batch_tokens: int = 8192,
         max_grad_norm: float = 1.0,
+        loss: DraftLoss | None = None,
     ) -> None:
         self.network, self.optimizer, self.num_steps = network, optimizer, num_steps
-        self.temperature, self.step_decay = temperature, step_decay
+        self.loss = ForwardKL() if loss is None else loss
+        self.temperature = temperature
+        self.step_decay = self.loss.step_decay if step_decay is None else step_decay
         self.micro_batch_tokens, self.max_grad_norm = micro_batch_tokens, max_grad_norm
 
     def update(self, samples: Sequence[DistillationSample]) -> float:
@@ -96,7 +96,7 @@ class DrafterTrainer:
             samples: of this rank, maybe none.
 
         Returns:
-            Loss of all ranks: nats per drafted token, weighted.
+            Loss of all ranks per drafted token, weighted; in the unit of the loss, which is nats for the KL divergence.
         """
         loss_sum, count = self._accumulate(samples)
         sums = sum_over_ranks(torch.tensor([loss_sum, count], dtype=torch.float64, device=self.network.device))
@@ -118,14 +118,16 @@ class DrafterTrainer:
         """Add the gradient of the summed loss; returns the sum and what to divide it by."""
         loss_sum = count = 0.0
         for part in micro_batches(samples, self.micro_batch_tokens):
-            kls, weights = [], []
-            for step in self.network.draft_steps(part, self.num_steps):
-                kls.append(draft_kl(step.logits / self.temperature, *_targets(part, step)))
-                weights.append(torch.tensor([sample.weight for sample in part])[step.rows].to(step.logits.device))
-            loss = distillation_loss(kls, weights, self.step_decay)
+            steps = [self._drafted(part, step) for step in self.network.draft_steps(part, self.num_steps)]
+            loss = self.loss(steps, self.num_steps, self.step_decay)
             loss.weighted_sum.backward()
             loss_sum, count = loss_sum + float(loss.weighted_sum.detach()), count + loss.count
         return loss_sum, count
+
+    def _drafted(self, samples: Sequence[DistillationSample], step: DraftStep) -> DraftedTokens:
+        weights = torch.tensor([sample.weight for sample in samples])[step.rows].to(step.logits.device)
+        targets = _targets(samples, step)
+        return DraftedTokens(step.logits / self.temperature, *targets, weights, step.rows, step.places)
 
     @torch.no_grad()
     def evaluate(self, samples: Sequence[DistillationSample]) -> DrafterEvaluation:
