@@ -11,7 +11,13 @@ from torch import Tensor
 from lit_specrl.distributed.collectives import average_gradients, num_ranks, sum_over_ranks
 from lit_specrl.drafting.distillation.buffer import DistillationSample
 from lit_specrl.drafting.distillation.draft_losses import DraftedTokens, DraftLoss, ForwardKL
-from lit_specrl.drafting.distillation.loss import draft_kl, expected_acceptance, expected_acceptance_length
+from lit_specrl.drafting.distillation.entropy import policy_entropy
+from lit_specrl.drafting.distillation.loss import (
+    draft_kl,
+    draft_overlap,
+    expected_acceptance,
+    expected_acceptance_length,
+)
 from lit_specrl.drafting.networks import DraftNetwork, DraftStep
 
 
@@ -28,6 +34,8 @@ class DrafterEvaluation:
     length_sum: float = 0.0
     """Tokens emitted per draft, the policy's own included."""
     num_drafts: int = 0
+    entropy_sum: float = 0.0
+    """Nats, of the policy at the places of the drafted tokens."""
 
     def __add__(self, other: DrafterEvaluation) -> DrafterEvaluation:
         return DrafterEvaluation(
@@ -37,12 +45,18 @@ class DrafterEvaluation:
             _added(self.num_drafted, other.num_drafted),
             self.length_sum + other.length_sum,
             self.num_drafts + other.num_drafts,
+            self.entropy_sum + other.entropy_sum,
         )
 
     @property
     def kl(self) -> float:
         """Mean forward KL from policy to drafter, in nats per drafted token."""
         return self.kl_sum / max(self.num_tokens, 1)
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the policy (`policy_entropy`), in nats per drafted token."""
+        return self.entropy_sum / max(self.num_tokens, 1)
 
     @property
     def acceptance(self) -> list[float]:
@@ -137,14 +151,32 @@ class DrafterTrainer:
             found += self._evaluate(part)
         return found
 
+    @torch.no_grad()
+    def rejection(self, samples: Sequence[DistillationSample]) -> Tensor:
+        """Share of each response's first draft tokens that the policy would reject.
+
+        Returns:
+            [N]; 0 for responses in which nothing is drafted.
+        """
+        rejected = {id(sample): 0.0 for sample in samples}
+        for part in micro_batches(samples, self.micro_batch_tokens):
+            step = next(iter(self.network.draft_steps(part, 1)))
+            drafted = self._drafted(part, step)
+            values = 1 - draft_overlap(*drafted.outcomes).cpu()
+            sums = torch.zeros(len(part), dtype=values.dtype).index_add(0, step.rows, values)
+            for sample, total in zip(part, sums.tolist(), strict=True):
+                rejected[id(sample)] = total / (sample.num_response_tokens - 1)
+        return torch.tensor([rejected[id(sample)] for sample in samples])
+
     def _evaluate(self, samples: Sequence[DistillationSample]) -> DrafterEvaluation:
         width = max(sample.num_response_tokens for sample in samples)
         probabilities = torch.full((self.num_steps, len(samples), width), torch.nan)  # by place of the drafted token
-        kl_sum, num_tokens = 0.0, 0
+        kl_sum, entropy_sum, num_tokens = 0.0, 0.0, 0
         for index, step in enumerate(self.network.draft_steps(samples, self.num_steps)):
             top_tokens, top_logprobs, log_mass = _targets(samples, step)
             logits = step.logits / self.temperature
             kl_sum += float(draft_kl(logits, top_tokens, top_logprobs, log_mass).sum())
+            entropy_sum += float(policy_entropy(top_logprobs).sum())
             num_tokens += len(step.rows)
             accepted = expected_acceptance(logits, top_tokens, top_logprobs).float().cpu()
             probabilities[index, step.rows, step.places] = accepted
@@ -164,6 +196,7 @@ class DrafterTrainer:
             tuple(tried.sum((1, 2)).tolist()),
             float(mean_length) * num_drafts,
             num_drafts,
+            entropy_sum,
         )
 
 

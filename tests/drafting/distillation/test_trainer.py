@@ -123,6 +123,28 @@ def test_the_expected_length_follows_each_draft(policy):
     assert found.num_drafts == 5
 
 
+def test_rejection_of_each_response_is_that_of_its_first_steps(policy):
+    """Whatever micro-batches they are in, in the order asked for; nothing is drafted in a response of one token."""
+    own = training(Eagle3Network(build_head(policy, "policy")), micro_batch_tokens=12)
+    samples = [sample(policy, seed, 3, length, top=32) for seed, length in ((1, 6), (2, 1), (3, 4), (4, 9))]
+    rejected = own.rejection(samples)
+    alone = [1 - own.evaluate([one]).acceptance[0] if len(one) > 4 else 0.0 for one in samples]
+    torch.testing.assert_close(rejected, torch.tensor(alone), atol=1e-5, rtol=1e-4)
+    assert rejected[1] == 0 and (rejected[[0, 2, 3]] > 0).all()
+
+
+def test_the_entropy_of_the_policy_is_evaluated_at_the_drafted_tokens(policy):
+    """Of two responses together as of each alone, by tokens."""
+    own = training(Eagle3Network(build_head(policy, "policy")))
+    samples = [sample(policy, seed, 3, length, top=32) for seed, length in ((1, 6), (2, 4))]
+    first, second = (own.evaluate([one]) for one in samples)
+    entropies = [torch.special.entr(one.top_logprobs.exp()).sum(-1) for one in samples]
+    by_step = [values[step + 1 :].sum() for values in entropies for step in range(3)]
+    expected = float(sum(by_step)) / ((5 + 4 + 3) + (3 + 2 + 1))
+    assert own.evaluate(samples).entropy == pytest.approx(expected, rel=1e-5)
+    assert (first + second).entropy == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", ["kl", "acceptance"])
 @pytest.mark.parametrize("kind", ["head", "model"])
 def test_micro_batches_change_no_update(policy, kind, loss):
