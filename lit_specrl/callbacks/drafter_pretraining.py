@@ -60,6 +60,8 @@ class DrafterPretraining(RolloutCallback):
         loss: what the drafter is trained to make small: "kl", ReSpec's divergence; "tv", the probability that a token
             is rejected; "acceptance", the share of a draft's tokens that is lost from its first rejection on, end to
             end (Bebop); or a `DraftLoss` by `class_path`.
+        kl_warmup: share of the optimizer steps in which, before another loss, the divergence is made small. Where a
+            drafter has hardly anything right, a loss for acceptance has no gradient.
 
     Raises:
         ValueError: an argument out of its range.
@@ -83,6 +85,7 @@ class DrafterPretraining(RolloutCallback):
         micro_batch_tokens: int = 8192,
         seed: int = 0,
         loss: str | DraftLoss = "kl",
+        kl_warmup: float = 0.5,
     ) -> None:
         check_at_least_one(
             num_rollouts=num_rollouts,
@@ -92,6 +95,8 @@ class DrafterPretraining(RolloutCallback):
         )
         if not 0 < holdout_fraction < 1:
             raise ValueError(f"holdout_fraction must lie in (0, 1), got {holdout_fraction}")
+        if not 0 <= kl_warmup <= 1:
+            raise ValueError(f"kl_warmup must lie in [0, 1], got {kl_warmup}")
         if rollouts is not None and not Path(rollouts).is_file():
             raise ValueError(
                 f"rollouts: there is no file {rollouts!r}; give a JSONL file, or leave it out to let the policy generate"
@@ -101,7 +106,7 @@ class DrafterPretraining(RolloutCallback):
         self.num_passes, self.update_tokens, self.num_top = num_passes, update_tokens, num_top
         self.step_decay, self.holdout_fraction, self.max_bytes = step_decay, holdout_fraction, max_bytes
         self.make_optimizer, self.micro_batch_tokens, self.seed = optimizer, micro_batch_tokens, seed
-        self.loss = resolve_draft_loss(loss)
+        self.loss, self.kl_warmup = resolve_draft_loss(loss), kl_warmup
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = require_rlvr_module(self, pl_module)
@@ -140,7 +145,6 @@ class DrafterPretraining(RolloutCallback):
             pl_module.sampling.temperature,
             self.step_decay,
             self.micro_batch_tokens,
-            loss=self.loss,
         )
         before = _evaluate(training, held_out)
         generator = torch.Generator().manual_seed(self.seed)
@@ -151,6 +155,8 @@ class DrafterPretraining(RolloutCallback):
         num_updates = max(gather_objects(len(updates)))
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(training.optimizer, max(num_updates, 1))
         for index in _tracked(range(num_updates), "the drafter learns", trainer):
+            if index >= self.kl_warmup * num_updates:
+                training.loss = self.loss
             training.update(updates[index] if index < len(updates) else [])
             scheduler.step()
         return before, _evaluate(training, held_out)

@@ -99,8 +99,7 @@ class DrafterTrainer:
     ) -> None:
         self.network, self.optimizer, self.num_steps = network, optimizer, num_steps
         self.loss = ForwardKL() if loss is None else loss
-        self.temperature = temperature
-        self.step_decay = self.loss.step_decay if step_decay is None else step_decay
+        self.temperature, self.step_decay = temperature, step_decay
         self.micro_batch_tokens, self.max_grad_norm = micro_batch_tokens, max_grad_norm
 
     def update(self, samples: Sequence[DistillationSample]) -> float:
@@ -133,7 +132,8 @@ class DrafterTrainer:
         loss_sum = count = 0.0
         for part in micro_batches(samples, self.micro_batch_tokens):
             steps = [self._drafted(part, step) for step in self.network.draft_steps(part, self.num_steps)]
-            loss = self.loss(steps, self.num_steps, self.step_decay)
+            decay = self.loss.step_decay if self.step_decay is None else self.step_decay
+            loss = self.loss(steps, self.num_steps, decay)
             loss.weighted_sum.backward()
             loss_sum, count = loss_sum + float(loss.weighted_sum.detach()), count + loss.count
         return loss_sum, count

@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
+from lit_specrl import DrafterDistillation, DraftLoss
 from lit_specrl.drafting.distillation.draft_losses import (
     AcceptedLength,
     DraftedTokens,
@@ -244,11 +246,21 @@ def test_a_step_that_no_response_is_long_enough_for():
     assert loss.count == 1 and loss.weighted_sum.isfinite()
 
 
+def test_a_configuration_may_bring_a_loss_with_numbers_of_its_own():
+    parser = ArgumentParser()
+    parser.add_class_arguments(DrafterDistillation, "learner")
+    for loss in ({"class_path": "AcceptedLength", "init_args": {"kl_decay": None}}, "acceptance"):
+        learner = parser.instantiate_classes(parser.parse_object({"learner": {"loss": loss}})).learner
+        assert type(learner.loss) is AcceptedLength
+        assert learner.loss.kl_decay == (3.0 if loss == "acceptance" else None)
+
+
 def test_losses_by_name():
     assert type(resolve_draft_loss("kl")) is ForwardKL
     assert (type(resolve_draft_loss("tv")), resolve_draft_loss("tv").kl_decay) == (TotalVariation, 3.0)
     assert (type(resolve_draft_loss("acceptance")), resolve_draft_loss("acceptance").step_decay) == (AcceptedLength, 1)
     own = AcceptedLength(None)
+    assert isinstance(own, DraftLoss)
     assert resolve_draft_loss(own) is own
     with pytest.raises(ValueError, match=r"must be 'kl', 'tv', 'acceptance' or a DraftLoss by class_path, got 'l1'"):
         resolve_draft_loss("l1")

@@ -195,11 +195,15 @@ def test_training_brings_the_drafter_towards_the_policy(policy, kind, loss):
     assert after.acceptance_length > before.acceptance_length + 0.2
 
 
-def test_a_loss_that_is_not_named_is_the_divergence_with_its_decay(policy):
-    network = Eagle3Network(build_head(policy, "policy"))
-    assert training(network).step_decay == 0.8
-    assert training(network, loss=resolve_draft_loss("acceptance")).step_decay == 1
-    assert training(network, loss=resolve_draft_loss("acceptance"), step_decay=0.5).step_decay == 0.5
+def test_a_loss_that_is_not_named_is_the_divergence_and_each_has_its_decay(policy):
+    samples = [sample(policy, 1, 3, 6)]
+
+    def value(**options):
+        return training(Eagle3Network(build_head(policy, "policy")), **options).update(samples)
+
+    own = resolve_draft_loss("acceptance")
+    assert value() == value(loss=resolve_draft_loss("kl"), step_decay=0.8) != value(step_decay=1.0)
+    assert value(loss=own) == value(loss=own, step_decay=1.0) != value(loss=own, step_decay=0.8)
 
 
 def test_a_gradient_that_is_not_finite_is_thrown_away(policy):
