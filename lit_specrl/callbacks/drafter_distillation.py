@@ -94,7 +94,8 @@ class DrafterDistillation(RolloutCallback):
         seed: of the choice of responses.
         loss: what the drafter is trained to make small: "kl", ReSpec's divergence; "tv", the probability that a token
             is rejected; "acceptance", the share of a draft's tokens that is lost from its first rejection on, end to
-            end (Bebop); or a `DraftLoss` by `class_path`.
+            end (Bebop); or a `DraftLoss` by `class_path`. The two are for drafters that `lit-specrl drafter` made: a
+            new one needs the divergence beside them, `AcceptedLength(kl_decay=3)`.
 
     Raises:
         ValueError: an argument out of its range.

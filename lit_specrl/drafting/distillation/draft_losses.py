@@ -85,11 +85,11 @@ class TotalVariation(DraftLoss):
     has no gradient. Lambda is each token's own, so that no loss depends on the micro-batch.
 
     Args:
-        kl_decay: how fast the divergence leaves the loss as the overlap grows; 0 is the divergence alone, `None` total
-            variation alone.
+        kl_decay: how fast the divergence leaves the loss as the overlap grows; 3 is common, 0 is the divergence alone,
+            `None` total variation alone, for drafters that have been trained before.
     """
 
-    def __init__(self, kl_decay: float | None = 3.0) -> None:
+    def __init__(self, kl_decay: float | None = None) -> None:
         _check_kl_decay(kl_decay)
         self.kl_decay = kl_decay
 
@@ -115,12 +115,13 @@ class AcceptedLength(DraftLoss):
     `TotalVariation`: while first steps are rejected, later ones have no gradient of their own.
 
     Args:
-        kl_decay: how fast the divergence leaves the loss of a token as its overlap grows; `None` for the paper's loss.
+        kl_decay: how fast the divergence leaves the loss of a token as its overlap grows; `None` for the paper's loss,
+            for drafters that have been trained before.
     """
 
     step_decay = 1.0
 
-    def __init__(self, kl_decay: float | None = 3.0) -> None:
+    def __init__(self, kl_decay: float | None = None) -> None:
         _check_kl_decay(kl_decay)
         self.kl_decay = kl_decay
 

@@ -219,7 +219,7 @@ def test_gradient_by_finite_differences(loss, k):
     assert torch.autograd.gradcheck(value, tuple(step.logits for step in steps))
 
 
-@pytest.mark.parametrize("loss", [ForwardKL(), TotalVariation(), AcceptedLength(), AcceptedLength(None)])
+@pytest.mark.parametrize("loss", [ForwardKL(), TotalVariation(3.0), AcceptedLength(3.0), AcceptedLength()])
 def test_micro_batches_add_up_to_the_batch(loss):
     """Sums and counts of each response alone are those of all together, gradients included."""
     steps = random_steps([5, 3, 2], 3, weights=[1.5, 0.5, 1.0])
@@ -242,22 +242,22 @@ def test_micro_batches_add_up_to_the_batch(loss):
 
 
 def test_a_step_that_no_response_is_long_enough_for():
-    loss = AcceptedLength()(random_steps([2], 3), 3, 1.0)
+    loss = AcceptedLength(3.0)(random_steps([2], 3), 3, 1.0)
     assert loss.count == 1 and loss.weighted_sum.isfinite()
 
 
 def test_a_configuration_may_bring_a_loss_with_numbers_of_its_own():
     parser = ArgumentParser()
     parser.add_class_arguments(DrafterDistillation, "learner")
-    for loss in ({"class_path": "AcceptedLength", "init_args": {"kl_decay": None}}, "acceptance"):
+    for loss in ({"class_path": "AcceptedLength", "init_args": {"kl_decay": 3.0}}, "acceptance"):
         learner = parser.instantiate_classes(parser.parse_object({"learner": {"loss": loss}})).learner
         assert type(learner.loss) is AcceptedLength
-        assert learner.loss.kl_decay == (3.0 if loss == "acceptance" else None)
+        assert learner.loss.kl_decay == (None if loss == "acceptance" else 3.0)
 
 
 def test_losses_by_name():
     assert type(resolve_draft_loss("kl")) is ForwardKL
-    assert (type(resolve_draft_loss("tv")), resolve_draft_loss("tv").kl_decay) == (TotalVariation, 3.0)
+    assert (type(resolve_draft_loss("tv")), resolve_draft_loss("tv").kl_decay) == (TotalVariation, None)
     assert (type(resolve_draft_loss("acceptance")), resolve_draft_loss("acceptance").step_decay) == (AcceptedLength, 1)
     own = AcceptedLength(None)
     assert isinstance(own, DraftLoss)

@@ -30,6 +30,12 @@ def test_with_all_tokens_it_is_the_entropy():
     torch.testing.assert_close(policy_entropy(logprobs.sort(-1).values), expected)
 
 
+def test_the_others_are_one_outcome():
+    """0.25, 0.25 and a rest of 0.5."""
+    expected = torch.tensor([0.5 * math.log(4) + 0.5 * math.log(2)])
+    torch.testing.assert_close(policy_entropy(torch.tensor([[0.25, 0.25]]).log()), expected)
+
+
 def test_with_fewer_tokens_it_is_less():
     logprobs = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     by_k = torch.stack([policy_entropy(logprobs.topk(k).values) for k in range(1, 8)])  # [k, T]

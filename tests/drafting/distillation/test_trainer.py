@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_specrl.drafting.distillation.buffer import DistillationSample
-from lit_specrl.drafting.distillation.draft_losses import resolve_draft_loss
+from lit_specrl.drafting.distillation.draft_losses import AcceptedLength, resolve_draft_loss
 from lit_specrl.drafting.distillation.loss import expected_acceptance_length
 from lit_specrl.drafting.distillation.trainer import DrafterTrainer, micro_batches
 from lit_specrl.drafting.eagle3 import build_head, unrolled_states
@@ -186,7 +186,7 @@ def test_training_brings_the_drafter_towards_the_policy(policy, kind, loss):
     samples = [sample(policy, seed, 3, 12, layers) for seed in range(24)]
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | {"num_hidden_layers": 1}))
     network = Eagle3Network(build_head(policy, "policy")) if kind == "head" else CausalNetwork(model)
-    own = training(network, loss=resolve_draft_loss(loss))
+    own = training(network, loss=AcceptedLength(kl_decay=3.0) if loss == "acceptance" else None)
     before = own.evaluate(samples)
     for _ in range(60):
         own.update(samples)
