@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.drafting import HistoryDrafter as HistoryDrafter
     from lit_specrl.drafting import LookUpDrafter as LookUpDrafter
     from lit_specrl.drafting import NGramDrafter as NGramDrafter
+    from lit_specrl.drafting.distillation.draft_losses import DraftLoss as DraftLoss
     from lit_specrl.engines import RolloutEngine as RolloutEngine
     from lit_specrl.engines import TransformersEngine as TransformersEngine
     from lit_specrl.engines import VLLMEngine as VLLMEngine
@@ -92,6 +93,7 @@ _EXPORTS = {
     "HistoryDrafter": "drafting",
     "DraftModel": "drafting",
     "Eagle3Drafter": "drafting",
+    "DraftLoss": "drafting.distillation.draft_losses",
     "FSDP2Strategy": "distributed.fsdp2",
     "auto_precision": "precision",
     "AdaptiveScheduler": "callbacks",

@@ -25,8 +25,17 @@ from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.distillation.buffer import DistillationBuffer, DistillationSample
 from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
+from lit_specrl.drafting.distillation.draft_losses import DraftLoss, resolve_draft_loss
 from lit_specrl.drafting.distillation.reward_weights import WeightScope, reward_weights
-from lit_specrl.drafting.distillation.samples import copied, cut, floor_fraction, is_held_out, mean
+from lit_specrl.drafting.distillation.samples import (
+    SampleChoice,
+    copied,
+    cut,
+    floor_fraction,
+    is_held_out,
+    mean,
+    mean_entropies,
+)
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.experience import Experience
@@ -59,6 +68,9 @@ class DrafterDistillation(RolloutCallback):
     Args:
         every_n_steps: steps between two trainings.
         share: of the kept responses that a training passes over; ReSpec's 1/n.
+        draw_by: which these are, and in what order: at "random", or with a chance in proportion to the policy's mean
+            "entropy" at their tokens or to the "rejection" that the drafter as it is would meet there, which takes it a
+            pass over all kept responses. Matters for a `share` below 1, and where `max_step_fraction` ends a training.
         update_tokens: response and prompt tokens of an optimizer step.
         max_step_fraction: a training stops when it has taken this share of the time of the step before it (at least one
             optimizer step is made); `None` for no limit, as for runs that must be repeated to the bit.
@@ -70,7 +82,7 @@ class DrafterDistillation(RolloutCallback):
             = r is 0.
         max_weight: largest weight; the mean is 1.
         holdout_fraction: share of the responses kept for evaluation.
-        step_decay: weight of a drafted token relative to the one before.
+        step_decay: weight of a drafted token relative to the one before; `None` for 0.8, or 1 for "acceptance".
         max_bytes: most memory for kept responses on each rank.
         max_age: policy updates after which a response is forgotten.
         optimizer: makes the optimizer from the drafter's parameters.
@@ -80,6 +92,10 @@ class DrafterDistillation(RolloutCallback):
         output: folder that the drafter is written to at the end of the run, as `Eagle3Drafter(model=...)` and vLLM take
             it.
         seed: of the choice of responses.
+        loss: what the drafter is trained to make small: "kl", ReSpec's divergence; "tv", the probability that a token
+            is rejected; "acceptance", the share of a draft's tokens that is lost from its first rejection on, end to
+            end (Bebop); or a `DraftLoss` by `class_path`. The two are for drafters that `lit-specrl drafter` made: a
+            new one needs the divergence beside them, `AcceptedLength(kl_decay=3)`.
 
     Raises:
         ValueError: an argument out of its range.
@@ -98,7 +114,7 @@ class DrafterDistillation(RolloutCallback):
         weight_floor: float = 0.1,
         max_weight: float = 4.0,
         holdout_fraction: float = 0.1,
-        step_decay: float = 0.8,
+        step_decay: float | None = None,
         max_bytes: int = 2**28,
         max_age: int = 8,
         optimizer: OptimizerCallable = default_optimizer,
@@ -107,6 +123,8 @@ class DrafterDistillation(RolloutCallback):
         max_grad_norm: float = 1.0,
         output: str | None = None,
         seed: int = 0,
+        loss: str | DraftLoss = "kl",
+        draw_by: SampleChoice = "random",
     ) -> None:
         check_at_least_one(
             every_n_steps=every_n_steps,
@@ -121,6 +139,8 @@ class DrafterDistillation(RolloutCallback):
             raise ValueError(f"holdout_fraction must lie in (0, 1), got {holdout_fraction}")
         if max_step_fraction is not None and max_step_fraction <= 0:
             raise ValueError(f"max_step_fraction must be positive, got {max_step_fraction}; use None for no limit")
+        if draw_by not in ("random", "entropy", "rejection"):
+            raise ValueError(f"draw_by must be 'random', 'entropy' or 'rejection', got {draw_by!r}")
         reward_weights(torch.zeros(1), [0], weight_scope, weight_floor, max_weight)  # refuses what is out of range
         self.every_n_steps, self.share, self.update_tokens = every_n_steps, share, update_tokens
         self.max_step_fraction, self.tokens_per_step, self.num_top = max_step_fraction, tokens_per_step, num_top
@@ -132,7 +152,7 @@ class DrafterDistillation(RolloutCallback):
         self.version = 0
         """Trainings behind the drafter's weights."""
         self.network: DraftNetwork | None = None
-        self.seed = seed
+        self.seed, self.loss, self.draw_by = seed, resolve_draft_loss(loss), draw_by
         self._generator = torch.Generator()
         self._newest_sample_version = 0  # policy version
         self._has_new_samples = False
@@ -182,6 +202,7 @@ class DrafterDistillation(RolloutCallback):
             self.step_decay,
             self.micro_batch_tokens,
             self.max_grad_norm,
+            self.loss,
         )
         self.scheduler: Any = self.make_lr_scheduler(self.training.optimizer) if self.make_lr_scheduler else None
         if self._restored is not None:
@@ -270,7 +291,7 @@ class DrafterDistillation(RolloutCallback):
         held_out = [sample for sample in self.samples if is_held_out(sample, self.holdout_fraction)]
         drawn = [
             sample
-            for sample in self.samples.draw(self.share, self._generator)
+            for sample in self.samples.draw(self.share, self._generator, self._scores())
             if not is_held_out(sample, self.holdout_fraction)
         ]
         updates = cut(drawn, self.update_tokens)
@@ -309,11 +330,19 @@ class DrafterDistillation(RolloutCallback):
         if after.num_drafts:
             metrics |= {
                 "drafter/kl": after.kl,
+                "drafter/policy_entropy": after.entropy,
                 "drafter/acceptance_estimate": after.acceptance[0],
                 "drafter/acceptance_length": after.acceptance_length,
                 "drafter/acceptance_length_before": before.acceptance_length,
             }
         return metrics | {"drafter/train_s": time.perf_counter() - started_at}
+
+    def _scores(self) -> torch.Tensor | None:
+        """What the chance of each kept response to be drawn is in proportion to; `None` where all are alike."""
+        if self.draw_by == "random":
+            return None
+        samples = list(self.samples)
+        return mean_entropies(samples) if self.draw_by == "entropy" else self.training.rejection(samples)
 
     def _evaluate(self, samples: Sequence[DistillationSample]) -> DrafterEvaluation:
         ranks = gather_objects(self.training.evaluate(samples))

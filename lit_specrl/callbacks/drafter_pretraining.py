@@ -23,6 +23,7 @@ from lit_specrl.distributed.collectives import gather_objects, sum_over_ranks
 from lit_specrl.drafting import Drafter, Eagle3Drafter
 from lit_specrl.drafting.distillation.buffer import DistillationBuffer, DistillationSample
 from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
+from lit_specrl.drafting.distillation.draft_losses import DraftLoss, resolve_draft_loss
 from lit_specrl.drafting.distillation.samples import cut, is_held_out
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
@@ -50,12 +51,17 @@ class DrafterPretraining(RolloutCallback):
         num_passes: over the responses.
         update_tokens: tokens of an optimizer step.
         num_top: most likely tokens whose log-probs are learned from.
-        step_decay: weight of a drafted token relative to the one before.
+        step_decay: weight of a drafted token relative to the one before; `None` for 0.8, or 1 for "acceptance".
         holdout_fraction: share of the responses kept for evaluation.
         max_bytes: most memory for what the policy says about the responses, on each rank.
         optimizer: makes the optimizer from the drafter's parameters; the rate falls to 0 in a cosine.
         micro_batch_tokens: most tokens, padding included, in one forward and backward pass of the drafter.
         seed: of the order of the responses.
+        loss: what the drafter is trained to make small: "kl", ReSpec's divergence; "tv", the probability that a token
+            is rejected; "acceptance", the share of a draft's tokens that is lost from its first rejection on, end to
+            end (Bebop); or a `DraftLoss` by `class_path`.
+        kl_warmup: share of the optimizer steps in which, before another loss, the divergence is made small. Where a
+            drafter has hardly anything right, a loss for acceptance has no gradient.
 
     Raises:
         ValueError: an argument out of its range.
@@ -72,12 +78,14 @@ class DrafterPretraining(RolloutCallback):
         num_passes: int = 6,
         update_tokens: int = 4096,
         num_top: int = 64,
-        step_decay: float = 0.8,
+        step_decay: float | None = None,
         holdout_fraction: float = 0.1,
         max_bytes: int = 2**32,
         optimizer: OptimizerCallable = default_optimizer,
         micro_batch_tokens: int = 8192,
         seed: int = 0,
+        loss: str | DraftLoss = "kl",
+        kl_warmup: float = 0.5,
     ) -> None:
         check_at_least_one(
             num_rollouts=num_rollouts,
@@ -87,6 +95,8 @@ class DrafterPretraining(RolloutCallback):
         )
         if not 0 < holdout_fraction < 1:
             raise ValueError(f"holdout_fraction must lie in (0, 1), got {holdout_fraction}")
+        if not 0 <= kl_warmup <= 1:
+            raise ValueError(f"kl_warmup must lie in [0, 1], got {kl_warmup}")
         if rollouts is not None and not Path(rollouts).is_file():
             raise ValueError(
                 f"rollouts: there is no file {rollouts!r}; give a JSONL file, or leave it out to let the policy generate"
@@ -96,6 +106,7 @@ class DrafterPretraining(RolloutCallback):
         self.num_passes, self.update_tokens, self.num_top = num_passes, update_tokens, num_top
         self.step_decay, self.holdout_fraction, self.max_bytes = step_decay, holdout_fraction, max_bytes
         self.make_optimizer, self.micro_batch_tokens, self.seed = optimizer, micro_batch_tokens, seed
+        self.loss, self.kl_warmup = resolve_draft_loss(loss), kl_warmup
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = require_rlvr_module(self, pl_module)
@@ -144,6 +155,8 @@ class DrafterPretraining(RolloutCallback):
         num_updates = max(gather_objects(len(updates)))
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(training.optimizer, max(num_updates, 1))
         for index in _tracked(range(num_updates), "the drafter learns", trainer):
+            if index >= self.kl_warmup * num_updates:
+                training.loss = self.loss
             training.update(updates[index] if index < len(updates) else [])
             scheduler.step()
         return before, _evaluate(training, held_out)

@@ -23,6 +23,7 @@ def make_drafter(
     learning_rate: float = 1e-3,
     vocabulary_size: int | None = None,
     num_speculative_tokens: int | None = None,
+    loss: str = "kl",
 ) -> None:
     """Make a drafter that knows the task, before training the policy.
 
@@ -44,6 +45,8 @@ def make_drafter(
         learning_rate: highest learning rate.
         vocabulary_size: tokens that a new head can draft; by default 4096.
         num_speculative_tokens: tokens drafted in a row; by default 3.
+        loss: what training makes small: the divergence from the policy ("kl"), the probability that a token is rejected
+            ("tv"), or the share of a draft that is lost from its first rejection on ("acceptance").
 
     Raises:
         ValueError: both a head and a draft model, or a value that `DrafterPretraining` refuses.
@@ -60,6 +63,7 @@ def make_drafter(
         "learning_rate": learning_rate,
         "vocabulary_size": vocabulary_size,
         "num_speculative_tokens": num_speculative_tokens,
+        "loss": loss,
     }
     configuration = pretraining_configuration(fit_configuration(fit_arguments), options)
     with ProcessFolder("configuration") as folder:

@@ -101,6 +101,7 @@ def test_the_drafter_learns_and_the_running_engine_is_told(kept, model, tmp_path
         assert step["drafter/weight_mean"] == pytest.approx(1, abs=0.5)
         assert step["drafter/updates"] > 1 and step["drafter/train_s"] > 0
         assert 1 <= step["drafter/acceptance_length"] <= 3
+        assert 0 < step["drafter/policy_entropy"] < 10
     assert all(step["drafter/buffer_bytes"] > 0 and step["drafter/staleness"] >= 0 for step in trace.metrics[1:])
     assert all(step["timing_s/train_drafter"] >= step["drafter/train_s"] for step in trained)
     assert max(sample.policy_version for sample in learner.samples) == len(trace.metrics) - 1
@@ -119,14 +120,15 @@ def test_the_policy_learns_as_it_does_without(kept, model, tmp_path):
     assert_identical(weights[1], weights[0])
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(kept, model, tmp_path):
-    whole_learner = distillation()
+@pytest.mark.parametrize("options", [{}, {"loss": "acceptance", "draw_by": "rejection", "share": 0.5}])
+def test_a_resumed_run_is_the_same_to_the_bit(kept, model, tmp_path, options):
+    whole_learner = distillation(**options)
     whole, expected, expected_watch = run(kept, model, tmp_path, whole_learner, max_epochs=4)
 
     saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
-    run(kept, model, tmp_path, distillation(), saver, max_epochs=2)
+    run(kept, model, tmp_path, distillation(**options), saver, max_epochs=2)
     checkpoint = tmp_path / f"step={2 * STEPS}.ckpt"
-    learner = distillation()
+    learner = distillation(**options)
     resumed, trace, watch = run(kept, model, tmp_path, learner, saver, max_epochs=4, ckpt_path=checkpoint)
     assert trace.tokens == expected.tokens[2 * STEPS :]
     assert_identical(weights_of(resumed), weights_of(whole))
@@ -238,6 +240,8 @@ def test_a_drafter_that_cannot_learn_is_refused(model, tmp_path, callbacks, foun
         ({"share": 0}, r"share must lie in \(0, 1\], got 0"),
         ({"holdout_fraction": 0}, r"holdout_fraction must lie in \(0, 1\), got 0"),
         ({"max_step_fraction": 0}, "max_step_fraction must be positive, got 0; use None for no limit"),
+        ({"draw_by": "length"}, "draw_by must be 'random', 'entropy' or 'rejection', got 'length'"),
+        ({"loss": "l1"}, "loss must be 'kl', 'tv', 'acceptance' or a DraftLoss by class_path, got 'l1'"),
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
         ({"weight_floor": 2}, "floor"),
     ],

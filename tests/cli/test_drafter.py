@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_specrl.cli.drafter import pretraining_configuration
 from lit_specrl.cli.main import COMMANDS
+from lit_specrl.drafting.distillation.trainer import DrafterTrainer
 from lit_specrl.drafting.eagle3 import check_head
 from lit_specrl.drafting.networks import Eagle3Network
 
@@ -96,6 +97,24 @@ def test_a_small_model_learns_from_a_file(config, model, make_llama, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), old.parameters(), strict=True))
 
 
+def test_the_divergence_is_made_small_before_another_loss(config, model, make_llama, tmp_path, monkeypatch):
+    """For half of the optimizer steps, rounded up: here two of three."""
+    records = [{"prompt": "1 + 1", "completion": "2" * length, "finish_reason": "stop"} for length in range(2, 12)]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    losses, update = [], DrafterTrainer.update
+
+    def watched(training, samples):
+        losses.append(type(training.loss).__name__)
+        return update(training, samples)
+
+    monkeypatch.setattr(DrafterTrainer, "update", watched)
+    options = [f"--draft_model={make_llama(num_hidden_layers=1)}", f"--rollouts={tmp_path / 'rollouts.jsonl'}"]
+    common = ["--config", config, "--output", str(tmp_path / "small"), *options, "--num_passes=3"]
+    COMMANDS["drafter"].call([*common, "--loss=acceptance"])
+    COMMANDS["drafter"].call(common)
+    assert losses == ["ForwardKL", "ForwardKL", "AcceptedLength", "ForwardKL", "ForwardKL", "ForwardKL"]
+
+
 def test_only_engine_and_training_of_the_drafter_are_left(config):
     settings = yaml.safe_load(Path(config).read_text())
     for callback in settings["trainer"]["callbacks"]:
@@ -114,6 +133,7 @@ def test_only_engine_and_training_of_the_drafter_are_left(config):
     ("options", "message"),
     [
         (["--rollouts=nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),
+        (["--loss=l1"], "loss must be 'kl', 'tv', 'acceptance' or a DraftLoss by class_path, got 'l1'"),
         (["--num_rollouts=0"], "num_rollouts must be at least 1, got 0"),
         (["--head=nowhere"], "'nowhere' is no EAGLE-3 head"),
     ],

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_specrl.checkpoints.tensor_file import read_tensor_file, set_aside, write_tensor_file
 
 FORMAT_VERSION = 1
+_LEAST_SCORE = 1e-3
 
 _TENSOR_FIELDS = ("token_ids", "features", "top_tokens", "top_logprobs", "log_mass")
 _ROW_FIELDS = ("uid", "num_prompt_tokens", "reward", "weight", "policy_version")
@@ -183,12 +184,19 @@ class DistillationBuffer:
         self._samples = deque(sample for sample in self if sample.policy_version >= policy_version - self.max_age)
         self._num_bytes = sum(sample.num_bytes for sample in self)
 
-    def draw(self, fraction: float, generator: torch.Generator) -> list[DistillationSample]:
+    def draw(
+        self, fraction: float, generator: torch.Generator, scores: Tensor | None = None
+    ) -> list[DistillationSample]:
         """Some of the samples in random order, none twice.
+
+        With `scores` the next one is each of those that are left with a chance in proportion to its score (weighted
+        sampling without replacement by exponential keys, Efraimidis & Spirakis 2006).
 
         Args:
             fraction: share of the samples, from 0 to 1, rounded up to whole samples.
-            generator: decides which ones.
+            generator: decides which ones; on the host where there are scores.
+            scores: [N], in the order of the samples, not negative; a score of 0 counts as a thousandth. `None` for
+                equal chances.
 
         Raises:
             ValueError: `fraction` is outside [0, 1].
@@ -197,6 +205,9 @@ class DistillationBuffer:
             raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
         num_drawn = math.ceil(fraction * len(self) - 1e-9)  # 0.07 * 100 is a little more than 7
         order = torch.randperm(len(self), generator=generator, device=generator.device)
+        if scores is not None:
+            waits = torch.empty(len(self), dtype=torch.float64).exponential_(generator=generator)
+            order = (waits / scores.double().clamp(min=_LEAST_SCORE)).argsort(stable=True)
         samples = list(self)
         return [samples[index] for index in order[:num_drawn].tolist()]
 

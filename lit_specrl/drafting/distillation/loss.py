@@ -120,6 +120,72 @@ def expected_acceptance(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor
     return torch.minimum(previous_logprobs, top_logprobs.to(previous_logprobs.dtype)).exp().sum(-1)
 
 
+def draft_overlap(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor, log_mass: Tensor) -> Tensor:
+    """Sum of min(policy, drafter) over the policy's k most probable tokens and all others as one outcome.
+
+    1 less the total variation distance of the two (Bebop, Li et al. 2026, arXiv 2606.12370, equation 10), and so the
+    probability that a sampled draft token is accepted. That the others are one outcome makes it an upper bound of it,
+    as `expected_acceptance` is a lower one: it does not pull the drafter away from tokens that the policy may say, too.
+    All three agree where k = V'. As in `expected_acceptance`, and unlike in `draft_kl`, the policy is not renormalised:
+    what it gives to tokens that cannot be drafted is lost whatever the drafter does.
+
+    The paper sums over the whole vocabulary; storing k log-probs a token is our departure.
+
+    Args:
+        logits: [T, V'] of the drafter over its vocabulary, divided by the sampling temperature.
+        top_tokens: [T, k] integers, different indices into the draft vocabulary.
+        top_logprobs: [T, k] nats, under the policy's whole softmax.
+        log_mass: [T] nats, log of the policy's probability of the draft vocabulary.
+
+    Returns:
+        [T] between 0 and 1, differentiable in `logits`; float32, or float64 for logits of float64. The gradient is at
+        most the overlap itself, and so vanishes where the two have nothing in common.
+
+    Raises:
+        ValueError: shapes do not fit.
+
+    Example: 0.5 and 0.25 of the policy and 0.125 for two others, against equal logits: 0.25 + 0.25 + 0.125
+
+        >>> log_mass = torch.tensor([0.875]).log()
+        >>> draft_overlap(torch.zeros(1, 4), torch.tensor([[2, 0]]), torch.tensor([[0.5, 0.25]]).log(), log_mass)
+        tensor([0.6250])
+    """
+    _check_shapes(logits, top_tokens, top_logprobs, log_mass)
+    previous_logprobs = _outcome_logits(logits, top_tokens).log_softmax(-1)  # [T, k + 1]
+    logprobs = top_logprobs.to(previous_logprobs.dtype)  # [T, k]
+    if logprobs.shape[-1] < previous_logprobs.shape[-1]:
+        rest = log_mass.to(logprobs.dtype).exp() - logprobs.exp().sum(-1)
+        logprobs = torch.cat([logprobs, rest.clamp(min=0).log()[:, None]], -1)  # [T, k + 1]
+    return torch.minimum(previous_logprobs, logprobs).exp().sum(-1)
+
+
+def prefix_acceptance(acceptance: Sequence[Tensor], drafts: Sequence[Tensor]) -> list[Tensor]:
+    """Probability that a draft token is emitted: that it and all tokens before it in its draft are accepted.
+
+    The sum over the steps of a draft is the number of its tokens that are accepted on average (`1 +` that is
+    `expected_acceptance_length`). Drafts that run into the end of the response have fewer steps than others.
+
+    Args:
+        acceptance: per draft step s, [T_s] probability that its token is accepted when all before it are.
+        drafts: per draft step, [T_s] integers, ascending: the draft that each token belongs to. Those of a step are
+            among those of the step before.
+
+    Returns:
+        Per draft step, [T_s].
+
+    Example: two drafts, the second one of a single token
+
+        >>> acceptance = [torch.tensor([0.5, 0.25]), torch.tensor([0.5])]
+        >>> prefix_acceptance(acceptance, [torch.tensor([0, 1]), torch.tensor([0])])
+        [tensor([0.5000, 0.2500]), tensor([0.2500])]
+    """
+    prefixes = [acceptance[0]]
+    for step in range(1, len(acceptance)):
+        goes_on = torch.isin(drafts[step - 1], drafts[step]).to(acceptance[step].device)
+        prefixes.append(prefixes[-1][goes_on] * acceptance[step])
+    return prefixes
+
+
 def expected_acceptance_length(acceptance: Sequence[Tensor]) -> Tensor:
     """Tokens per verification of a draft: those accepted, and the one that the policy adds.
 

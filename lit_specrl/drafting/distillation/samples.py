@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import xxhash
+from torch import Tensor
 
 from lit_specrl.drafting.distillation.buffer import DistillationSample
+from lit_specrl.drafting.distillation.entropy import policy_entropy
+
+SampleChoice = Literal["random", "entropy", "rejection"]
 
 
 def is_held_out(sample: DistillationSample, fraction: float) -> bool:
@@ -33,6 +37,16 @@ def cut(samples: Sequence[DistillationSample], num_tokens: int) -> list[list[Dis
         parts[-1].append(sample)
         room -= len(sample)
     return parts
+
+
+def mean_entropies(samples: Sequence[DistillationSample]) -> Tensor:
+    """Mean entropy of the policy at the places of each response that can be drafted.
+
+    Returns:
+        [N] nats; 0 for responses in which nothing is drafted.
+    """
+    places = [policy_entropy(sample.top_logprobs[1:]) for sample in samples]  # [R - 1] each
+    return torch.tensor([float(values.sum()) / max(len(values), 1) for values in places])
 
 
 def mean(values: Sequence[float]) -> float:

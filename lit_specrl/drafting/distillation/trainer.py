@@ -10,9 +10,11 @@ from torch import Tensor
 
 from lit_specrl.distributed.collectives import average_gradients, num_ranks, sum_over_ranks
 from lit_specrl.drafting.distillation.buffer import DistillationSample
+from lit_specrl.drafting.distillation.draft_losses import DraftedTokens, DraftLoss, ForwardKL
+from lit_specrl.drafting.distillation.entropy import policy_entropy
 from lit_specrl.drafting.distillation.loss import (
-    distillation_loss,
     draft_kl,
+    draft_overlap,
     expected_acceptance,
     expected_acceptance_length,
 )
@@ -32,6 +34,8 @@ class DrafterEvaluation:
     length_sum: float = 0.0
     """Tokens emitted per draft, the policy's own included."""
     num_drafts: int = 0
+    entropy_sum: float = 0.0
+    """Nats, of the policy at the places of the drafted tokens."""
 
     def __add__(self, other: DrafterEvaluation) -> DrafterEvaluation:
         return DrafterEvaluation(
@@ -41,12 +45,18 @@ class DrafterEvaluation:
             _added(self.num_drafted, other.num_drafted),
             self.length_sum + other.length_sum,
             self.num_drafts + other.num_drafts,
+            self.entropy_sum + other.entropy_sum,
         )
 
     @property
     def kl(self) -> float:
         """Mean forward KL from policy to drafter, in nats per drafted token."""
         return self.kl_sum / max(self.num_tokens, 1)
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of the policy (`policy_entropy`), in nats per drafted token."""
+        return self.entropy_sum / max(self.num_tokens, 1)
 
     @property
     def acceptance(self) -> list[float]:
@@ -70,9 +80,10 @@ class DrafterTrainer:
         optimizer: of its parameters.
         num_steps: drafted tokens, K.
         temperature: softmax temperature that the policy is sampled at.
-        step_decay: weight of a draft step relative to the one before.
+        step_decay: weight of a draft step relative to the one before; `None` for that of the loss.
         micro_batch_tokens: most tokens, padding included, in one forward and backward pass.
         max_grad_norm: gradients are scaled down to this norm.
+        loss: what is made small; `None` for the KL divergence.
     """
 
     def __init__(
@@ -81,11 +92,13 @@ class DrafterTrainer:
         optimizer: torch.optim.Optimizer,
         num_steps: int,
         temperature: float = 1.0,
-        step_decay: float = 0.8,
+        step_decay: float | None = None,
         micro_batch_tokens: int = 8192,
         max_grad_norm: float = 1.0,
+        loss: DraftLoss | None = None,
     ) -> None:
         self.network, self.optimizer, self.num_steps = network, optimizer, num_steps
+        self.loss = ForwardKL() if loss is None else loss
         self.temperature, self.step_decay = temperature, step_decay
         self.micro_batch_tokens, self.max_grad_norm = micro_batch_tokens, max_grad_norm
 
@@ -96,7 +109,7 @@ class DrafterTrainer:
             samples: of this rank, maybe none.
 
         Returns:
-            Loss of all ranks: nats per drafted token, weighted.
+            Loss of all ranks per drafted token, weighted; in the unit of the loss, which is nats for the KL divergence.
         """
         loss_sum, count = self._accumulate(samples)
         sums = sum_over_ranks(torch.tensor([loss_sum, count], dtype=torch.float64, device=self.network.device))
@@ -118,14 +131,17 @@ class DrafterTrainer:
         """Add the gradient of the summed loss; returns the sum and what to divide it by."""
         loss_sum = count = 0.0
         for part in micro_batches(samples, self.micro_batch_tokens):
-            kls, weights = [], []
-            for step in self.network.draft_steps(part, self.num_steps):
-                kls.append(draft_kl(step.logits / self.temperature, *_targets(part, step)))
-                weights.append(torch.tensor([sample.weight for sample in part])[step.rows].to(step.logits.device))
-            loss = distillation_loss(kls, weights, self.step_decay)
+            steps = [self._drafted(part, step) for step in self.network.draft_steps(part, self.num_steps)]
+            decay = self.loss.step_decay if self.step_decay is None else self.step_decay
+            loss = self.loss(steps, self.num_steps, decay)
             loss.weighted_sum.backward()
             loss_sum, count = loss_sum + float(loss.weighted_sum.detach()), count + loss.count
         return loss_sum, count
+
+    def _drafted(self, samples: Sequence[DistillationSample], step: DraftStep) -> DraftedTokens:
+        weights = torch.tensor([sample.weight for sample in samples])[step.rows].to(step.logits.device)
+        targets = _targets(samples, step)
+        return DraftedTokens(step.logits / self.temperature, *targets, weights, step.rows, step.places)
 
     @torch.no_grad()
     def evaluate(self, samples: Sequence[DistillationSample]) -> DrafterEvaluation:
@@ -135,14 +151,32 @@ class DrafterTrainer:
             found += self._evaluate(part)
         return found
 
+    @torch.no_grad()
+    def rejection(self, samples: Sequence[DistillationSample]) -> Tensor:
+        """Share of each response's first draft tokens that the policy would reject.
+
+        Returns:
+            [N]; 0 for responses in which nothing is drafted.
+        """
+        rejected = {id(sample): 0.0 for sample in samples}
+        for part in micro_batches(samples, self.micro_batch_tokens):
+            step = next(iter(self.network.draft_steps(part, 1)))
+            drafted = self._drafted(part, step)
+            values = 1 - draft_overlap(*drafted.outcomes).cpu()
+            sums = torch.zeros(len(part), dtype=values.dtype).index_add(0, step.rows, values)
+            for sample, total in zip(part, sums.tolist(), strict=True):
+                rejected[id(sample)] = total / (sample.num_response_tokens - 1)
+        return torch.tensor([rejected[id(sample)] for sample in samples])
+
     def _evaluate(self, samples: Sequence[DistillationSample]) -> DrafterEvaluation:
         width = max(sample.num_response_tokens for sample in samples)
         probabilities = torch.full((self.num_steps, len(samples), width), torch.nan)  # by place of the drafted token
-        kl_sum, num_tokens = 0.0, 0
+        kl_sum, entropy_sum, num_tokens = 0.0, 0.0, 0
         for index, step in enumerate(self.network.draft_steps(samples, self.num_steps)):
             top_tokens, top_logprobs, log_mass = _targets(samples, step)
             logits = step.logits / self.temperature
             kl_sum += float(draft_kl(logits, top_tokens, top_logprobs, log_mass).sum())
+            entropy_sum += float(policy_entropy(top_logprobs).sum())
             num_tokens += len(step.rows)
             accepted = expected_acceptance(logits, top_tokens, top_logprobs).float().cpu()
             probabilities[index, step.rows, step.places] = accepted
@@ -162,6 +196,7 @@ class DrafterTrainer:
             tuple(tried.sum((1, 2)).tolist()),
             float(mean_length) * num_drafts,
             num_drafts,
+            entropy_sum,
         )
 
 

@@ -295,3 +295,22 @@ def test_a_sound_file_of_something_else_is_set_aside(path):
 def test_a_missing_file_is_not_a_damaged_one(tmp_path):
     with pytest.raises(FileNotFoundError):
         DistillationBuffer.load(tmp_path / "none", IDENTITY, 1, 0)
+
+
+def test_samples_of_a_high_score_are_drawn_sooner(sample):
+    """First one drawn with chances of 1 : 2 : 5, and of a score of 0 hardly ever."""
+    buffer = DistillationBuffer(max_bytes=10**6, max_age=1)
+    buffer.put(sample(uid=uid) for uid in "abcd")
+    scores, generator = torch.tensor([0.1, 0.2, 0.5, 0.0]), torch.Generator().manual_seed(0)
+    drawn = [[one.uid for one in buffer.draw(1.0, generator, scores)] for _ in range(2000)]
+    assert all(sorted(uids) == ["a", "b", "c", "d"] for uids in drawn)
+    shares = [sum(uids[0] == uid for uids in drawn) / 2000 for uid in "abcd"]
+    assert shares == pytest.approx([0.125, 0.25, 0.625, 0.001], abs=0.03)  # three standard deviations
+
+
+def test_the_same_generator_draws_the_same_by_scores(sample):
+    buffer = DistillationBuffer(max_bytes=10**6, max_age=1)
+    buffer.put(sample(uid=str(number)) for number in range(20))
+    scores = torch.arange(20.0)
+    twice = [[one.uid for one in buffer.draw(0.3, torch.Generator().manual_seed(5), scores)] for _ in range(2)]
+    assert twice[0] == twice[1] and len(twice[0]) == 6

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_specrl.drafting.distillation.buffer import DistillationSample
+from lit_specrl.drafting.distillation.draft_losses import AcceptedLength, resolve_draft_loss
 from lit_specrl.drafting.distillation.loss import expected_acceptance_length
 from lit_specrl.drafting.distillation.trainer import DrafterTrainer, micro_batches
 from lit_specrl.drafting.eagle3 import build_head, unrolled_states
@@ -122,8 +123,31 @@ def test_the_expected_length_follows_each_draft(policy):
     assert found.num_drafts == 5
 
 
+def test_rejection_of_each_response_is_that_of_its_first_steps(policy):
+    """Whatever micro-batches they are in, in the order asked for; nothing is drafted in a response of one token."""
+    own = training(Eagle3Network(build_head(policy, "policy")), micro_batch_tokens=12)
+    samples = [sample(policy, seed, 3, length, top=32) for seed, length in ((1, 6), (2, 1), (3, 4), (4, 9))]
+    rejected = own.rejection(samples)
+    alone = [1 - own.evaluate([one]).acceptance[0] if len(one) > 4 else 0.0 for one in samples]
+    torch.testing.assert_close(rejected, torch.tensor(alone), atol=1e-5, rtol=1e-4)
+    assert rejected[1] == 0 and (rejected[[0, 2, 3]] > 0).all()
+
+
+def test_the_entropy_of_the_policy_is_evaluated_at_the_drafted_tokens(policy):
+    """Of two responses together as of each alone, by tokens."""
+    own = training(Eagle3Network(build_head(policy, "policy")))
+    samples = [sample(policy, seed, 3, length, top=32) for seed, length in ((1, 6), (2, 4))]
+    first, second = (own.evaluate([one]) for one in samples)
+    entropies = [torch.special.entr(one.top_logprobs.exp()).sum(-1) for one in samples]
+    by_step = [values[step + 1 :].sum() for values in entropies for step in range(3)]
+    expected = float(sum(by_step)) / ((5 + 4 + 3) + (3 + 2 + 1))
+    assert own.evaluate(samples).entropy == pytest.approx(expected, rel=1e-5)
+    assert (first + second).entropy == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["kl", "acceptance"])
 @pytest.mark.parametrize("kind", ["head", "model"])
-def test_micro_batches_change_no_update(policy, kind):
+def test_micro_batches_change_no_update(policy, kind, loss):
     layers = (0, 1, 2) if kind == "head" else ()
     samples = [sample(policy, seed, 2 + seed % 3, 3 + seed % 4, layers, weight=0.5 + seed) for seed in range(6)]
     results = []
@@ -131,10 +155,10 @@ def test_micro_batches_change_no_update(policy, kind):
         torch.manual_seed(3)
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | {"num_hidden_layers": 1}))
         network = Eagle3Network(build_head(policy, "policy")) if kind == "head" else CausalNetwork(model)
-        own = training(network, micro_batch_tokens=micro_batch_tokens)
+        own = training(network, micro_batch_tokens=micro_batch_tokens, loss=resolve_draft_loss(loss))
         own.optimizer = torch.optim.SGD(network.parameters, lr=1.0)
-        loss = own.update(samples)
-        results.append((loss, [parameter.detach().clone() for parameter in network.parameters]))
+        value = own.update(samples)
+        results.append((value, [parameter.detach().clone() for parameter in network.parameters]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
 
@@ -154,19 +178,32 @@ def test_weights_decide_what_is_learned(policy):
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)  # the mean is over both
 
 
+@pytest.mark.parametrize("loss", ["kl", "acceptance"])
 @pytest.mark.parametrize("kind", ["head", "model"])
-def test_training_brings_the_drafter_towards_the_policy(policy, kind):
+def test_training_brings_the_drafter_towards_the_policy(policy, kind, loss):
     torch.manual_seed(0)
     layers = (0, 1, 2) if kind == "head" else ()
     samples = [sample(policy, seed, 3, 12, layers) for seed in range(24)]
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | {"num_hidden_layers": 1}))
-    own = training(Eagle3Network(build_head(policy, "policy")) if kind == "head" else CausalNetwork(model))
+    network = Eagle3Network(build_head(policy, "policy")) if kind == "head" else CausalNetwork(model)
+    own = training(network, loss=AcceptedLength(kl_decay=3.0) if loss == "acceptance" else None)
     before = own.evaluate(samples)
     for _ in range(60):
         own.update(samples)
     after = own.evaluate(samples)
     assert after.kl < 0.6 * before.kl
     assert after.acceptance_length > before.acceptance_length + 0.2
+
+
+def test_a_loss_that_is_not_named_is_the_divergence_and_each_has_its_decay(policy):
+    samples = [sample(policy, 1, 3, 6)]
+
+    def value(**options):
+        return training(Eagle3Network(build_head(policy, "policy")), **options).update(samples)
+
+    own = resolve_draft_loss("acceptance")
+    assert value() == value(loss=resolve_draft_loss("kl"), step_decay=0.8) != value(step_decay=1.0)
+    assert value(loss=own) == value(loss=own, step_decay=1.0) != value(loss=own, step_decay=0.8)
 
 
 def test_a_gradient_that_is_not_finite_is_thrown_away(policy):
@@ -184,19 +221,20 @@ def test_micro_batches_hold_similar_lessons_within_the_budget(policy):
     assert list(micro_batches([samples[1]], 15)) == []
 
 
-def test_two_ranks_learn_what_one_learns(tmp_path):
+@pytest.mark.parametrize("loss", ["kl", "acceptance"])
+def test_two_ranks_learn_what_one_learns(loss, tmp_path):
     """Three samples on one rank and two on the other, of other lengths; then none on the second."""
     program = [sys.executable, __file__]
-    one = subprocess.run([*program, "0", "1", str(tmp_path)], capture_output=True, text=True, check=False)
+    one = subprocess.run([*program, "0", "1", str(tmp_path), loss], capture_output=True, text=True, check=False)
     assert one.returncode == 0, one.stderr[-2000:]
-    ranks = [subprocess.Popen([*program, str(rank), "2", str(tmp_path)]) for rank in range(2)]
+    ranks = [subprocess.Popen([*program, str(rank), "2", str(tmp_path), loss]) for rank in range(2)]
     assert [rank.wait() for rank in ranks] == [0, 0]
     alone, together = (torch.load(tmp_path / name) for name in ("0-of-1.pt", "0-of-2.pt"))
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.load(tmp_path / "1-of-2.pt"), together, atol=0, rtol=0)
 
 
-def train_on_a_rank(rank, world_size, folder):
+def train_on_a_rank(rank, world_size, folder, loss):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).eval()
@@ -209,11 +247,11 @@ def train_on_a_rank(rank, world_size, folder):
     else:
         shares = (samples, samples[:2])
     network = Eagle3Network(build_head(model, "policy"))
-    own = training(network)
+    own = training(network, loss=resolve_draft_loss(loss))
     own.optimizer = torch.optim.SGD(network.parameters, lr=0.1)
     losses = [own.update(share) for share in shares]
     torch.save([torch.tensor(losses), *network.parameters], f"{folder}/{rank}-of-{world_size}.pt")
 
 
 if __name__ == "__main__":
-    train_on_a_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    train_on_a_rank(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
