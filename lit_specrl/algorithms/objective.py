@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,12 +24,19 @@ class Objective:
             none.
         kl_estimator: of the penalty.
         entropy_coef: weight of the entropy of each token's distribution; positive keeps the policy diverse.
+
+    Raises:
+        ValueError: `entropy_coef` is not finite.
     """
 
     policy_loss: TokenLoss
     importance_sampling: ImportanceSampling | None
     kl_estimator: KLEstimator
     entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"entropy_coef must be a finite number, got {self.entropy_coef}; use 0.0 for no bonus")
 
     def __call__(
         self, statistics: TokenStatistics, part: Experience, kl_coef: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -180,8 +179,6 @@ class RLVRModule(L.LightningModule):
         )
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if not math.isfinite(entropy_coef):
-            raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef}; use 0.0 for no bonus")
         if max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
 

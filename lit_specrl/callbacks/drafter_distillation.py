@@ -31,10 +31,10 @@ from lit_specrl.drafting.distillation.samples import (
     SampleChoice,
     copied,
     cut,
+    draw_scores,
     floor_fraction,
     is_held_out,
     mean,
-    mean_entropies,
 )
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.networks import DraftNetwork
@@ -288,10 +288,11 @@ class DrafterDistillation(RolloutCallback):
         assert self.network is not None
         started_at = time.perf_counter()
         budget_s = math.inf if self.max_step_fraction is None else self.max_step_fraction * self._step_s
+        scores = draw_scores(self.draw_by, list(self.samples), self.training.rejection)
         held_out = [sample for sample in self.samples if is_held_out(sample, self.holdout_fraction)]
         drawn = [
             sample
-            for sample in self.samples.draw(self.share, self._generator, self._scores())
+            for sample in self.samples.draw(self.share, self._generator, scores)
             if not is_held_out(sample, self.holdout_fraction)
         ]
         updates = cut(drawn, self.update_tokens)
@@ -336,13 +337,6 @@ class DrafterDistillation(RolloutCallback):
                 "drafter/acceptance_length_before": before.acceptance_length,
             }
         return metrics | {"drafter/train_s": time.perf_counter() - started_at}
-
-    def _scores(self) -> torch.Tensor | None:
-        """What the chance of each kept response to be drawn is in proportion to; `None` where all are alike."""
-        if self.draw_by == "random":
-            return None
-        samples = list(self.samples)
-        return mean_entropies(samples) if self.draw_by == "entropy" else self.training.rejection(samples)
 
     def _evaluate(self, samples: Sequence[DistillationSample]) -> DrafterEvaluation:
         ranks = gather_objects(self.training.evaluate(samples))

@@ -318,7 +318,7 @@ class PrefixCache(RolloutCallback):
         checkpoint["prefix_cache"] = self._files.save(trainer, self.store, self._identity(module), module.step) | {
             "model": module.model_name,
             "max_completion_length": module.sampling.max_completion_length,
-            "rewards": _scored_by(module),
+            "rewards": module.worker.scored_by,
             "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
             "block_length": self._block_length,
         }
@@ -351,7 +351,7 @@ class PrefixCache(RolloutCallback):
             range(state["world_size"]) if self._other_ranks_included else None,
         )
         self.store = RolloutStore.merge(stores, self.store.max_bytes)
-        has_other_rewards = state.get("rewards") != _scored_by(module)
+        has_other_rewards = state.get("rewards") != module.worker.scored_by
         if has_other_rewards:
             rank_zero_info(
                 "the rewards, or their settings, are not those of the checkpoint: kept responses are scored again when they "
@@ -391,11 +391,6 @@ class PrefixCache(RolloutCallback):
             "tokenizer": _digest(module.tokenizer.get_vocab()),
             "temperature": str(module.sampling.temperature),
         }
-
-
-def _scored_by(module: RLVRModule) -> str:
-    """What the rewards of a response depend on: the rewards, and the text that they see."""
-    return module.rewards.identity() + ("" if module.worker.skip_special_tokens else "\nspecial tokens kept")
 
 
 def _digest(value: dict[str, Any]) -> str:

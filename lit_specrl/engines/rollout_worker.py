@@ -48,6 +48,11 @@ class RolloutWorker:
         """Whether texts of responses are without special tokens."""
         self._is_started = False
 
+    @property
+    def scored_by(self) -> str:
+        """What the rewards of a response depend on: the rewards, and the text that they see."""
+        return self.rewards.identity() + ("" if self.skip_special_tokens else "\nspecial tokens kept")
+
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the policy; read without its weights."""

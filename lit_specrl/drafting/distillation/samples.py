@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,23 @@ def cut(samples: Sequence[DistillationSample], num_tokens: int) -> list[list[Dis
         parts[-1].append(sample)
         room -= len(sample)
     return parts
+
+
+def draw_scores(
+    choice: SampleChoice,
+    samples: Sequence[DistillationSample],
+    rejection: Callable[[Sequence[DistillationSample]], Tensor],
+) -> Tensor | None:
+    """What the chance of each response to be drawn is in proportion to, [N]; `None` where all are alike.
+
+    Args:
+        choice: by what.
+        samples: N responses.
+        rejection: share of the draft tokens of each that the policy would reject (`DrafterTrainer.rejection`).
+    """
+    if choice == "random":
+        return None
+    return mean_entropies(samples) if choice == "entropy" else rejection(samples)
 
 
 def mean_entropies(samples: Sequence[DistillationSample]) -> Tensor:
