@@ -46,15 +46,18 @@ def quickstart_stages() -> None:
 
 
 def reuse_cost() -> None:
-    table = [row for row in rows("reuse | seeds") if row[1] == "10" or row[0] == "e^0.5"]
-    plt.figure(figsize=(6.5, 3.6))
+    table = rows("reuse | seeds")
+    plt.figure(figsize=(7, 4.5))
     for index, row in enumerate(table):
         low, high = (float(bound) for bound in re.search(r"\(([-+.\d]+) to ([-+.\d]+)\)", row[4]).groups())
         saved, middle = number(row[2]), number(row[4])
-        colour = [*COLOURS, "#222222"][index]
+        colour = plt.get_cmap("tab10")(index)
         plt.errorbar(saved, middle, [[middle - low], [high - middle]], fmt="o", color=colour, capsize=3)
         plt.plot([], [], "o", color=colour, label=row[0].replace("`", ""))
     plt.axhline(0, color="#bbbbbb", linewidth=1)
+    plt.xscale("log")
+    plt.xticks([1, 1.5, 2, 3, 5, 7], ["1", "1.5", "2", "3", "5", "7"])
+    plt.minorticks_off()
     plt.xlabel("times fewer tokens")
     plt.ylabel("score, with - without")
     plt.title("54 steps of the test bed; 95 % intervals over pairs of seeds", fontsize=9)

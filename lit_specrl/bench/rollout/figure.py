@@ -59,7 +59,7 @@ def draw_frontier(comparisons: Mapping[str, Comparison], cost: str, file: Path) 
         }
         axes.errorbar([saved.mean], [lost.mean], **bars, marker="o", capsize=2, label=arm)
     axes.axhline(0, color="tab:gray", linewidth=1)
-    axes.set(xlabel=f"{COSTS[cost][0]}, without / with", ylabel=f"{MEAN}, with - without", xscale="log")
+    axes.set(xlabel=f"{COSTS[cost][0]}, without / with", ylabel=f"{MEAN}, with - without")
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=150)
 
