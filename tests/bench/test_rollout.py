@@ -23,6 +23,7 @@ from lit_specrl.bench.rollout.comparison import (
     time_table,
     validation_table,
 )
+from lit_specrl.bench.rollout.progress import ProgressTeller
 from lit_specrl.bench.rollout.records import EvaluationRecord, RunRecord, StepRecord
 from lit_specrl.bench.rollout.runs import RunFailedError, planned_runs
 from lit_specrl.cli.fit_config import fit_configuration, with_seed
@@ -435,6 +436,8 @@ def test_a_tiny_model_with_and_without_the_prefix_cache(config, processes, capsy
     generated = [sum(step["generated_tokens"] for step in run["steps"][2:]) for run in (without, with_callbacks)]
     assert generated[1] < generated[0]
     assert not [*Path("out").rglob("*.ckpt"), *Path("out").rglob("*.safetensors")]
+    lines = Path("out/seed-0-with/steps.txt").read_text().splitlines()
+    assert [line.split(" s")[0] for line in lines] == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"]
 
     bench_command(arguments)  # finds both runs
     assert len(processes) == 2
@@ -455,6 +458,18 @@ def test_a_tiny_model_with_and_without_the_prefix_cache(config, processes, capsy
     ]
     assert [run["arm"] for run in report["runs"]] == ["without", "with", "afresh"]
     assert Path("out/frontier.png").exists()
+
+
+def test_a_run_tells_its_steps_while_it_is_waited_for(tmp_path, capsys):
+    file = tmp_path / "steps.txt"
+    file.write_text("of an earlier run\n")
+    with ProgressTeller(file, every_s=0.01):
+        for line in ("1 of 2 steps", "2 of 2 steps"):
+            with file.open("a") as steps:
+                steps.write(f"{line}\n")
+            while line not in (told := capsys.readouterr().err):
+                time.sleep(0.01)
+            assert told == f"  {line}\n"
 
 
 @pytest.mark.parametrize(

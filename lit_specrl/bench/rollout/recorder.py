@@ -11,6 +11,7 @@ import torch
 
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.bench.report import describe_hardware
+from lit_specrl.bench.rollout.progress import STEPS_FILE
 from lit_specrl.bench.rollout.records import EvaluationRecord, RunRecord, StepRecord
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_rlvr_module
 from lit_specrl.distributed.collectives import gather_objects
@@ -63,6 +64,8 @@ class RunRecorder(RolloutCallback):
         step = StepRecord(trainer.current_epoch, -start_s, generated, in_all, metrics, decode_steps)
         self._record.steps.append(step)
         self._end_of_lap()
+        if trainer.is_global_zero:
+            self._tell(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end_of_lap()
@@ -79,6 +82,14 @@ class RunRecorder(RolloutCallback):
         self._end_of_lap()
         if trainer.is_global_zero:
             self._record.save(self.file)
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        """A line for whoever waits for the run."""
+        steps, epochs = self._record.steps, trainer.max_epochs or -1
+        planned = f" of {epochs * trainer.num_training_batches:g}" if epochs > 0 else ""
+        line = f"{len(steps)}{planned} steps, {self._record.training_s:.0f} s, reward {steps[-1].metrics['reward']:.3f}"
+        with self.file.with_name(STEPS_FILE).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     @property
     def _record(self) -> RunRecord:

@@ -18,6 +18,7 @@ import yaml
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_specrl import __version__
+from lit_specrl.bench.rollout.progress import STEPS_FILE, ProgressTeller
 from lit_specrl.bench.rollout.records import RunRecord
 from lit_specrl.cli.fit_config import Configuration, with_seed, without_callbacks
 
@@ -72,7 +73,8 @@ class Run:
         config_file, output, errors = (self.folder / name for name in ("config.yaml", "stdout.txt", "stderr.txt"))
         config_file.write_text(yaml.safe_dump(self._recorded_configuration(), sort_keys=False), "utf-8")
         command = [sys.executable, "-m", "lit_specrl.cli", "fit", "--config", str(config_file)]
-        with output.open("w") as stdout, errors.open("w") as stderr:
+        progress = ProgressTeller(self.folder / STEPS_FILE)
+        with progress, output.open("w") as stdout, errors.open("w") as stderr:
             code = subprocess.run(command, stdout=stdout, stderr=stderr, check=False).returncode
         if code or not self.record_file.exists():
             self.record_file.unlink(missing_ok=True)
