@@ -169,8 +169,9 @@ def test_a_callback_that_is_named_again_takes_the_place_of_the_first(fitted, tmp
     assert [names.count(name) for name in ("PrefixCache", "SpeculativeRollout", "AdaptiveScheduler")] == [1, 1, 1]
     assert names.count("LearningRateMonitor") == 2  # not ours to judge
     caches = {type(callback).__name__: callback for callback in trainer.callbacks}
+    assert caches["PrefixCache"].verifier == "engine"  # of the block; the recipe leaves it to the policy
     assert caches["PrefixCache"].max_reuses == 2
-    assert caches["PrefixCache"].reuse_policy.max_reuse_fraction == 0.5
+    assert caches["PrefixCache"].reuse_policy.failures.max_reuse_fraction == 0.5
     assert type(caches["SpeculativeRollout"].drafter).__name__ == "HistoryDrafter"
 
 
