@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.rollout_callback import require_rlvr_module
@@ -38,7 +41,11 @@ class RunSummary(L.Callback):
         if "val_accuracy" in pl_module.evaluation:
             self.accuracies.append(pl_module.evaluation["val_accuracy"])
             when = f"after {self.num_steps} steps" if self.num_steps else "before training"
-            rank_zero_info(f"held-out accuracy {when}: {self.accuracies[-1]:.3f}")
+            bar, told = trainer.progress_bar_callback, f"held-out accuracy {when}: {self.accuracies[-1]:.3f}"
+            if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+                rank_zero_only(tqdm.write)(told, file=sys.stderr)  # on a line of its own, above the bar
+            else:
+                rank_zero_info(told)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_rlvr_module(self, pl_module)

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_specrl.callbacks import RunSummary
+from lit_specrl.callbacks import RolloutProgressBar, RunSummary
 
 
 class Steps(L.Callback):
@@ -97,6 +97,16 @@ def test_each_validation_is_told_when_it_is_done(module, data, make_trainer, cap
         "held-out accuracy after 2 steps: 4.000",
         "held-out accuracy after 4 steps: 7.000",
     ]
+
+
+def test_beside_a_bar_it_is_told_on_a_line_of_its_own(module, data, make_trainer, capfd):
+    make_trainer(
+        RolloutProgressBar(), RunSummary(), enable_progress_bar=True, num_sanity_val_steps=-1, limit_val_batches=1.0
+    ).fit(module, datamodule=data)
+    out, err = capfd.readouterr()
+    lines = re.split(r"[\r\n]+", out + err)
+    assert "held-out accuracy before training: 1.000" in lines
+    assert "held-out accuracy after 2 steps: 4.000" in lines
 
 
 class Interrupt(L.Callback):
