@@ -64,6 +64,6 @@ def row_weights(remaining: Floats, fixed_fraction: float) -> Floats:
     if not known.any():
         return np.ones(len(remaining))
     rest = np.where(known, remaining, remaining[known].mean())
-    is_last = np.exp((rest - rest.max()) / (_SPREAD * rest.max()))
+    is_last = np.exp((rest - rest.max()) / (_SPREAD * max(rest.max(), 1.0)))  # all may be at their ends
     weights: Floats = 1 - fixed_fraction + fixed_fraction * len(rest) * is_last / is_last.sum()
     return weights

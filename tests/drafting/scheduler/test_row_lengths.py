@@ -48,6 +48,12 @@ def test_nothing_is_drafted_for_a_gain_below_the_margin():
     assert row_lengths(chances, np.ones(1), seconds, margin=0.03).tolist() == [0]
 
 
+def test_rows_at_their_ends_are_worth_the_same():
+    """The longest rest was 0, and what was divided by it no number."""
+    with np.errstate(all="raise"):
+        assert row_weights(np.zeros(3), fixed_fraction=0.5).tolist() == [1.0, 1.0, 1.0]
+
+
 def test_rows_that_may_be_the_last_are_worth_more():
     weights = row_weights(np.array([10.0, 50.0, 100.0]), fixed_fraction=0.8)
     assert weights.sum() == pytest.approx(3) and weights[0] < weights[1] < weights[2]
