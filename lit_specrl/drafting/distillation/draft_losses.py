@@ -79,13 +79,13 @@ class ForwardKL(DraftLoss):
 class TotalVariation(DraftLoss):
     """1 - `draft_overlap`: the probability that a drafted token is rejected when all before it are accepted.
 
-    Bebop (Li et al. 2026, arXiv 2606.12370, equation 10). Its gradient vanishes where policy and drafter have little in
+    Bebop (Li et al. 2026, arXiv 2606.12370). Its gradient vanishes where policy and drafter have little in
     common, as they have before the first training. The hybrid of LK losses (Samarin et al. 2026, arXiv 2602.23881)
     begins there with the KL divergence: lambda * KL + (1 - lambda) * TV, with lambda = exp(-kl_decay * overlap), which
     has no gradient. Lambda is each token's own, so that no loss depends on the micro-batch.
 
     Args:
-        kl_decay: how fast the divergence leaves the loss as the overlap grows; 3 is common, 0 is the divergence alone,
+        kl_decay: how fast the divergence leaves the loss as the overlap grows, such as 3; 0 is the divergence alone,
             `None` total variation alone, for drafters that have been trained before.
     """
 
@@ -106,12 +106,12 @@ class TotalVariation(DraftLoss):
 class AcceptedLength(DraftLoss):
     """Share of the drafted tokens that are not emitted: what a draft loses from its first rejection on.
 
-    End to end (Bebop, Li et al. 2026, arXiv 2606.12370, equation 13): 1 less the mean of `prefix_acceptance` over the
+    End to end (Bebop, Li et al. 2026, arXiv 2606.12370): 1 less the mean of `prefix_acceptance` over the
     steps of a draft, so that a token counts as much as those before it in its draft are accepted. For drafts of K
     tokens it is 1 - (L - 1) / K with L of `expected_acceptance_length`, where k = V' and the decay is 1.
 
     Departures: a draft that would run over the end of its response counts with the steps it has (without those the
-    last tokens would be learned as last steps alone), and lambda * KL of each token is added, lambda as in
+    last tokens would be learned as last steps alone); with `kl_decay`, lambda * KL of each token is added, lambda as in
     `TotalVariation`: while first steps are rejected, later ones have no gradient of their own.
 
     Args:

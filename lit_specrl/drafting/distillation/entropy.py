@@ -10,7 +10,7 @@ def policy_entropy(top_logprobs: Tensor) -> Tensor:
     """Entropy of the policy at each place, over its k most probable tokens and all others as one outcome.
 
     A lower bound of the entropy, and the entropy where the k tokens have all of the probability. Acceptance falls as it
-    rises (Bebop, Li et al. 2026, arXiv 2606.12370, section 3).
+    rises (Bebop, Li et al. 2026, arXiv 2606.12370).
 
     Args:
         top_logprobs: [.., k] nats, under the policy's whole softmax.

@@ -123,7 +123,7 @@ def expected_acceptance(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor
 def draft_overlap(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor, log_mass: Tensor) -> Tensor:
     """Sum of min(policy, drafter) over the policy's k most probable tokens and all others as one outcome.
 
-    1 less the total variation distance of the two (Bebop, Li et al. 2026, arXiv 2606.12370, equation 10), and so the
+    1 less the total variation distance of the two (Bebop, Li et al. 2026, arXiv 2606.12370), and so the
     probability that a sampled draft token is accepted. That the others are one outcome makes it an upper bound of it,
     as `expected_acceptance` is a lower one: it does not pull the drafter away from tokens that the policy may say, too.
     All three agree where k = V'. As in `expected_acceptance`, and unlike in `draft_kl`, the policy is not renormalised:

@@ -52,12 +52,6 @@ class DecodeStep:
     """Requests that had a k-th drafted token, by position."""
     accepted: list[int] = field(default_factory=list)
     """Requests of which the k-th and all before it were accepted, by position."""
-
-    @property
-    def num_drafted(self) -> int:
-        """Drafted tokens that were verified, over all requests."""
-        return sum(self.drafted)
-
     is_steady: bool = True
     """Whether the step also drafted as many tokens as it verified, so that its time belongs to that length."""
     age: float = 0.0
@@ -66,6 +60,11 @@ class DecodeStep:
     """Tokens that were drafted, and accepted, by where they were read (`SOURCES`), of drafters that look tokens up."""
     catch_up_s: float = 0.0
     """Time before the step in which the drafter read tokens that were generated without it."""
+
+    @property
+    def num_drafted(self) -> int:
+        """Drafted tokens that were verified, over all requests."""
+        return sum(self.drafted)
 
 
 @dataclass

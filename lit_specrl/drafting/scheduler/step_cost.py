@@ -17,22 +17,23 @@ _FEWEST = 8  # steps
 class StepCost:
     """Predicts the seconds of a step from its rows and the tokens that they verify together.
 
-        Of B rows with M drafted tokens altogether, the engine computes n = B + M tokens:
+    Of B rows with M drafted tokens altogether, the engine computes n = B + M tokens:
 
-            seconds = fixed + per_row * B + convex(n) + (M > 0) * (overhead + per_drafting_row * B) + a * B * M
+        seconds = fixed + per_row * B + convex(n) + (M > 0) * (overhead + per_drafting_row * B) + a * B * M
 
-    X so that a step is learnt in microseconds and the memory is constant. A step that takes far longer than predicted
-        counts as if it had taken somewhat longer.
+    No coefficient is negative, `convex` is piecewise linear, and errors count relative to the time of the step. Only
+    the normal equations are kept, so that memory is constant. A step that takes far longer than predicted counts as if
+    it had taken somewhat longer.
 
-        Args:
-            half_life: steps after which an old one counts half.
+    Args:
+        half_life: steps after which an old one counts half.
 
-        Example:
-            >>> cost = StepCost()
-            >>> for rows, drafted in [(1, 0), (1, 8), (8, 0), (8, 64), (32, 0), (32, 128)] * 4:
-            ...     cost.observe(rows, drafted, seconds=0.01 + 0.001 * (rows + drafted))
-            >>> cost.curve(16, most=32)[[0, 16, 32]].round(2)
-            array([0.03, 0.04, 0.06])
+    Example:
+        >>> cost = StepCost()
+        >>> for rows, drafted in [(1, 0), (1, 8), (8, 0), (8, 64), (32, 0), (32, 128)] * 4:
+        ...     cost.observe(rows, drafted, seconds=0.01 + 0.001 * (rows + drafted))
+        >>> cost.curve(16, most=32)[[0, 16, 32]].round(2)
+        array([0.03, 0.04, 0.06])
     """
 
     def __init__(self, half_life: float = 2000) -> None:
