@@ -31,7 +31,11 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.callbacks import RunSummary as RunSummary
     from lit_specrl.callbacks import SpeculativeRollout as SpeculativeRollout
     from lit_specrl.callbacks import TensorBoardReport as TensorBoardReport
+    from lit_specrl.data import Curriculum as Curriculum
+    from lit_specrl.data import Mixture as Mixture
     from lit_specrl.data import PromptDataModule as PromptDataModule
+    from lit_specrl.data import PromptSchedule as PromptSchedule
+    from lit_specrl.data import SkipSolved as SkipSolved
     from lit_specrl.distributed.fsdp2 import FSDP2Strategy as FSDP2Strategy
     from lit_specrl.drafting import Drafter as Drafter
     from lit_specrl.drafting import DraftModel as DraftModel
@@ -83,6 +87,10 @@ _EXPORTS = {
     "SharedTrunkCritic": "models.critic",
     "RLVRModule": "algorithms.rlvr",
     "PromptDataModule": "data",
+    "PromptSchedule": "data",
+    "Mixture": "data",
+    "Curriculum": "data",
+    "SkipSolved": "data",
     "Policy": "models.policy",
     "TransformersEngine": "engines",
     "VLLMEngine": "engines",

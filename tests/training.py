@@ -48,8 +48,9 @@ def with_many_stops(model, folder, end=14):
 
 
 def write_questions(path, texts=QUESTIONS):
-    """The texts as a file, with 5 for all answers."""
-    path.write_text("".join(json.dumps({"question": text, "answer": "5"}) + "\n" for text in texts))
+    """The texts as a file, with their lengths, and 5 for all answers."""
+    rows = [{"question": text, "answer": "5", "length": len(text)} for text in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 

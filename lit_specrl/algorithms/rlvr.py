@@ -25,6 +25,7 @@ from lit_specrl.algorithms.kl_reward import kl_in_reward
 from lit_specrl.algorithms.micro_batch_size import DEFAULT_MICRO_BATCH_TOKENS
 from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.optimizers import make_optimizers, optimizers_of, step_lr_schedulers
+from lit_specrl.algorithms.pass_rates import record_pass_rates
 from lit_specrl.algorithms.run_checks import (
     check_run,
     check_training_sampling,
@@ -252,6 +253,7 @@ class RLVRModule(L.LightningModule):
         """Ask the rewards; the answers go into `rollouts`."""
         counters = self.worker.score(rollouts)
         self.report.generated.append(RolloutStatistics.of(rollouts, counters))
+        record_pass_rates(self.trainer.train_dataloader, rollouts)
 
     def fill_up(self, rollouts: Rollouts) -> Rollouts:
         """DAPO's dynamic sampling: rounds of fresh prompts until every group has reward spread."""

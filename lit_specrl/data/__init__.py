@@ -7,17 +7,24 @@ from lit_specrl.data.hub import HubSource
 from lit_specrl.data.loader import PromptLoader
 from lit_specrl.data.presets import PRESETS
 from lit_specrl.data.reasoning import ReasoningGymSource
+from lit_specrl.data.schedule import Curriculum, InOrder, Mixture, PromptSchedule, Shuffled, SkipSolved
 from lit_specrl.data.sources import PromptSource
 from lit_specrl.data.template import PromptTemplate
 
 __all__ = [
     "PRESETS",
     "ArithmeticSource",
+    "Curriculum",
     "FileSource",
     "HubSource",
+    "InOrder",
+    "Mixture",
     "PromptDataModule",
     "PromptLoader",
+    "PromptSchedule",
     "PromptSource",
     "PromptTemplate",
     "ReasoningGymSource",
+    "Shuffled",
+    "SkipSolved",
 ]

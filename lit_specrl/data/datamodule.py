@@ -17,6 +17,7 @@ from lit_specrl.data.hub import HubSource
 from lit_specrl.data.loader import PromptLoader
 from lit_specrl.data.presets import PRESETS, DataName, resolve_source
 from lit_specrl.data.prompts import REWARD_ARGUMENTS, build_prompts
+from lit_specrl.data.schedule import PromptSchedule
 from lit_specrl.data.sources import PromptSource
 from lit_specrl.data.template import PromptTemplate
 from lit_specrl.types import PromptBatch, SamplingConfig
@@ -48,6 +49,8 @@ class PromptDataModule(L.LightningDataModule):
         overlong: leave longer prompts out and say how many, or refuse them.
         seed: decides the order of prompts together with the epoch.
         shuffle: train on a new order in each epoch.
+        schedule: which prompts an epoch of training visits, and their order: `Mixture` (sources in fixed shares),
+            `Curriculum` (easy ones first), `SkipSolved`, or one of your own. In place of `shuffle`.
         validation_sampling: how to sample during validation; `None` leaves it to the LightningModule.
         test_sampling: the same for test and predict.
 
@@ -85,8 +88,14 @@ class PromptDataModule(L.LightningDataModule):
         shuffle: bool = True,
         validation_sampling: SamplingConfig | None = None,
         test_sampling: SamplingConfig | None = None,
+        schedule: PromptSchedule | None = None,
     ) -> None:
         super().__init__()
+        if schedule is not None and not shuffle:
+            raise ValueError(
+                f"shuffle=False and schedule={type(schedule).__name__} both give an order; leave shuffle out, and give"
+                " the schedule rest=InOrder(), or Mixture shuffle=False"
+            )
         if overlong not in ("drop", "raise"):
             raise ValueError(f"overlong must be 'drop' or 'raise', got {overlong!r}")
         for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
@@ -106,7 +115,7 @@ class PromptDataModule(L.LightningDataModule):
         self.max_prompt_length = max_prompt_length
         self.overlong: Literal["drop", "raise"] = overlong
         self.seed = seed
-        self.shuffle = shuffle
+        self.shuffle, self.schedule = shuffle, schedule
         self.sampling = {"validation": validation_sampling, "test": test_sampling, "predict": test_sampling}
         self.num_dropped: dict[str, int] = {}
         self.num_train_prompts: int | None = None
@@ -216,10 +225,13 @@ class PromptDataModule(L.LightningDataModule):
                 "overfit_batches does not work with PromptDataModule, whose training data is one stream over all epochs;"
                 " give the source a `limit` instead"
             )
-        loader = PromptLoader(prompts, self.batch_size, seed=self.seed, shuffle=self.shuffle, **self._ranks())
+        loader = PromptLoader(
+            prompts, self.batch_size, seed=self.seed, shuffle=self.shuffle, schedule=self.schedule, **self._ranks()
+        )
         self.num_train_prompts = loader.num_prompts
         left_over = f"; {loader.num_left_over} prompts sit out each epoch" if loader.num_left_over else ""
-        rank_zero_info(f"train data: {len(prompts)} prompts, {len(loader)} steps an epoch{left_over}.")
+        scheduled = f", {loader.num_prompts} of them in an epoch" if loader.num_prompts < len(prompts) else ""
+        rank_zero_info(f"train data: {len(prompts)} prompts{scheduled}, {len(loader)} steps an epoch{left_over}.")
         return loader
 
     def _make_eval_loader(self, split: str, prompts: PromptBatch) -> EvaluationLoader:

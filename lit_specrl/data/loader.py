@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import xxhash
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_specrl.data.order import epoch_order, rank_share, take
+from lit_specrl.data.order import rank_share, take
+from lit_specrl.data.schedule import InOrder, PromptSchedule, ScheduledPrompt, Shuffled
 from lit_specrl.types import PromptBatch
 
 
@@ -20,18 +22,21 @@ class PromptLoader:
     as without them, the stream just moves faster, and its epochs end earlier than the passes do.
 
     Every rank yields full batches, equally many, and no batch or draw holds a prompt twice: where an epoch has fewer
-    prompts left than are asked for, they sit out and the next epoch begins.
+    prompts left than are asked for, they sit out and the next epoch begins. An epoch has the prompts of the schedule,
+    a pass as many batches as the schedule's first epoch. A later epoch with too few prompts for a batch has them all.
 
     Args:
         prompts: all prompts of all ranks.
         batch_size: prompts per step over all ranks.
         seed: decides the order together with the epoch.
         shuffle: new order in each epoch of the stream; otherwise the order of the data.
+        schedule: which prompts an epoch has, and their order, in place of `shuffle`.
         rank: this rank.
         world_size: number of ranks.
 
     Attributes:
         sources: names of the data sources of all prompts, the same on every rank.
+        reads_pass_rates: whether `record_pass_rates` is waited for.
 
     Raises:
         ValueError: for a batch size that does not divide by the number of ranks, and for fewer prompts than a batch.
@@ -51,6 +56,7 @@ class PromptLoader:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        schedule: PromptSchedule | None = None,
     ) -> None:
         check_batch_size(batch_size, world_size)
         if len(prompts) < batch_size:
@@ -60,15 +66,34 @@ class PromptLoader:
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.num_prompts = len(prompts)
         self.world_size = world_size
         self.sources = sorted(set(prompts.sources))
-        self._prompts = take(prompts, rank_share(prompts.uids, rank, world_size))
+        self._schedule = schedule or (Shuffled() if shuffle else InOrder())
+        self.reads_pass_rates = self._schedule.reads_pass_rates
+        self._scheduled = [
+            ScheduledPrompt(uid, source, columns)
+            for uid, source, columns in zip(prompts.uids, prompts.sources, prompts.columns, strict=True)
+        ]
+        shares = [rank_share(prompts.uids, number, world_size) for number in range(world_size)]
+        self._owner = {prompts.uids[index]: number for number, share in enumerate(shares) for index in share}
+        self._rank = rank
+        self._prompts = take(prompts, shares[rank])
+        self._place = {uid: index for index, uid in enumerate(self._prompts.uids)}
         self._fingerprint = xxhash.xxh3_64_hexdigest("/".join(sorted(prompts.uids)).encode())
+        self._pass_rates: dict[str, tuple[float, int]] = {}  # of all ranks: rate and epoch of the last visit
+        self._epoch_pass_rates: dict[str, tuple[float, int]] = {}  # when the epoch began
         self._epoch = 0
         self._num_drawn = 0  # prompts of this rank in this epoch, in batches and in draws
-        self._order: list[int] = []
-        self._ordered_epoch: int | None = None  # epoch that `_order` belongs to
+        self._orders: list[list[int]] = []  # of each rank, in the current epoch
+        self._ordered_epoch: int | None = None  # epoch that `_orders` belongs to
+        self.num_prompts = sum(map(len, self._current_orders()))
+        self._per_epoch = self._num_of_rank
+        if self._per_epoch < batch_size // world_size:
+            raise ValueError(
+                f"{self.num_prompts} prompts are fewer than one step of batch_size={batch_size}"
+                + (" on each rank" if self.num_prompts >= batch_size else "")
+                + "; add data or lower batch_size"
+            )
 
     @property
     def uids(self) -> list[str]:
@@ -111,25 +136,63 @@ class PromptLoader:
             loader.draw(3)  # prompts 2, 3 and 4
             next(iterator)  # prompts 5 and 6
         """
-        per_epoch = self.num_prompts // self.world_size  # some ranks have one more, which would bring them out of step
-        if not 1 <= num_prompts <= per_epoch:
+        if not 1 <= num_prompts <= self._per_epoch:
             raise ValueError(
-                f"num_prompts must be between 1 and {per_epoch}, the prompts of a rank in an epoch, got {num_prompts};"
-                " draw fewer at a time or add data"
+                f"num_prompts must be between 1 and {self._per_epoch}, the prompts of a rank in an epoch, got"
+                f" {num_prompts}; draw fewer at a time or add data"
             )
-        if self._num_drawn + num_prompts > per_epoch:
-            self._epoch, self._num_drawn = self._epoch + 1, 0
+        if self._num_drawn + num_prompts > self._num_of_rank:
+            self._begin_epoch(num_prompts)
         start = self._num_drawn
         self._num_drawn += num_prompts
-        return take(self._prompts, self._current_order()[start : self._num_drawn])
+        return take(self._prompts, self._current_orders()[self._rank][start : self._num_drawn])
 
-    def _current_order(self) -> list[int]:
-        """Indices of the prompts of this rank in the order of the current epoch, sorted once an epoch."""
+    def record_pass_rates(self, pass_rates: Mapping[str, float]) -> None:
+        """Note how well prompts were answered, for the schedule's next epochs.
+
+        Args:
+            pass_rates: by uid, of all ranks and the same on every one.
+        """
+        self._pass_rates |= {uid: (rate, self._epoch) for uid, rate in pass_rates.items() if uid in self._owner}
+
+    def _begin_epoch(self, num_prompts: int) -> None:
+        """The next epoch; with all prompts where the schedule leaves too few for what is asked for."""
+        self._epoch, self._num_drawn = self._epoch + 1, 0
+        self._epoch_pass_rates = dict(self._pass_rates)
+        if self._num_of_rank < num_prompts:
+            rank_zero_warn(
+                f"epoch {self._epoch}: {type(self._schedule).__name__} leaves {self._num_of_rank} prompts for a rank, a step"
+                f" needs {num_prompts}; the epoch visits all prompts"
+            )
+            self._epoch_pass_rates = {}
+            self._ordered_epoch = None
+
+    @property
+    def _num_of_rank(self) -> int:
+        """Prompts that each rank can draw in the current epoch: those of the rank that has the fewest."""
+        return min(map(len, self._current_orders()))
+
+    def _current_orders(self) -> list[list[int]]:
+        """For each rank the places of its prompts, in the order of the current epoch, sorted once an epoch; of other
+        ranks only the number counts."""
         if self._ordered_epoch != self._epoch:
-            uids = self._prompts.uids
-            self._order = epoch_order(uids, self.seed, self._epoch) if self.shuffle else list(range(len(uids)))
+            self._orders = [[] for _ in range(self.world_size)]
+            for prompt in self._schedule(self._known(), self._epoch, self.seed):
+                self._orders[self._owner[prompt.uid]].append(self._place.get(prompt.uid, -1))
             self._ordered_epoch = self._epoch
-        return self._order
+        return self._orders
+
+    def _known(self) -> list[ScheduledPrompt]:
+        """All prompts, with the pass rates from before the epoch."""
+        nothing = None, None
+        rates = self._epoch_pass_rates
+        if not rates:
+            return self._scheduled
+        return [
+            replace(prompt, pass_rate=rate, last_epoch=epoch)
+            for prompt in self._scheduled
+            for rate, epoch in [rates.get(prompt.uid, nothing)]
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the stream, in prompts of all ranks and the same on every rank, and what the order depends on."""
@@ -137,6 +200,8 @@ class PromptLoader:
             "epoch": self._epoch,
             "num_drawn": self._num_drawn * self.world_size,
             "order": self._order_identity(),
+            "pass_rates": dict(self._pass_rates),
+            "epoch_pass_rates": dict(self._epoch_pass_rates),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -154,6 +219,9 @@ class PromptLoader:
                 f"The order of prompts differs from that of the checkpoint ({', '.join(changed)}): the epoch continues"
                 " after as many prompts, but some of its prompts may repeat and some may be left out."
             )
+        self._pass_rates = dict(state_dict.get("pass_rates", {}))  # older ones have none
+        self._epoch_pass_rates = dict(state_dict.get("epoch_pass_rates", {}))
+        self._ordered_epoch = None
         self._epoch, self._num_drawn = state_dict["epoch"], state_dict["num_drawn"] // self.world_size
 
     def _order_identity(self) -> dict[str, Any]:
@@ -161,6 +229,7 @@ class PromptLoader:
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "schedule": type(self._schedule).__name__,
             "batch_size": self.batch_size,
             "world_size": self.world_size,
             "num_prompts": self.num_prompts,

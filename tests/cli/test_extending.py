@@ -66,7 +66,7 @@ def example(title):
     return python, block.split("```yaml\n")[1]
 
 
-def test_the_page_has_all_seven():
+def test_the_page_has_all_eight():
     assert list(EXAMPLES) == [
         "A loss",
         "An advantage estimator",
@@ -75,6 +75,7 @@ def test_the_page_has_all_seven():
         "A drafter that looks tokens up",
         "An engine",
         "A reward",
+        "A prompt schedule",
     ]
 
 
@@ -131,3 +132,13 @@ def test_a_reward(fit):
     run, _ = fit(*example("A reward"))
     assert [reward.name for reward in run.model.rewards.rewards] == ["short"]
     assert 0 < run.model.step_metrics["rewards/short/mean"] < 1
+
+
+def test_a_prompt_schedule(fit):
+    run, file = fit(*example("A prompt schedule"))
+    loader = run.trainer.train_dataloader
+    lengths = sorted(prompt.columns["length"] for prompt in loader._scheduled)
+    schedule = run.trainer.datamodule.schedule
+    assert isinstance(schedule, file.Growing) and (schedule.start, schedule.step) == (4, 8)
+    assert loader.num_prompts == 2 < len(lengths), "of the first epoch"
+    assert loader.state_dict()["epoch"] >= 1
