@@ -87,6 +87,7 @@ class Experience:
         "reference_logprobs",
         "recorded_logprobs",
         "kl_penalty",
+        "entropy",
         "values",
         "returns",
     )
@@ -120,6 +121,8 @@ class Experience:
     none did, 0 on padding."""
     kl_penalty: Tensor | None = None
     """[N, R] float32, what is subtracted from the reward of each token; `None` for nothing."""
+    entropy: Tensor | None = None
+    """[N, R] float32, nats, of the policy that this step began with; `None` where nothing asks for it."""
     values: Tensor | None = None
     """[N, R] float32, the critic's estimate before each token; `None` without a critic."""
     returns: Tensor | None = None

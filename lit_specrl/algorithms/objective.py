@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_specrl.experience import Experience
 from lit_specrl.losses import ImportanceSampling, KLEstimator, TokenLoss, kl_penalty
-from lit_specrl.masking import masked_sum
+from lit_specrl.masking import masked_mean, masked_sum
 from lit_specrl.metrics import UpdateStatistics
 from lit_specrl.models.policy import TokenStatistics
 
@@ -24,19 +24,28 @@ class Objective:
             none.
         kl_estimator: of the penalty.
         entropy_coef: weight of the entropy of each token's distribution; positive keeps the policy diverse.
+        off_policy_mask_threshold: most nats per token, in the mean of a row, that the policy may have moved away from
+            what sampled it; a row of negative advantage beyond it is left out of the surrogate (DeepSeek-V3.2, 2025,
+            arXiv 2512.02556, and TRL). `None` leaves out none.
 
     Raises:
-        ValueError: `entropy_coef` is not finite.
+        ValueError: `entropy_coef` is not finite, or `off_policy_mask_threshold` is negative.
     """
 
     policy_loss: TokenLoss
     importance_sampling: ImportanceSampling | None
     kl_estimator: KLEstimator
     entropy_coef: float = 0.0
+    off_policy_mask_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef must be a finite number, got {self.entropy_coef}; use 0.0 for no bonus")
+        if self.off_policy_mask_threshold is not None and not self.off_policy_mask_threshold >= 0:
+            raise ValueError(
+                f"off_policy_mask_threshold must not be negative, got {self.off_policy_mask_threshold}; leave it out to"
+                " leave out no row"
+            )
 
     def __call__(
         self, statistics: TokenStatistics, part: Experience, kl_coef: float
@@ -53,6 +62,9 @@ class Objective:
         """
         logprobs, mask = statistics.logprobs, part.loss_mask
         per_token_loss, clipped = self.policy_loss(logprobs, part.old_logprobs, part.advantages, mask)  # [n, R]
+        if self.off_policy_mask_threshold is not None:
+            kept = is_on_policy(logprobs.detach(), part, self.off_policy_mask_threshold)
+            per_token_loss = per_token_loss * kept
         old_logprobs = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
         # without a correction the ratios are still reported
         correction, mismatch = (self.importance_sampling or ImportanceSampling())(
@@ -75,3 +87,19 @@ class Objective:
             clipped=clipped,
             mismatch=mismatch,
         )
+
+
+def is_on_policy(logprobs: Tensor, part: Experience, threshold: float) -> Tensor:
+    """Tokens that `Objective(off_policy_mask_threshold)` keeps.
+
+    Args:
+        logprobs: [n, R] nats, of the policy that is being trained.
+        part: its n rows.
+        threshold: nats per token.
+
+    Returns:
+        [n, R] bool.
+    """
+    moved = (part.sampling_logprobs - logprobs).nan_to_num(0.0)  # where the engine gave none, there is nothing to say
+    distance = masked_mean(moved, part.loss_mask, dim=-1, keepdim=True)  # [n, 1]
+    return (part.advantages >= 0) | (distance <= threshold)

@@ -18,11 +18,13 @@ from torch import Tensor
 from lit_specrl.advantages import ScaleRewards
 from lit_specrl.algorithms.advantage_estimators import AdvantageEstimator, resolve_estimator
 from lit_specrl.algorithms.dynamic_sampling import DynamicSampling, groups_with_spread
+from lit_specrl.algorithms.entropy_mask import TopEntropy
 from lit_specrl.algorithms.evaluator import Evaluator, prediction_records, source_names
 from lit_specrl.algorithms.gradient_step import GradientStep
 from lit_specrl.algorithms.hyperparameters import hyperparameters
 from lit_specrl.algorithms.kl_reward import kl_in_reward
 from lit_specrl.algorithms.micro_batch_size import DEFAULT_MICRO_BATCH_TOKENS
+from lit_specrl.algorithms.moving_reference import MovingReference
 from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.optimizers import make_optimizers, optimizers_of, step_lr_schedulers
 from lit_specrl.algorithms.pass_rates import record_pass_rates
@@ -75,9 +77,9 @@ class RLVRModule(L.LightningModule):
         top_k: most likely tokens to sample from in training rollouts; the same holds.
         eval_sampling: how to sample in validation, test and predict where the data module does not say; by default one
             response per prompt under the training settings.
-        loss_type: "grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo" or "luspo" (`lit_specrl.losses.LOSS_TYPES`), or a
-            loss by `class_path`, which has its own numbers. Ratios by sequence ("gspo", "luspo") stay close to 1 and
-            need an `epsilon` of about 3e-4.
+        loss_type: "grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo", "luspo", "sapo" or "vespo" (`lit_specrl.losses`),
+            or a loss by `class_path`, which has its own numbers. Ratios by sequence ("gspo", "luspo") stay close to 1
+            and need an `epsilon` of about 3e-4.
         epsilon: how far the probability ratio may fall below 1 before it is clipped.
         epsilon_high: how far it may rise above 1; `None` means `epsilon`.
         delta: largest ratio that enters the loss of a token with negative advantage; `None` for no bound.
@@ -91,6 +93,10 @@ class RLVRModule(L.LightningModule):
         kl: how the penalty is taken.
         entropy_coef: weight of a bonus for the entropy of the policy at each token, in the loss (verl's
             `entropy_coeff`); averaged as the loss is.
+        top_entropy_quantile: share of the tokens, those of the highest entropy, that the surrogate learns from. Below 1
+            it costs a forward pass.
+        off_policy_mask_threshold: rows of negative advantage from whose sampling the policy has moved further, in nats
+            per token, are left out of the surrogate; `None` leaves out none.
         importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for
             none.
         skip_special_tokens: leave special tokens out of the texts that rewards see; False for rewards that look for
@@ -141,6 +147,8 @@ class RLVRModule(L.LightningModule):
         beta: float = 0.0,
         kl: KLPenalty = KLPenalty(),
         entropy_coef: float = 0.0,
+        top_entropy_quantile: float = 1.0,
+        off_policy_mask_threshold: float | None = None,
         importance_sampling: ImportanceSampling | None = ImportanceSampling(),
         skip_special_tokens: bool = True,
         mask_truncated_completions: bool = False,
@@ -202,7 +210,11 @@ class RLVRModule(L.LightningModule):
             raise ValueError(f"dynamic_sampling compares rows of a group, got num_generations={num_generations}")
         if isinstance(loss_type, str):
             loss_type = named_loss(loss_type, epsilon, epsilon_high, delta, clip_ratio_c)
-        self.objective = Objective(loss_type, importance_sampling, kl.estimator, entropy_coef)
+        self.objective = Objective(
+            loss_type, importance_sampling, kl.estimator, entropy_coef, off_policy_mask_threshold
+        )
+        self.top_entropy = TopEntropy(top_entropy_quantile)
+        self.reference = MovingReference(kl, beta, lora)
         self.kl_coefficient = KLCoefficient(beta, kl.target, kl.horizon)
         self.kl_in_reward = kl.in_reward and beta > 0
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
@@ -245,6 +257,7 @@ class RLVRModule(L.LightningModule):
         for minibatch in experience.minibatches(self.num_minibatches, passes=self.num_iterations):
             self.update_critic(minibatch)
             self.update_policy(minibatch)
+        self.reference.follow(self.scorer, self.step)
         self.step_metrics |= step_lr_schedulers(self)
         self.step += 1
         self._log_step()
@@ -281,20 +294,22 @@ class RLVRModule(L.LightningModule):
         """
         statistics = None
         with_values = self.critic is not None and self.critic.updates_with_policy
-        if self.num_iterations * self.num_minibatches > 1 or self.kl_in_reward or with_values:
+        every_row = with_values or self.top_entropy.is_on
+        if self.num_iterations * self.num_minibatches > 1 or self.kl_in_reward or every_row:
             with self.timer("old_log_prob"):
-                statistics = self.scorer.record_old_logprobs(experience, every_row=with_values)
+                statistics = self.scorer.record_old_logprobs(experience, every_row)
+                experience.entropy = statistics.entropy if self.top_entropy.is_on else None
         if self.critic is not None:
             with nullcontext() if with_values else self.timer("values"):
                 experience.values = self.critic.values(statistics, self.scorer, experience)
 
     def add_reference_logprobs(self, experience: Experience) -> None:
-        """Log-probs under the initial policy; none without a KL penalty."""
+        """Log-probs under the reference; none without a KL penalty."""
         if not self.kl_coefficient.value:
             experience.reference_logprobs = None
             return
         with self.timer("ref"):
-            self.scorer.record_reference_logprobs(experience)
+            self.scorer.record_reference_logprobs(experience, every_row=self.reference.is_on)
 
     def add_advantages(self, experience: Experience) -> None:
         """Advantages, and with a critic returns."""
@@ -306,6 +321,8 @@ class RLVRModule(L.LightningModule):
         advantages = self.advantage_estimator(experience, self.sampling.num_generations)
         if advantages.dim() == 1:
             advantages = advantages[:, None] * experience.response_mask
+        advantages, metrics = self.top_entropy(advantages, experience)
+        self.step_metrics |= metrics
         experience.advantages = advantages  # [N, R]
         if experience.returns is not None:
             self.report.add_values(experience)
@@ -404,6 +421,7 @@ class RLVRModule(L.LightningModule):
         check_run(self.trainer, self.model_name, self.engine, self.max_length, num_minibatches)
         if self.critic is not None:
             self.critic.check_files()
+        self.reference.check(stage == "fit" and self.is_sharded)
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -465,6 +483,7 @@ class RLVRModule(L.LightningModule):
             "policy_version": self.policy_version,
             "skipped_updates": [self._policy_step.num_skipped, self._critic_step.num_skipped],
             "kl_coefficient": self.kl_coefficient.value,
+            **self.reference.state_dict(self.scorer),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -480,6 +499,7 @@ class RLVRModule(L.LightningModule):
         self._policy_step.num_skipped, self._critic_step.num_skipped = state["skipped_updates"]
         if self.kl_coefficient.target is not None:
             self.kl_coefficient.value = state["kl_coefficient"]
+        self.reference.load_state_dict(self.scorer, state)
 
     # ------------------------------------------------------------------------------------------- what callbacks may use
 

@@ -13,12 +13,16 @@ from lit_specrl.losses.aggregation import Aggregation, token_weights
 from lit_specrl.losses.importance import ImportanceSampling, ImportanceSamplingMode, MismatchStatistics
 from lit_specrl.losses.kl import KLEstimator, kl_penalty
 from lit_specrl.losses.kl_coefficient import KLCoefficient, KLPenalty
-from lit_specrl.losses.loss_types import LOSS_TYPES, LossType, named_loss, resolve_loss_type
+from lit_specrl.losses.loss_types import LOSS_TYPES, SOFT_GATES, LossType, named_loss, resolve_loss_type
 from lit_specrl.losses.policy_loss import ClipStatistics, ImportanceSamplingLevel, PolicyLoss, Surrogate, TokenLoss
+from lit_specrl.losses.soft_gates import SAPO, VESPO
 from lit_specrl.losses.value_loss import ValueClipStatistics, value_loss
 
 __all__ = [
     "LOSS_TYPES",
+    "SAPO",
+    "SOFT_GATES",
+    "VESPO",
     "Aggregation",
     "ClipStatistics",
     "ImportanceSampling",

@@ -11,22 +11,28 @@ from lit_specrl.losses.kl import KLEstimator
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """How a KL penalty towards the initial policy is taken; its weight is `beta`.
+    """How a KL penalty towards the initial policy, or one that follows, is taken; its weight is `beta`.
 
     Args:
         estimator: "k1", "k2", "k3" (Schulman 2020) or another name of `kl_penalty`.
         in_reward: subtract the penalty from the rewards, token by token, instead of adding it to the loss.
         target: KL, in nats per token, that `beta` is adapted to hold; `None` keeps it. Needs `in_reward`.
         horizon: rows over which `beta` adapts.
+        sync_steps: training steps after which the reference moves towards the policy; `None` keeps it as it began.
+            TRL's `ref_model_sync_steps`; 1 with a small `mixup_alpha` is an exponential moving average.
+        mixup_alpha: share of the policy's weights in the moved reference (TRL's `ref_model_mixup_alpha`; Gorbatovski
+            et al. 2024, arXiv 2404.09656); 1 copies the policy.
 
     Raises:
-        ValueError: an unknown estimator, or a target of a penalty in the loss.
+        ValueError: an unknown estimator, a target of a penalty in the loss, or a number out of its range.
     """
 
     estimator: KLEstimator = "k3"
     in_reward: bool = False
     target: float | None = None
     horizon: int = 10_000
+    sync_steps: int | None = None
+    mixup_alpha: float = 0.6
 
     def __post_init__(self) -> None:
         if self.estimator not in get_args(KLEstimator):
@@ -35,6 +41,12 @@ class KLPenalty:
             )
         if self.target is not None and not self.in_reward:
             raise ValueError(f"target={self.target} adapts a KL penalty in the reward; set in_reward=True")
+        if self.sync_steps is not None and self.sync_steps < 1:
+            raise ValueError(
+                f"sync_steps must be at least 1, got {self.sync_steps}; leave it out for a fixed reference"
+            )
+        if not 0 < self.mixup_alpha <= 1:
+            raise ValueError(f"mixup_alpha must lie in (0, 1], got {self.mixup_alpha}")
 
 
 class KLCoefficient:

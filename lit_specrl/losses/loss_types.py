@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lit_specrl.losses.aggregation import Aggregation
-from lit_specrl.losses.policy_loss import ImportanceSamplingLevel, PolicyLoss, Surrogate
+from lit_specrl.losses.policy_loss import ImportanceSamplingLevel, PolicyLoss, Surrogate, TokenLoss
+from lit_specrl.losses.soft_gates import SAPO, VESPO, SoftGate
 
 
 class LossType(NamedTuple):
@@ -29,8 +30,11 @@ LOSS_TYPES: dict[str, LossType] = {
 
 "bnpo" in TRL averages over the tokens of each micro-batch, so that its loss depends on how the batch was split. Here
 it is an alias of "dapo", which it equals when there is one micro-batch. "gspo" is no `loss_type` in TRL but
-`loss_type="grpo"` with `importance_sampling_level="sequence"`. TRL's soft gates "sapo" and "vespo" are not offered.
+`loss_type="grpo"` with `importance_sampling_level="sequence"`.
 """
+
+SOFT_GATES: dict[str, type[SoftGate]] = {"sapo": SAPO, "vespo": VESPO}
+"""TRL's names of losses without a clip, with the paper's numbers; others by `class_path`."""
 
 
 def resolve_loss_type(name: str) -> LossType:
@@ -44,7 +48,7 @@ def resolve_loss_type(name: str) -> LossType:
         'fixed'
     """
     if name not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {name!r}")
+        raise ValueError(f"loss_type must be one of {', '.join([*LOSS_TYPES, *SOFT_GATES])}, got {name!r}")
     return LOSS_TYPES[name]
 
 
@@ -54,16 +58,22 @@ def named_loss(
     epsilon_high: float | None = None,
     delta: float | None = None,
     clip_ratio_c: float | None = None,
-) -> PolicyLoss:
-    """The loss of a name of `LOSS_TYPES`; the numbers are those of `PolicyLoss`.
+) -> TokenLoss:
+    """The loss of a name of `LOSS_TYPES` or `SOFT_GATES`; the numbers are those of `PolicyLoss`.
 
     Raises:
-        ValueError: unknown name, or a number out of its range.
+        ValueError: unknown name, a number out of its range, or a bound that the loss has not.
 
     Example:
-        >>> named_loss("gspo", epsilon=3e-4).importance_sampling_level
-        'sequence'
+        >>> named_loss("gspo", epsilon=3e-4)  # doctest: +ELLIPSIS
+        PolicyLoss(epsilon=0.0003, ..., importance_sampling_level='sequence', surrogate='clip', aggregation='sequence')
     """
+    if name in SOFT_GATES:
+        if delta is not None or clip_ratio_c is not None:
+            raise ValueError(
+                f"delta and clip_ratio_c bound a clipped ratio; loss_type={name!r} has none, leave them out"
+            )
+        return SOFT_GATES[name]()
     parts = resolve_loss_type(name)
     return PolicyLoss(
         epsilon,

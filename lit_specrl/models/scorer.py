@@ -100,10 +100,15 @@ class Scorer:
         experience.old_logprobs = experience.recorded_logprobs
         return statistics
 
-    def record_reference_logprobs(self, experience: Experience) -> None:
-        """Enter the log-probs of all response tokens under the initial policy, where they are not yet known."""
+    def record_reference_logprobs(self, experience: Experience, every_row: bool = False) -> None:
+        """Enter the log-probs of all response tokens under the reference, where they are not yet known.
+
+        Args:
+            experience: N rows, whose `reference_logprobs` are filled in.
+            every_row: compute the rows whose log-probs are known, too: those of a reference that has moved since.
+        """
         assert experience.reference_logprobs is not None
-        rows = _unknown_rows(experience.reference_logprobs)
+        rows = list(range(experience.num_rows)) if every_row else _unknown_rows(experience.reference_logprobs)
         if self.reference is None:
             with self.policy.adapters_disabled():
                 found = self.token_statistics(experience, rows)
@@ -111,6 +116,29 @@ class Scorer:
             reference = self.reference if self.is_sharded else self.reference.to(self.policy.device)
             found = self.token_statistics(experience, rows, reference)
         experience.reference_logprobs[rows] = found.logprobs[rows]
+
+    @torch.no_grad()
+    def move_reference(self, share: float) -> None:
+        """Move the reference towards the policy.
+
+        Args:
+            share: of the policy's weights; 1 makes the two equal.
+        """
+        assert self.reference is not None
+        for own, new in zip(self.reference.model.parameters(), self.policy.model.parameters(), strict=True):
+            own.lerp_(new.to(own.device, own.dtype), share)
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """Weights of the reference, on the host."""
+        assert self.reference is not None
+        return {name: weight.detach().cpu().clone() for name, weight in self.reference.model.named_parameters()}
+
+    @torch.no_grad()
+    def load_reference_state(self, state: dict[str, Tensor]) -> None:
+        """Take over weights of an earlier reference."""
+        assert self.reference is not None
+        for name, weight in self.reference.model.named_parameters():
+            weight.copy_(state[name])
 
     @torch.no_grad()
     def token_values(self, critic: nn.Module, experience: Experience) -> Tensor:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections import defaultdict, deque
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +81,7 @@ def accelerator() -> SimpleNamespace:
         device=torch.device("cpu"),
         sync_gradients=True,
         gather=lambda tensor: tensor,
+        pad_across_processes=lambda tensor, **kwargs: tensor,
         reduce=lambda tensor, reduction: tensor,
         gather_for_metrics=lambda tensor: tensor,
     )
@@ -108,17 +110,23 @@ def trl_loss(
         vllm_importance_sampling_correction=importance_ratio is not None,
         current_gradient_accumulation_steps=num_micro_batches,
         args=SimpleNamespace(
-            delta=settings["delta"], use_bias_correction_kl=False, steps_per_generation=num_micro_batches
+            delta=settings["delta"],
+            use_bias_correction_kl=False,
+            steps_per_generation=num_micro_batches,
+            **{name: value for name, value in settings.items() if name.startswith(("sapo", "vespo"))},
         ),
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
+        top_entropy_quantile=settings.get("top_entropy_quantile", 1.0),
+        off_policy_mask_threshold=settings.get("off_policy_mask_threshold"),
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
         aux_loss_enabled=False,
         _entropy_bonus_enabled=False,
         model=SimpleNamespace(training=True),
         accelerator=accelerator(),
         _metrics={"train": defaultdict(list)},
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (current[-1], torch.zeros_like(current[-1]), None),
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (current[-1], -current[-1].detach(), None),
     )
+    trainer.get_high_entropy_mask = partial(GRPOTrainer.get_high_entropy_mask, trainer)
     loss = torch.zeros(())
     for chunk in rows:
         current.append(policy[chunk])
@@ -133,6 +141,8 @@ def trl_loss(
         }
         if settings.get("with_old_logprobs", True):
             batch["old_per_token_logps"] = inputs["old_logprobs"][chunk]
+        if settings.get("off_policy_mask_threshold") is not None:
+            batch["sampling_per_token_logps"] = inputs["sampling_logprobs"][chunk]
         if importance_ratio is not None:
             batch["importance_sampling_ratio"] = importance_ratio[chunk]
         loss = loss + GRPOTrainer._compute_loss(trainer, None, batch)
@@ -216,6 +226,12 @@ def trl_oracles(inputs: dict) -> dict:
         "cispo": trl_loss(inputs, loss_type="cispo", epsilon_high=1.3),
         "gspo": trl_loss(inputs, importance_sampling_level="sequence", epsilon=0.1),
         "luspo": trl_loss(inputs, loss_type="luspo", importance_sampling_level="sequence", epsilon=0.1),
+        "sapo": trl_loss(inputs, loss_type="sapo", sapo_temperature_pos=1.0, sapo_temperature_neg=1.05),
+        "vespo": trl_loss(
+            inputs, loss_type="vespo", vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0
+        ),
+        "top entropy": trl_loss(inputs, loss_type="dapo", top_entropy_quantile=0.3),
+        "off-policy mask": trl_loss(inputs, off_policy_mask_threshold=0.1),
     }
     split = {
         name: trl_loss(inputs, num_micro_batches=2, loss_type=name, epsilon_high=1.3 if name == "cispo" else None)

@@ -1,5 +1,7 @@
 """Losses, gradients, advantages and metrics are those of TRL 1.16.0 and verl 0.9.1 (`record_oracles.py`) to 1e-5."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,10 +11,13 @@ from lit_specrl.advantages import (
     group_advantages,
     leave_one_out_advantages,
 )
+from lit_specrl.algorithms.entropy_mask import TopEntropy
+from lit_specrl.algorithms.objective import is_on_policy
 from lit_specrl.losses import (
     ImportanceSampling,
     PolicyLoss,
     kl_penalty,
+    named_loss,
     resolve_loss_type,
     token_weights,
     value_loss,
@@ -80,6 +85,47 @@ def test_policy_losses_are_those_of_trl(case, oracles, inputs, loss_mask):
         assert_equal(clipped.low_mean, expected["clip_ratio/low_mean"])
         assert_equal(clipped.high_mean, expected["clip_ratio/high_mean"])
         assert_equal(clipped.region_mean, expected["clip_ratio/region_mean"])
+
+
+def summed(policy_loss, inputs, loss_mask, change=lambda logprobs, advantages: (advantages, 1)):
+    """Loss and gradient; `change` gives other advantages, and a factor of each token."""
+    policy_logprobs = inputs["policy_logprobs"].clone().requires_grad_()
+    advantages, factor = change(policy_logprobs.detach(), inputs["row_advantages"][:, None].expand(8, 6))
+    per_token_loss, _ = policy_loss(policy_logprobs, inputs["old_logprobs"], advantages, loss_mask)
+    loss = (per_token_loss * factor * token_weights(loss_mask, policy_loss.aggregation)).sum()
+    loss.backward()
+    return loss, policy_logprobs.grad
+
+
+@pytest.mark.parametrize("name", ["sapo", "vespo"])
+def test_soft_gates_are_those_of_trl(name, oracles, inputs, loss_mask):
+    loss, gradient = summed(named_loss(name), inputs, loss_mask)
+    assert_equal(loss, oracles["trl"]["losses"][name]["loss"])
+    assert_equal(gradient, oracles["trl"]["losses"][name]["gradient"])
+
+
+def test_the_undecided_tokens_are_those_of_trl(oracles, inputs, loss_mask):
+    def undecided(logprobs, advantages):
+        part = SimpleNamespace(entropy=-logprobs, loss_mask=loss_mask)
+        return TopEntropy(0.3)(advantages, part)[0], 1
+
+    loss, gradient = summed(named_loss("dapo"), inputs, loss_mask, undecided)
+    assert_equal(loss, oracles["trl"]["losses"]["top entropy"]["loss"])
+    assert_equal(gradient, oracles["trl"]["losses"]["top entropy"]["gradient"])
+
+
+def test_rows_off_the_policy_are_those_of_trl(oracles, inputs, loss_mask):
+    def on_policy(logprobs, advantages):
+        part = SimpleNamespace(
+            sampling_logprobs=inputs["sampling_logprobs"], loss_mask=loss_mask, advantages=advantages
+        )
+        kept = is_on_policy(logprobs, part, 0.1)
+        assert 0 < kept[loss_mask].float().mean() < 1
+        return advantages, kept
+
+    loss, gradient = summed(named_loss("grpo"), inputs, loss_mask, on_policy)
+    assert_equal(loss, oracles["trl"]["losses"]["off-policy mask"]["loss"])
+    assert_equal(gradient, oracles["trl"]["losses"]["off-policy mask"]["gradient"])
 
 
 def oracle_token_weights(inputs, loss_mask):
