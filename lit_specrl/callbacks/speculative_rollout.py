@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoConfig
 
@@ -132,6 +133,18 @@ class SpeculativeRollout(RolloutCallback):
             metrics = speculation_metrics(steps)
             pl_module.step_metrics |= metrics
             self._drafts_are_useless.update(metrics.get("speculation/acceptance_rate", 1.0) < 0.05)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = {} if self.drafter is None else self.drafter.state_dict()
+        if state:
+            checkpoint["drafter_knowledge"] = {"drafter": type(self.drafter).__name__, "state": state}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("drafter_knowledge")  # 0.1 has none
+        if saved is None or self.drafter is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if saved["drafter"] == type(self.drafter).__name__:
+            self.drafter.load_state_dict(saved["state"])
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if getattr(pl_module, "engine", None) is self.engine:  # not so when `setup` has refused the module

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from lit_specrl.drafting.eagle3 import (
 from lit_specrl.drafting.history import HistoryReader, RolloutTexts, RowHistory
 from lit_specrl.drafting.networks import CausalNetwork, DraftNetwork, Eagle3Network
 from lit_specrl.drafting.ngram import PromptLookup
+from lit_specrl.drafting.scheduler.draft_chances import DraftChances
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.pretrained import check_model_exists, load_pretrained
 
@@ -69,6 +71,13 @@ class Drafter(ABC):
         Args:
             model: hub name or folder that the policy was built from.
         """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learnt from rollouts, for checkpoints; weights have files of their own."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was learnt."""
 
     def origin(self) -> dict[str, Any]:
         """The class, as `kind`, and the arguments that make the same untrained network again."""
@@ -130,6 +139,17 @@ class LookUpDrafter(Drafter):
 
     def __init__(self, num_speculative_tokens: int = 3) -> None:
         super().__init__(num_speculative_tokens)
+
+    @cached_property
+    def chances(self) -> DraftChances:
+        """What its drafts have brought, over all rollouts."""
+        return DraftChances()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"chances": self.chances.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.chances.load_state_dict(state_dict["chances"])
 
     @abstractmethod
     def propose(self, token_ids: Sequence[int], length: int) -> Sequence[int]:

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import reuse_runs
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from reuse_runs import STEPS, fit, questions
 from training import assert_identical, weights_of, with_many_stops
@@ -161,11 +161,17 @@ def test_a_resumed_run_is_the_same_to_the_bit(history, model, plain, tmp_path):
     first, scheduler = callbacks()
     fit(grpo(model), questions(tmp_path), *first, max_epochs=1)
     (checkpoint,) = tmp_path.glob("*.ckpt")
-    saved = torch.load(checkpoint, weights_only=True)["adaptive_scheduler"]
+    content = torch.load(checkpoint, weights_only=True)
+    saved, learnt = content["adaptive_scheduler"], content["drafter_knowledge"]["state"]
     assert saved == scheduler.schedule.state_dict()
+    assert learnt == drafter.state_dict() != HistoryDrafter().state_dict()
 
+    del drafter.chances  # another process knows nothing of them
+    begin = []
     module, (second, scheduler) = grpo(model), callbacks()
-    trace = fit(module, questions(tmp_path), *second, max_epochs=3, ckpt_path=checkpoint)
+    watcher = LambdaCallback(on_train_start=lambda trainer, module: begin.append(drafter.state_dict()))
+    trace = fit(module, questions(tmp_path), *second, watcher, max_epochs=3, ckpt_path=checkpoint)
+    assert begin == [learnt]
     assert trace.tokens == plain[0].tokens[STEPS:]
     assert_identical(weights_of(module), plain[1])
     assert scheduler.schedule.latency.num_steps > saved["latency"]["counts"][0][0]

@@ -106,6 +106,16 @@ class DraftChances:
         steps: NDArray[np.float64] = drafts.remaining / pace
         return steps
 
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """What is known of drafts; nothing of the rows of the present rollout."""
+        return {"tried": self._tried.tolist(), "accepted": self._accepted.tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, list[list[float]]]) -> None:
+        """Go on with what was known; tables of another version's kinds of drafts are left out."""
+        tried, accepted = (np.array(state_dict[name]) for name in ("tried", "accepted"))
+        if tried.shape == self._tried.shape:
+            self._tried, self._accepted = tried, accepted
+
     def _rates(self) -> NDArray[np.float64]:
         rates: NDArray[np.float64] = (self._accepted + _PRIOR_CHANCE * _PRIOR_WEIGHT) / (self._tried + _PRIOR_WEIGHT)
         return rates

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from lit_specrl.drafting.drafters import LookUpDrafter, RolloutReader
 from lit_specrl.drafting.drafts import SOURCES, Drafts
 from lit_specrl.drafting.history import RolloutTexts
-from lit_specrl.drafting.scheduler.draft_chances import DraftChances
 
 RowLengths = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[Any] | None]
 """As `RowControl.row_lengths`."""
@@ -36,8 +35,6 @@ class LookUpProposer:
         self.length: int = vllm_config.speculative_config.num_speculative_tokens
         """Tokens to propose; vLLM passes it to other proposers in each step, but not to these."""
         self._vocabulary_size: int = vllm_config.model_config.get_vocab_size()
-        self.chances = DraftChances()
-        """What drafts have brought, over all rollouts."""
         self._rows: dict[str, int] = {}  # vLLM's name of a request -> row of the rollout
         self._reader: RolloutReader | None = None
         self._row_lengths: RowLengths | None = None
@@ -84,11 +81,11 @@ class LookUpProposer:
         """[n] tokens of each draft that are worth verifying."""
         if not self.length or (self._row_lengths is None and not self.drafter.min_chance):
             return drafts.lengths
-        chances = self.chances.by_position(rows, drafts, drafts.token_ids.shape[1])
+        chances = self.drafter.chances.by_position(rows, drafts, drafts.token_ids.shape[1])
         lengths = (
             None
             if self._row_lengths is None
-            else self._row_lengths(chances, self.chances.remaining_steps(rows, drafts))
+            else self._row_lengths(chances, self.drafter.chances.remaining_steps(rows, drafts))
         )
         return np.asarray((chances >= self.drafter.min_chance).sum(-1)) if lengths is None else lengths
 
@@ -101,7 +98,7 @@ class LookUpProposer:
         self._latest = None
         _, here, before = np.intersect1d(rows, drafted_rows, return_indices=True)
         drafts, accepted = drafts.rows(before), np.minimum(accepted[here], drafts.lengths[before])
-        self.chances.observe(rows[here], drafts, accepted)
+        self.drafter.chances.observe(rows[here], drafts, accepted)
         for source in np.unique(drafts.sources[drafts.lengths > 0]).tolist():
             of_source = drafts.sources == source
             counts = int(drafts.lengths[of_source].sum()), int(accepted[of_source].sum())
@@ -120,7 +117,7 @@ class LookUpProposer:
         """A rollout begins, beside which these texts may be read; `row_lengths` chooses what is drafted in each row."""
         self._row_lengths = row_lengths
         self._reader = self.drafter.rollout_reader(texts)
-        self.chances.start(np.arange(texts.num_rows) // texts.num_generations)
+        self.drafter.chances.start(np.arange(texts.num_rows) // texts.num_generations)
 
     def follow(self, request: str, row: int) -> None:
         """A request generates a row of the rollout."""

@@ -92,3 +92,17 @@ def test_a_source_that_has_failed_is_tried_again_in_the_end():
 def test_a_half_life_that_cannot_be():
     with pytest.raises(ValueError, match="half_life must be positive, got 0"):
         DraftChances(0)
+
+
+def test_what_was_learnt_outlives_the_process(chances):
+    feed(chances, 0.3)
+    again = DraftChances()
+    again.load_state_dict(chances.state_dict())
+    again.start(np.zeros(1, dtype=int))
+    chances.start(np.zeros(1, dtype=int))
+    assert first(again) == first(chances) < 0.5
+
+
+def test_tables_of_another_version_are_left_out(chances):
+    chances.load_state_dict({"tried": [[1.0]], "accepted": [[1.0]]})
+    assert first(chances) == 0.8
