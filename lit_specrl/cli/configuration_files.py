@@ -21,6 +21,8 @@ class Source:
 
     origin: str
     settings: dict[str, Any]
+    as_text: dict[str, Any] | None = None
+    """Of an option: the same with the value as it was typed, `123` for a text that reads like a number."""
 
 
 def sources(arguments: Sequence[str]) -> list[Source]:
@@ -48,9 +50,10 @@ def sources(arguments: Sequence[str]) -> list[Source]:
             found.append(Source(value, read_configuration(value)))
             continue
         settings: Any = _loaded(value)
+        as_text: Any = value
         for part in reversed(name.lstrip("-").split(".")):
-            settings = {part: settings}
-        found.append(Source(COMMAND_LINE, settings))
+            settings, as_text = {part: settings}, {part: as_text}
+        found.append(Source(COMMAND_LINE, settings, as_text))
     return found
 
 
