@@ -75,6 +75,7 @@ class LitSpecRLCLI(LightningCLI):
         if trainer.max_epochs is None:  # Lightning's would be a thousand
             trainer.max_epochs = 1 if trainer.max_steps < 0 and trainer.max_time is None else -1
         if isinstance(trainer.callbacks, list):
+            _leave_one_last_checkpoint(trainer.callbacks)
             last = {callback.class_path: callback for callback in trainer.callbacks}
             trainer.callbacks = [
                 callback
@@ -114,6 +115,20 @@ class LitSpecRLCLI(LightningCLI):
         except Exception as error:
             self._failures.append(Failure(kind, options, error))
             raise
+
+
+def _leave_one_last_checkpoint(callbacks: list[Any]) -> None:
+    """Where several `ModelCheckpoint`s would write the state of the same step as last of the same folder, the last of
+    them does."""
+    seen = set()
+    for callback in reversed(callbacks):
+        settings = callback.get("init_args") or {}
+        if not callback.class_path.endswith(".ModelCheckpoint") or not settings.get("save_last"):
+            continue
+        if settings.get("dirpath") in seen:
+            settings["save_last"] = None
+            rank_zero_info("Of two ModelCheckpoints with save_last and one folder the later writes last.ckpt.")
+        seen.add(settings.get("dirpath"))
 
 
 def _is_of_interest(record: logging.LogRecord) -> bool:
