@@ -108,7 +108,8 @@ def overwritten(given: Sequence[Source]) -> list[str]:
     lines: dict[str, str] = {}
     for source in given:
         for key, value in _single_values(source.settings, ""):
-            old, origin = values.get(key, (value, ""))
+            plain = key.removesuffix(".class_path")  # what was null or false may now be an object
+            old, origin = values.get(key) or values.pop(plain, (value, ""))
             values[key] = (value, source.origin)
             if source.origin == COMMAND_LINE:
                 lines.pop(key, None)

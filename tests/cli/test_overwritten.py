@@ -22,3 +22,13 @@ def test_callbacks_add_up():
     files = [Source(f"{name}.yaml", {"trainer": {"callbacks": [name]}}) for name in ("PrefixCache", "RunSummary")]
     added = Source("added.yaml", {"trainer": {"callbacks+": "RolloutRecorder"}})
     assert overwritten([*files, added]) == []
+
+
+def test_a_class_in_place_of_a_plain_value_is_told():
+    files = [
+        Source("mine.yaml", {"trainer": {"logger": False}}),
+        Source("block.yaml", {"trainer": {"logger": {"class_path": "CSVLogger", "init_args": {"name": "run"}}}}),
+    ]
+    assert overwritten(files) == [
+        "trainer.logger.class_path: CSVLogger of block.yaml takes the place of false of mine.yaml"
+    ]
