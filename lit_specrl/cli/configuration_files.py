@@ -25,8 +25,12 @@ class Source:
     """Of an option: the same with the value as it was typed, `123` for a text that reads like a number."""
 
 
-def sources(arguments: Sequence[str]) -> list[Source]:
+def sources(arguments: Sequence[str], takes_positional: bool = False) -> list[Source]:
     """Configuration files and options, in the order in which they count.
+
+    Args:
+        arguments: of a command.
+        takes_positional: leave out what is no option.
 
     Raises:
         ConfigurationError: a file that cannot be read, or an argument that is no option.
@@ -36,6 +40,8 @@ def sources(arguments: Sequence[str]) -> list[Source]:
     while rest:
         token = rest.pop(0)
         if not token.startswith("-"):
+            if takes_positional:
+                continue
             is_file = token.endswith((".yaml", ".yml", ".json"))
             hint = f"did you mean --config {token}?" if is_file else "options look like --trainer.max_epochs=3"
             raise ConfigurationError(f"unexpected argument {token!r}; {hint}", COMMAND_LINE)

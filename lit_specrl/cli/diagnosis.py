@@ -111,7 +111,7 @@ def explain(parser: ArgumentParser, arguments: Sequence[str], error: ArgumentErr
     """
     level = Level.of_parser(parser)
     try:
-        found = first_problem(level, sources(arguments), parser.prog)
+        found = first_problem(level, sources(arguments, "config" not in level.names), parser.prog)
     except ConfigurationError as unreadable:
         return unreadable
     return found or ConfigurationError(_condensed(str(error)))
