@@ -91,7 +91,7 @@ def _page(level: Level, key: str, name: str) -> str | None:
     if isinstance(found, str):
         raise ConfigurationError(found, f"--{key}.help")
     kind, given = found
-    return None if kind is Unknown else _class_page(key, kind, given)
+    return None if kind is Unknown or kind.entry["level"] is None else _class_page(key, kind, given)
 
 
 def _hints(level: Level, parts: Sequence[str]) -> Iterator[Any]:

@@ -100,7 +100,7 @@ class _Recorder:
         if path in self.classes or not _is_recorded(kind):
             return
         self.classes[path] = entry = {"bases": [], "abstract": inspect.isabstract(kind)}
-        entry["level"] = self.level(Level.of_class(kind))
+        entry["level"] = None if _is_open(kind) else self.level(Level.of_class(kind))
         entry["bases"] = [_path(base) for base in kind.__bases__ if _path(base) in self.classes or self._noted(base)]
         for one in kind.__mro__:
             if one.__module__.startswith("lit_specrl."):
@@ -114,6 +114,14 @@ class _Recorder:
 
 def _is_recorded(kind: type) -> bool:
     return f"{kind.__module__}.".startswith(_RECORDED) and not kind.__name__.startswith("_")
+
+
+def _is_open(kind: type) -> bool:
+    """Whether a class of another package hands further arguments on, to what may not be installed."""
+    if kind.__module__.startswith("lit_specrl."):
+        return False
+    kinds = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in kinds)
 
 
 def _is_plain(value: Any) -> bool:
@@ -150,6 +158,15 @@ def _parsers() -> dict[str, LightningArgumentParser]:
     return {name: made[name] for name in _COMMANDS}
 
 
+def _in_lines(content: dict[str, dict[str, Any]]) -> str:
+    """JSON with a line for each class, so that a change is seen."""
+    parts = []
+    for title, entries in content.items():
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+        parts.append(f" {json.dumps(title)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 if __name__ == "__main__":
-    RECORD.write_text(json.dumps(record(), indent=1) + "\n", "utf-8")
+    RECORD.write_text(_in_lines(record()), "utf-8")
     print(f"{RECORD} written")

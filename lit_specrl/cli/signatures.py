@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lit_specrl.cli.diagnosis import Level
-from lit_specrl.cli.value_types import Unimported, union
+from lit_specrl.cli.value_types import Unimported, Unknown, union
 
 PACKAGE = Path(__file__).parents[1]
 RECORD = Path(__file__).with_name("signatures.json")
@@ -77,12 +77,15 @@ class Signatures:
                 "__module__": module,
                 "__doc__": None,
                 "entry": entry,
-                "arguments": classmethod(lambda cls, num_given: self._level(cls.entry["level"], num_given)),
+                "arguments": classmethod(lambda cls, num_given: self._arguments(cls.entry["level"], num_given)),
                 "resolve": classmethod(lambda cls, class_path: self.named(class_path)),
                 "make": abc.abstractmethod(lambda self: None) if entry["abstract"] else None,
             }
             self._classes[path] = cast(type[Unimported], abc.ABCMeta(name, bases, content))
         return self._classes[path]
+
+    def _arguments(self, entry: Mapping[str, Any] | None, num_given: int) -> Level:
+        return Level.of_class(Unknown) if entry is None else self._level(entry, num_given)
 
     def _level(self, entry: Mapping[str, Any], num_given: int = 0) -> Level:
         names = {
