@@ -1,9 +1,13 @@
 """Draws the curves of docs/results.md from its tables: python docs/pictures/draw.py
 
-The numbers are read from the page, so that a picture cannot say anything else.
+The numbers are read from the page, so that a picture cannot say anything else. Curves with a point for each step have
+theirs in `reuse_by_step.json`, which `draw.py REPORT.json` writes.
 """
 
+import json
 import re
+import statistics
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -95,8 +99,72 @@ def distillation() -> None:
     save("distillation")
 
 
+def reuse_by_step() -> None:
+    """Means and 95 % half-widths over the ten seeds of the test bed, of the report of its command."""
+    arms = json.loads((HERE / "reuse_by_step.json").read_text("utf-8"))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3))
+    for (arm, curves), colour in zip(arms.items(), COLOURS, strict=False):
+        steps = range(1, len(curves["reward"]) + 1)
+        validated = {int(step): pair for step, pair in curves["score"].items()}
+        for axis, at, pairs, mark in (
+            (axes[0], steps, curves["reward"], ""),
+            (axes[1], steps, curves["tokens"], ""),
+            (axes[2], list(validated), list(validated.values()), "o"),
+        ):
+            means, widths = zip(*pairs, strict=True)
+            axis.plot(at, means, marker=mark, markersize=3, color=colour, linewidth=1.3, label=arm)
+            low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+            axis.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+    for axis, title, unit in zip(
+        axes,
+        ("reward, mean of the last 6 steps", "tokens generated", "held-out score"),
+        ("share of right steps", "tokens a step", "share of 512 sums"),
+        strict=True,
+    ):
+        axis.set_title(title, fontsize=9)
+        axis.set(xlabel="step", ylabel=unit)
+    axes[1].set_ylim(0, None)
+    axes[2].legend(frameon=False, fontsize=8)
+    figure.suptitle("Test bed with and without reuse: mean of ten seeds, 95 % bands", fontsize=10)
+    save("reuse_by_step")
+
+
+def reduce_report(report: Path) -> None:
+    """Write the means and half-widths that `reuse_by_step` draws, of a report of `lit-specrl bench rollout`."""
+    runs = json.loads(report.read_text("utf-8"))["runs"]
+    arms = {}
+    for label, arm in (("without", "without"), ("e^0.5", "e^0.5"), ("the block", "with")):
+        of_arm = [run for run in runs if run["arm"] == arm]
+        rewards = [[step["metrics"]["reward"] for step in run["steps"]] for run in of_arm]
+        tokens = [[step["generated_tokens"] for step in run["steps"]] for run in of_arm]
+        steps = [evaluation["step"] for evaluation in of_arm[0]["evaluations"]]
+        scores = [[evaluation["metrics"]["val_accuracy"] for evaluation in run["evaluations"]] for run in of_arm]
+        arms[label] = {
+            "reward": bands(
+                [[statistics.fmean(row[max(0, end - 6) : end]) for end in range(1, 55)] for row in rewards]
+            ),
+            "tokens": bands(tokens),
+            "score": dict(zip(steps, bands(scores), strict=True)),
+        }
+    lines = ",\n".join(f"{json.dumps(arm)}: {json.dumps(curves)}" for arm, curves in arms.items())
+    (HERE / "reuse_by_step.json").write_text(f"{{{lines}}}\n", "utf-8")
+
+
+def bands(seeds: list[list[float]]) -> list[list[float]]:
+    """Mean and 95 % half-width (Student's t) over ten seeds, for each point of a curve."""
+    assert len(seeds) == 10, "the quantile is of nine degrees of freedom"
+    width = 2.262 / 10**0.5
+    return [
+        [round(statistics.fmean(point), 4), round(width * statistics.stdev(point), 4)]
+        for point in zip(*seeds, strict=True)
+    ]
+
+
 if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        reduce_report(Path(argument))
     quickstart_stages()
     reuse_cost()
+    reuse_by_step()
     long_sums_scores()
     distillation()

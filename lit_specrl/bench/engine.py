@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device
+from lit_specrl.bench.report import Ratio, Report, check_at_least_one, describe_hardware, resolve_device
 from lit_specrl.engines import VLLMEngine
 from lit_specrl.engines.vllm import stock
 from lit_specrl.models.policy import Policy
@@ -149,8 +149,8 @@ class _Bench:
                 "tokens_per_second": self.rows * self.tokens / statistics.median(wall[name]),
                 "processor_us_per_token": statistics.median(processor[name]) * microseconds,
                 "host_us_per_row_and_step": statistics.median(host[name]) * microseconds,
-                "processor_time_ratio": ours[0] / statistics.median(processor[name]),
-                "speed_ratio": statistics.median(wall[name]) / ours[1],
+                "processor_time_ratio": Ratio(ours[0] / statistics.median(processor[name])),
+                "speed_ratio": Ratio(statistics.median(wall[name]) / ours[1]),
             }
             for name in ways
         ]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_specrl import allocator
 from lit_specrl.bench.memory import PeakMemory
-from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device, spread
+from lit_specrl.bench.report import Ratio, Report, check_at_least_one, describe_hardware, resolve_device, spread
 from lit_specrl.models.logprobs import token_logprobs
 
 _GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # bfloat16 keeps 8 bits, an error of 0.004 per factor
@@ -93,8 +93,8 @@ def bench_logprobs(
         differences = _gradient_differences(measured["chunked"].gradients, measured["plain"].gradients)
         tables["compared"] = [
             {
-                "memory_plain_over_chunked": rows["plain"]["peak_extra_mib"] / rows["chunked"]["peak_extra_mib"],
-                "time_chunked_over_plain": rows["chunked"]["seconds_median"] / rows["plain"]["seconds_median"],
+                "memory_plain_over_chunked": Ratio(rows["plain"]["peak_extra_mib"] / rows["chunked"]["peak_extra_mib"]),
+                "time_chunked_over_plain": Ratio(rows["chunked"]["seconds_median"] / rows["plain"]["seconds_median"]),
                 **{f"{name}_gradient_difference": value for name, value in differences.items()},
             }
         ]

@@ -16,6 +16,10 @@ from rich.table import Table
 from lit_specrl import types
 
 
+class Ratio(float):
+    """How many times as much, printed as `1.70x`."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Results of one benchmark.
@@ -28,7 +32,7 @@ class Report:
             settings={"benchmark": "adding", "repeats": 5},
             tables={
                 "measured": [{"way": "fast", "seconds_median": 1.0}, {"way": "slow", "seconds_median": 3.0}],
-                "compared": [{"time_slow_over_fast": 3.0}],
+                "compared": [{"time_slow_over_fast": Ratio(3.0)}],
             },
         )
     """
@@ -41,6 +45,8 @@ class Report:
     measured."""
     notes: list[str] = field(default_factory=list)
     """What the reader must know about the numbers."""
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+    """What makes the numbers of a table weak, by its title: printed above it."""
     failures: list[str] = field(default_factory=list)
     """Checks that did not hold; the command then ends with an error."""
 
@@ -59,6 +65,8 @@ class Report:
                 column.justify = "left" if isinstance(rows[0][name], str) else "right"
             for row in rows:
                 table.add_row(*(_cell(value) for value in row.values()))
+            for warning in self.warnings.get(title, []):
+                console.print(f"! {warning}", soft_wrap=True)
             console.print(table)
         for note in self.notes:
             console.print(note, soft_wrap=True)
@@ -67,6 +75,8 @@ class Report:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, Ratio):
+        return f"{value:.2f}x"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

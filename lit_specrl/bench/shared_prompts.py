@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor
 
 from lit_specrl.allocator import keep_freed_memory
-from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device, spread
+from lit_specrl.bench.report import Ratio, Report, check_at_least_one, describe_hardware, resolve_device, spread
 from lit_specrl.experience import Experience
 from lit_specrl.masking import masked_sum, pad_left, pad_right
 from lit_specrl.models.micro_batches import MicroBatch, plan_micro_batches
@@ -82,7 +82,7 @@ def bench_shared_prompts(
                 "lengths": label,
                 "budget_without": without.budget,
                 "budget_with": shared.budget,
-                "time_without_over_with": without.median_s / shared.median_s,
+                "time_without_over_with": Ratio(without.median_s / shared.median_s),
                 "relative_logprob_difference": difference,
             }
         )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
-from lit_specrl.bench.report import Report, check_at_least_one, describe_hardware, resolve_device
+from lit_specrl.bench.report import Ratio, Report, check_at_least_one, describe_hardware, resolve_device
 from lit_specrl.data import ArithmeticSource
 from lit_specrl.drafting import Drafter, DraftModel, Eagle3Drafter, HistoryDrafter, LookUpDrafter, NGramDrafter
 from lit_specrl.drafting.drafts import SOURCES
@@ -129,7 +129,7 @@ def _drain_rows(seconds: dict[tuple[str, str], float], times: Times, lengths: Se
             "seconds_min": min(times["drain", name]),
             "seconds_median": seconds["drain", name],
             "seconds_max": max(times["drain", name]),
-            "speed_over_plain": plain / seconds["drain", name],
+            "speed_over_plain": Ratio(plain / seconds["drain", name]),
         }
         for name in names
     ]
@@ -155,7 +155,7 @@ def _epoch_table(
         found = steps.get(f"{epoch}, {way}", [])
         row_steps, num_tokens = sum(step.num_active for step in found), sum(step.num_tokens for step in found)
         gain = seconds[epoch, "drafting 0"] / seconds[epoch, way]
-        row = {"epoch": epoch, "way": way, "seconds_median": seconds[epoch, way], "speed_over_drafting_0": gain}
+        row = {"epoch": epoch, "way": way, "seconds_median": seconds[epoch, way], "speed_over_drafting_0": Ratio(gain)}
         row |= {"tokens_a_row_and_step": num_tokens / row_steps, "steps": len(found)}
         rows.append(row | {f"accepted_{name}": counts[1] for name, counts in _by_source(found).items()})
     return {"epochs": rows} if rows else {}
@@ -305,7 +305,7 @@ class _Bench:
         names = ["plain", *(f"drafting {length}" for length in lengths)]
         row: dict[str, Any] = {"active_requests": batch}
         row |= {name.replace(" ", "_"): tokens / seconds[f"batch {batch}", name] for name in names}
-        return row | {"off_over_plain": row["drafting_0"] / row["plain"]}
+        return row | {"off_over_plain": Ratio(row["drafting_0"] / row["plain"])}
 
 
 @contextmanager

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
@@ -73,12 +74,19 @@ class RunSummary(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._print(trainer)
 
-    @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
             return  # the message about it is what the user needs
+        for callback in trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint):  # Lightning calls it later; it saves once a step
+                callback.on_exception(trainer, pl_module, exception)
+        self._tell_how_to_go_on(trainer)
+
+    @rank_zero_only
+    def _tell_how_to_go_on(self, trainer: L.Trainer) -> None:
         self._print(trainer)
-        checkpoints = [path for path in map(_last_checkpoint, trainer.checkpoint_callbacks) if path]  # type: ignore[attr-defined]
+        found = [path for callback in trainer.checkpoint_callbacks if (path := _last_checkpoint(callback))]  # type: ignore[attr-defined]
+        checkpoints = sorted(found, key=lambda path: path.stat().st_mtime)
         print(
             f"Stopped. Go on with --ckpt_path {checkpoints[-1]}"
             if checkpoints
@@ -107,7 +115,11 @@ class RunSummary(L.Callback):
         return table
 
 
-def _last_checkpoint(callback: Any) -> str | None:
-    """What a run would go on from."""
+def _last_checkpoint(callback: Any) -> Path | None:
+    """What a run would go on from: the newest in the callback's folder, whichever of its rules has saved it."""
     saved = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-    return saved or None
+    folder = Path(getattr(callback, "dirpath", None) or Path(saved or "nowhere").parent)
+    newest = max(
+        folder.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime, path.name == Path(saved).name), default=None
+    )
+    return newest

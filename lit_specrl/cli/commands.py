@@ -90,13 +90,13 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     except ArgumentError as error:
         if missing := _missing(parser, error):
             said = f"{parser.prog} needs {' and '.join(missing)}; `{parser.prog} --help` tells what they are"
-            raise ConfigurationError(said) from error
-        from lit_specrl.cli.diagnosis import explain  # imports torch, which the help need not wait for
+            raise ConfigurationError(said) from None
+        from lit_specrl.cli.diagnosis import explain
 
         rest = list(arguments)
         while rest and not rest[0].startswith("-"):
             rest.pop(0)
-        raise explain(parser, rest, error) from error
+        raise explain(parser, rest, error) from None
     return options
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,16 @@ class Source:
 
     origin: str
     settings: dict[str, Any]
+    as_text: dict[str, Any] | None = None
+    """Of an option: the same with the value as it was typed, `123` for a text that reads like a number."""
 
 
-def sources(arguments: Sequence[str]) -> list[Source]:
+def sources(arguments: Sequence[str], takes_positional: bool = False) -> list[Source]:
     """Configuration files and options, in the order in which they count.
+
+    Args:
+        arguments: of a command.
+        takes_positional: leave out what is no option.
 
     Raises:
         ConfigurationError: a file that cannot be read, or an argument that is no option.
@@ -34,6 +40,8 @@ def sources(arguments: Sequence[str]) -> list[Source]:
     while rest:
         token = rest.pop(0)
         if not token.startswith("-"):
+            if takes_positional:
+                continue
             is_file = token.endswith((".yaml", ".yml", ".json"))
             hint = f"did you mean --config {token}?" if is_file else "options look like --trainer.max_epochs=3"
             raise ConfigurationError(f"unexpected argument {token!r}; {hint}", COMMAND_LINE)
@@ -48,9 +56,10 @@ def sources(arguments: Sequence[str]) -> list[Source]:
             found.append(Source(value, read_configuration(value)))
             continue
         settings: Any = _loaded(value)
+        as_text: Any = value
         for part in reversed(name.lstrip("-").split(".")):
-            settings = {part: settings}
-        found.append(Source(COMMAND_LINE, settings))
+            settings, as_text = {part: settings}, {part: as_text}
+        found.append(Source(COMMAND_LINE, settings, as_text))
     return found
 
 
@@ -88,6 +97,47 @@ def read_configuration(file: str) -> dict[str, Any]:
             file,
         )
     return settings
+
+
+def overwritten(given: Sequence[Source]) -> list[str]:
+    """A line for each single value that a later file has taken the place of.
+
+    Callbacks add up, and an option of the command line is the user's own wish: neither is told. A class that is named
+    anew begins with its own arguments.
+
+    Example:
+        >>> given = [Source("mine.yaml", {"data": {"batch_size": 32}}), Source("cpu.yaml", {"data": {"batch_size": 8}})]
+        >>> overwritten(given)
+        ['data.batch_size: 8 of cpu.yaml takes the place of 32 of mine.yaml']
+    """
+    values: dict[str, tuple[Any, str]] = {}
+    lines: dict[str, str] = {}
+    for source in given:
+        for key, value in _single_values(source.settings, ""):
+            plain = key.removesuffix(".class_path")  # what was null or false may now be an object
+            old, origin = values.get(key) or values.pop(plain, (value, ""))
+            values[key] = (value, source.origin)
+            if source.origin == COMMAND_LINE:
+                lines.pop(key, None)
+            elif old != value:
+                lines[key] = f"{key}: {_shown(value)} of {source.origin} takes the place of {_shown(old)} of {origin}"
+    return list(lines.values())
+
+
+def _single_values(settings: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Numbers, texts and the like by their dotted keys, without the levels `init_args`."""
+    if key == "trainer.callbacks":
+        return
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            yield from _single_values(value, key if name == "init_args" else f"{key}.{name}".lstrip("."))
+    elif not isinstance(settings, list) and not key.endswith("+"):
+        yield key, settings
+
+
+def _shown(value: Any) -> str:
+    words = {None: "null", True: "true", False: "false"} if value is None or isinstance(value, bool) else {}
+    return words.get(value, str(value))
 
 
 def in_short(value: Any) -> str:

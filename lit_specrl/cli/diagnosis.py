@@ -16,13 +16,15 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from lit_specrl.cli.configuration_files import COMMAND_LINE, in_short, sources
+from lit_specrl.cli.configuration_files import COMMAND_LINE, Source, in_short, sources
 from lit_specrl.cli.messages import ConfigurationError
 from lit_specrl.cli.other_names import OTHER_NAMES
 from lit_specrl.cli.value_types import (
     LISTS,
     MAPPINGS,
     MAX_LISTED,
+    Unimported,
+    Unknown,
     class_names,
     classes_of,
     fits,
@@ -36,6 +38,16 @@ _SPEC = ("class_path", "init_args", "dict_kwargs")
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
 
 
+class _Anything(dict[str, Any]):
+    """Has every name, with nothing known of it."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __getitem__(self, name: str) -> None:
+        return None
+
+
 @dataclass
 class Level:
     """What can be set at one level: names, with the type or the further level behind each."""
@@ -44,6 +56,8 @@ class Level:
     required: list[str] = field(default_factory=list)
     inner: dict[str, Level] = field(default_factory=dict)
     """Arguments of the classes that are named so far."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """By name, of those that have one."""
 
     @classmethod
     def of_parser(cls, parser: ArgumentParser) -> Level:
@@ -59,6 +73,7 @@ class Level:
             if isinstance(inner.names.get(name), Level):
                 continue
             inner.names[name] = getattr(action, "_typehint", None)
+            inner.defaults[name] = action.default
         required = {action.dest for action in parser._actions if action.required} | set(parser._extra_required_keys)
         level.required = sorted(required - {"config", "subcommand"})
         return level
@@ -71,6 +86,11 @@ class Level:
             kind: the class.
             num_given: positional arguments that the library gives.
         """
+        if kind is Unknown:
+            return cls(_Anything())
+        if inspect.isclass(kind) and issubclass(kind, Unimported):
+            recorded: Level = kind.arguments(num_given)
+            return recorded
         parser = ArgumentParser(exit_on_error=False)
         options: dict[str, Any] = {
             "fail_untyped": False,
@@ -90,20 +110,35 @@ def explain(parser: ArgumentParser, arguments: Sequence[str], error: ArgumentErr
         error: what the parser raised.
     """
     level = Level.of_parser(parser)
-    title = "the configuration" if "config" in level.names else parser.prog
-    merged: dict[str, Any] = {}
     try:
-        for source in sources(arguments):
-            for problem in _in_level(level, source.settings, merged, "", title):
-                where = f"{problem.key}, {source.origin}" if problem.key else source.origin
-                return ConfigurationError(problem.sentence, where)
-            _merge(merged, source.settings)
-            level.inner = _inner(level, merged)
-        for problem in _missing(level, merged) if "config" in level.names else ():
-            return ConfigurationError(problem.sentence, ", ".join(s.origin for s in sources(arguments)) or COMMAND_LINE)
-    except ConfigurationError as found:
-        return found
-    return ConfigurationError(_condensed(str(error)))
+        found = first_problem(level, sources(arguments, "config" not in level.names), parser.prog)
+    except ConfigurationError as unreadable:
+        return unreadable
+    return found or ConfigurationError(_condensed(str(error)))
+
+
+def first_problem(level: Level, settings: Sequence[Source], program: str) -> ConfigurationError | None:
+    """The first of all settings that does not fit.
+
+    Args:
+        level: what the command takes.
+        settings: files and options, in the order in which they count.
+        program: name of a command without configuration files.
+    """
+    has_files = "config" in level.names
+    merged: dict[str, Any] = {}
+    title = "the configuration" if has_files else program
+    for source in settings:
+        for problem in _in_level(level, source.settings, merged, "", title):
+            if source.as_text and not list(_in_level(level, source.as_text, merged, "", title)):
+                break
+            where = f"{problem.key}, {source.origin}" if problem.key else source.origin
+            return ConfigurationError(problem.sentence, where)
+        _merge(merged, source.settings)
+        level.inner = _inner(level, merged)
+    for problem in _missing(level, merged) if has_files else ():
+        return ConfigurationError(problem.sentence, ", ".join(source.origin for source in settings) or COMMAND_LINE)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------ the walk
@@ -281,7 +316,7 @@ def _merge(target: dict[str, Any], settings: Mapping[str, Any]) -> None:
         name = str(written).removesuffix("+")
         old = target.get(name)
         if isinstance(value, str) and isinstance(old, dict) and "class_path" in old:
-            target[name] = {"class_path": value}
+            target[name] = {**old, "class_path": value}
         elif name != written:
             target[name] = [
                 *(old if isinstance(old, list) else [] if old is None else [old]),
@@ -295,6 +330,8 @@ def _merge(target: dict[str, Any], settings: Mapping[str, Any]) -> None:
             if "class_path" in old and not set(value) & set(_SPEC):
                 value = {"init_args": value}
             _merge(old, value)
+        elif isinstance(value, Mapping) and isinstance(old, dict) and "class_path" in value and "init_args" in old:
+            target[name] = {**value, "init_args": {**old["init_args"], **(value.get("init_args") or {})}}
         elif isinstance(value, Mapping) and isinstance(old, list):
             continue  # a setting of the last object of the list
         else:

@@ -15,6 +15,7 @@ check_torchvision()  # before transformers, whose own message would be about ano
 
 from jsonargparse import ArgumentError, Namespace  # noqa: E402
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from lit_specrl.algorithms.rlvr import RLVRModule  # noqa: E402
@@ -22,7 +23,7 @@ from lit_specrl.algorithms.rlvr import RLVRModule  # noqa: E402
 # Imported for their side effect: the CLI takes short names of classes that are imported.
 from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
 from lit_specrl.checkpoints.integrity import naming  # noqa: E402
-from lit_specrl.cli.configuration_files import in_short  # noqa: E402
+from lit_specrl.cli.configuration_files import in_short, overwritten, sources  # noqa: E402
 from lit_specrl.cli.diagnosis import explain  # noqa: E402
 from lit_specrl.cli.early_checks import check_settings  # noqa: E402
 from lit_specrl.cli.messages import ConfigurationError  # noqa: E402
@@ -66,6 +67,7 @@ class LitSpecRLCLI(LightningCLI):
             if not given or given[0] not in self._subcommand_parsers:
                 raise
             raise explain(self._subcommand_parsers[given[0]], given[1:], error) from error
+        self._given = list(args) if isinstance(args, list) else sys.argv[1:]
         trainer = self.config[self.config.subcommand].trainer
         if not isinstance(trainer, Namespace):
             raise ConfigurationError(f"trainer must be a mapping, got {in_short(trainer)}", "trainer")
@@ -73,6 +75,7 @@ class LitSpecRLCLI(LightningCLI):
         if trainer.max_epochs is None:  # Lightning's would be a thousand
             trainer.max_epochs = 1 if trainer.max_steps < 0 and trainer.max_time is None else -1
         if isinstance(trainer.callbacks, list):
+            _leave_one_last_checkpoint(trainer.callbacks)
             last = {callback.class_path: callback for callback in trainer.callbacks}
             trainer.callbacks = [
                 callback
@@ -88,6 +91,8 @@ class LitSpecRLCLI(LightningCLI):
             super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
+        for line in overwritten(sources(self._given[1:])):
+            rank_zero_info(line)
         self._failures: list[Failure] = []
         self.parser.add_instantiator(self._instantiate, object)  # behind Lightning's own, for model and data
 
@@ -110,6 +115,20 @@ class LitSpecRLCLI(LightningCLI):
         except Exception as error:
             self._failures.append(Failure(kind, options, error))
             raise
+
+
+def _leave_one_last_checkpoint(callbacks: list[Any]) -> None:
+    """Where several `ModelCheckpoint`s would write the state of the same step as last of the same folder, the last of
+    them does."""
+    seen = set()
+    for callback in reversed(callbacks):
+        settings = callback.get("init_args") or {}
+        if not callback.class_path.endswith(".ModelCheckpoint") or not settings.get("save_last"):
+            continue
+        if settings.get("dirpath") in seen:
+            settings["save_last"] = None
+            rank_zero_info("Of two ModelCheckpoints with save_last and one folder the later writes last.ckpt.")
+        seen.add(settings.get("dirpath"))
 
 
 def _is_of_interest(record: logging.LogRecord) -> bool:

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
+from lit_specrl.cli.configuration_files import sources
 from lit_specrl.cli.messages import ConfigurationError
+from lit_specrl.cli.quick_check import check_quickly
 
 _ENGINE_OWNER = "SpeculativeRollout"
 Configuration = dict[str, Any]
@@ -21,10 +23,11 @@ Configuration = dict[str, Any]
 
 def fit_configuration(arguments: Sequence[str]) -> Configuration:
     """What `lit-specrl fit` makes of its arguments. Wrong ones end the program, with the message of `fit`."""
-    from lit_specrl.cli.fit import train  # imports torch, which the help of a command need not wait for
-
     if not arguments:
         raise ConfigurationError("a configuration is missing; give one by --config, such as recipes/quickstart.yaml")
+    check_quickly("fit", sources(arguments))
+    from lit_specrl.cli.fit import train  # imports torch, which the help of a command need not wait for
+
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):

@@ -73,7 +73,10 @@ def _call(arguments: list[str]) -> None:
 
         bench_command(arguments[1:])
     elif name in _TRAINING or name.startswith("-"):
-        _check_files(arguments)
+        if page := _help(arguments):
+            print(page)
+            return
+        _check(arguments)
         from lit_specrl.cli.fit import train
 
         train(arguments)
@@ -82,11 +85,19 @@ def _call(arguments: list[str]) -> None:
         raise ConfigurationError(f"{said}{'' if said.endswith('?') else '.'} Begin with: {_FIRST}")
 
 
-def _check_files(arguments: list[str]) -> None:
-    """What can be said before anything is imported: that there is a configuration, and that its files can be read."""
+def _help(arguments: list[str]) -> str | None:
+    from lit_specrl.cli.fit_help import answer
+
+    command = arguments[0]
+    return answer(command, _TRAINING[command], arguments[1:]) if command in _TRAINING else None
+
+
+def _check(arguments: list[str]) -> None:
+    """What can be said before torch is imported: that there is a configuration, and that its settings fit."""
     from lit_specrl.cli.configuration_files import sources
+    from lit_specrl.cli.quick_check import check_quickly
 
     if len(arguments) == 1 and arguments[0] in _TRAINING:
         raise ConfigurationError(f"{arguments[0]} needs a configuration; begin with: {_FIRST}")
     if arguments[0] in _TRAINING:
-        sources(arguments[1:])
+        check_quickly(arguments[0], sources(arguments[1:]))

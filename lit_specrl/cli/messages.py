@@ -50,11 +50,13 @@ def told(command: str, debug: bool = False) -> Iterator[None]:
 def _end(command: str, error: Exception, debug: bool) -> NoReturn:
     trace = "".join(traceback.format_exception(error))
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-    lines = _shortened(f"{command}: {sentence(error)}" if rank == 0 else f"{command} (rank {rank}): {sentence(error)}")
+    said = sentence(error)
+    subject = command if rank == 0 else f"{command} (rank {rank})"
+    lines = _shortened(said if said.startswith(f"{subject} ") else f"{subject}: {said}")
     lines += [f"  at {frame}" for frame in own_frames(error)]
     if debug:
         print(trace, file=sys.stderr)
-    else:
+    elif not isinstance(error, ConfigurationError) or error.__cause__ is not None:  # others are the command line's own
         lines.append(f"  traceback: {_kept(trace)}")
     sys.stdout.flush()
     print("\n".join(lines if rank == 0 else [lines[0], lines[-1]]), file=sys.stderr, flush=True)

@@ -3,22 +3,55 @@ it."""
 
 from __future__ import annotations
 
+import abc
 import collections.abc
 import difflib
 import importlib
 import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 MAX_LISTED = 12  # names that are listed where none is similar
 LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
 MAPPINGS = (dict, collections.abc.Mapping)
-_PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_TENSOR = "<class 'torch.Tensor'>"  # by its name: mistakes are told before torch is imported
+_PLAIN = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    type(None): "null",
+}
+
+
+class Unimported(abc.ABC):
+    """A class that stands for one that is not imported."""
+
+    entry: Mapping[str, Any]
+
+    @classmethod
+    def arguments(cls, num_given: int) -> Any:
+        """What its constructor takes.
+
+        Args:
+            num_given: positional arguments that the library gives.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def resolve(cls, class_path: str) -> type[Unimported] | None:
+        """Another class of the same record."""
+        raise NotImplementedError
+
+
+class Unknown(Unimported):
+    """Stands for a class of which nothing is known."""
 
 
 def members_of(hint: Any) -> Iterator[Any]:
@@ -40,14 +73,19 @@ def classes_of(hint: Any) -> Iterator[tuple[Any, int]]:
     if origin is collections.abc.Callable and len(parts) == 2 and isinstance(parts[0], list):
         for member in members_of(parts[1]):
             yield from ((kind, len(parts[0])) for kind, _ in classes_of(member))
-    elif isinstance(hint, type) and origin is None and hint not in (*_PLAIN, torch.Tensor):
+    elif isinstance(hint, type) and origin is None and hint not in _PLAIN and str(hint) != _TENSOR:
         yield from [] if hint.__module__ in ("builtins", "pathlib", "datetime", "collections.abc") else [(hint, 0)]
 
 
 def resolve_class(class_path: str, kinds: list[tuple[Any, int]]) -> tuple[Any, int] | str:
     """The class of this name, or why there is none."""
     found: Any = None
-    if "." in class_path:
+    if unimported := next((kind for kind, _ in kinds if issubclass(kind, Unimported)), None):
+        found = unimported.resolve(class_path)
+        if "." in class_path and (found is None or not any(issubclass(found, kind) for kind, _ in kinds)):
+            return Unknown, 0
+        found = found if "." in class_path else None
+    elif "." in class_path:
         module_name, _, name = class_path.rpartition(".")
         try:
             module = importlib.import_module(module_name)
@@ -91,8 +129,19 @@ def class_names(kinds: list[tuple[Any, int]], most: int = MAX_LISTED) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
+def _is_unimported(hint: Any) -> bool:
+    """Whether a type is about classes that are not imported."""
+    parts = [part for given in typing.get_args(hint) for part in (given if isinstance(given, list) else [given])]
+    is_class = isinstance(hint, type) and typing.get_origin(hint) is None
+    return (is_class and issubclass(hint, Unimported)) or any(map(_is_unimported, parts))
+
+
 def fits(hint: Any, value: Any) -> bool:
     """Whether the parser takes a value of this type."""
+    if _is_unimported(hint):
+        hint = union([part for part in members_of(hint) if not _is_unimported(part)])
+        if hint is None:
+            return False
     parser = ArgumentParser(exit_on_error=False)
     try:
         parser.add_argument("--value", type=hint)
@@ -112,7 +161,7 @@ def in_words(hint: Any) -> str:
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin in (typing.Union, types.UnionType):
-        words = list(dict.fromkeys(in_words(part) for part in parts if part is not torch.Tensor))
+        words = list(dict.fromkeys(in_words(part) for part in parts if str(part) != _TENSOR))
         return " or ".join(words)
     if origin in LISTS:
         return f"a list (of {in_words(parts[0])})" if parts else "a list"

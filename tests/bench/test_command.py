@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from lit_specrl.bench import command
-from lit_specrl.bench.report import Report
+from lit_specrl.bench.report import Ratio, Report
 from lit_specrl.cli import main as cli
 from lit_specrl.cli.commands import Command
 from lit_specrl.cli.messages import ConfigurationError, exit_code
@@ -19,8 +19,9 @@ REPORT = {
             {"way": "fast", "tokens": 12345, "seconds": 0.123456},
             {"way": "slow", "tokens": 7, "seconds": None},
         ],
-        "compared": [{"time_slow_over_fast": 3.0}],
+        "compared": [{"time_slow_over_fast": Ratio(3.0)}],
     },
+    "warnings": {"compared": ["The slow way was guessed."]},
     "notes": ["The slow way was not run."],
     "failures": [],
 }
@@ -52,8 +53,10 @@ def test_the_first_line_tells_hardware_version_and_settings(benchmark, capsys):
     first_line, *lines = capsys.readouterr().out.splitlines()
     assert first_line == "a CPU, 2 cores, 1 threads, torch 2.13.0, benchmark=adding repeats=5"
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
-    assert cells == [["fast", "12,345", "0.1235"], ["slow", "7", "-"], ["3"]]
+    assert cells == [["fast", "12,345", "0.1235"], ["slow", "7", "-"], ["3.00x"]]
     assert lines[-1] == "The slow way was not run."
+    stripped = [line.strip() for line in lines]
+    assert stripped.index("! The slow way was guessed.") + 1 == stripped.index("compared")
     assert benchmark == [(2, "gpu")]
 
 
@@ -63,7 +66,7 @@ def test_the_json_file_holds_the_report_that_is_printed(benchmark, tmp_path, cap
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers == REPORT
     Report(**numbers).print()
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out == printed.replace(" 3.00x ", "     3 ")  # JSON knows numbers alone
 
 
 def test_a_failed_check_ends_the_command_with_an_error_after_the_tables(benchmark, capsys):

@@ -22,6 +22,7 @@ from lit_specrl.bench.rollout.comparison import (
     rollout_table,
     time_table,
     validation_table,
+    weaknesses,
 )
 from lit_specrl.bench.rollout.progress import ProgressTeller
 from lit_specrl.bench.rollout.records import EvaluationRecord, RunRecord, StepRecord
@@ -114,7 +115,7 @@ def test_only_steps_that_both_runs_have_are_compared():
     assert pair.windows == {"all": slice(0, 4), "after the first epoch": slice(3, 4)}
     end_to_end = [tuple(row.values())[1:] for row in ratio_table([pair])][-2:]
     assert end_to_end == [("all", *[40 / 35] * 3), ("after the first epoch", *[2.0] * 3)]
-    assert any("differ in their number of steps" in note for note in notes([pair], "PrefixCache", None))
+    assert any("differ in their number of steps" in warning for warning in weaknesses([pair]))
 
 
 def test_one_epoch_has_no_rows_after_it_and_a_note():
@@ -122,15 +123,15 @@ def test_one_epoch_has_no_rows_after_it_and_a_note():
     assert [tuple(row.values()) for row in ratio_table([pair])] == [
         (part, "all", 2.0, 2.0, 2.0) for part in ("generation", "generation + verification", "end to end")
     ]
-    assert any("raise trainer.max_epochs" in note for note in notes([pair], "PrefixCache", None))
+    assert any("raise trainer.max_epochs" in warning for warning in weaknesses([pair]))
 
 
 def test_notes_tell_the_bound_and_what_makes_the_numbers_weak(pairs):
     [bound] = notes(pairs, "PrefixCache", None)
     assert "rollouts take 60% of the training time" in bound
-    assert bound.endswith("above 2.50.")
+    assert bound.endswith("above 2.50x.")
     elsewhere = Pair(0, pairs[0].without, record(pairs[0].with_callbacks.steps, hardware="another CPU"))
-    assert [note.split(";")[0].split(":")[0] for note in notes([elsewhere], "PrefixCache", None)[1:]] == [
+    assert [note.split(";")[0].split(":")[0] for note in weaknesses([elsewhere])] == [
         "One seed says nothing about the spread",
         "The runs were made on different machines or versions of torch",
     ]
@@ -408,6 +409,7 @@ def test_a_tiny_model_with_and_without_the_prefix_cache(config, processes, capsy
     assert [command[-1] for command in processes] == ["out/seed-0-without/config.yaml", "out/seed-0-with/config.yaml"]
     for words in ("benchmark=rollout", "generation + verification", "after the first epoch", "not reached", "One seed"):
         assert words in printed
+    assert printed.index("! One seed") < printed.index("paired") < printed.index("x │")  # above the first ratio
 
     report = json.loads(Path("out/report.json").read_text())
     assert report["configuration"]["trainer"]["max_epochs"] == 2

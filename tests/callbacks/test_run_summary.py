@@ -120,6 +120,14 @@ class Interrupt(L.Callback):
             raise self.exception
 
 
+class InterruptThird(L.Callback):
+    """Ends the run inside its fourth step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, SIGTERMException])
 @pytest.mark.parametrize("is_saved", [True, False])
 def test_a_run_that_is_stopped_says_what_it_did_and_how_to_go_on(
@@ -132,6 +140,15 @@ def test_a_run_that_is_stopped_says_what_it_did_and_how_to_go_on(
     assert "1 steps" in out
     saved = f"Go on with --ckpt_path {tmp_path / 'last.ckpt'}"
     assert (saved if is_saved else "No checkpoint was saved; configs/trainer/resumable.yaml saves some") in out
+
+
+def test_the_checkpoint_that_is_saved_for_the_stop_is_named(module, data, make_trainer, tmp_path, capsys):
+    """It was written after the summary, which named the one before."""
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_on_exception=True, filename="{step}")
+    with pytest.raises(SystemExit):
+        make_trainer(RunSummary(), InterruptThird(), saving, max_steps=4, max_epochs=2).fit(module, datamodule=data)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=2.ckpt", "step=3.ckpt"]
+    assert f"Go on with --ckpt_path {tmp_path / 'step=3.ckpt'}" in capsys.readouterr().out
 
 
 def test_an_error_has_no_summary(module, data, make_trainer, capsys):

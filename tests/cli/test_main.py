@@ -175,6 +175,16 @@ def test_a_callback_that_is_named_again_takes_the_place_of_the_first(fitted, tmp
     assert type(caches["SpeculativeRollout"].drafter).__name__ == "HistoryDrafter"
 
 
+def test_two_checkpoints_of_one_folder_write_one_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+    Path("own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [own]}}))
+    files = [ROOT / "recipes/quickstart.yaml", "own.yaml", ROOT / "configs/trainer/resumable.yaml"]
+    callbacks = parsed_config([*config_arguments(*files), "--trainer.accelerator=cpu"]).trainer.callbacks
+    saved = [one.init_args.save_last for one in callbacks if one.class_path.endswith("ModelCheckpoint")]
+    assert saved == [None, True]
+
+
 def test_short_names_of_classes_are_enough(fitted, tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {

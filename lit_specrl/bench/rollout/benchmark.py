@@ -17,6 +17,7 @@ from lit_specrl.bench.rollout.comparison import (
     rollout_table,
     time_table,
     validation_table,
+    weaknesses,
 )
 from lit_specrl.bench.rollout.figure import draw, draw_frontier
 from lit_specrl.bench.rollout.paired import compare
@@ -119,6 +120,7 @@ def _report(
         },
         tables={title: rows for title, rows in tables.items() if rows},
         notes=remarks,
+        warnings={title: weaknesses(pairs) for title in ("paired", "arms", "compared") if tables[title]},
         configuration=configuration,
         runs=[
             {"seed": pair.seed, "arm": arm, **asdict(record)}

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_specrl.cli.configuration_files import sources
+from lit_specrl.cli.quick_check import check_quickly
+
 
 def rollout(
     fit_arguments: Sequence[str],
@@ -65,6 +68,8 @@ def rollout(
     names, numbers = _names(without), _seeds(seeds)
     if not margin >= 0:
         raise ValueError(f"--margin must not be negative, got {margin}")
+    if fit_arguments:
+        check_quickly("fit", sources(fit_arguments))
     from lit_specrl.bench.rollout.benchmark import bench_rollout
 
     signal.signal(signal.SIGTERM, _stop)

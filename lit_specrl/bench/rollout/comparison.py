@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from lit_specrl.bench.report import Ratio
 from lit_specrl.bench.rollout.records import RunRecord, StepRecord
 
 Row = dict[str, Any]
@@ -59,9 +60,9 @@ def ratio_table(pairs: Sequence[Pair]) -> list[Row]:
                     {
                         "without_over_with": part,
                         "steps": window,
-                        "min": min(ratios),
-                        "median": statistics.median(ratios),
-                        "max": max(ratios),
+                        "min": Ratio(min(ratios)),
+                        "median": Ratio(statistics.median(ratios)),
+                        "max": Ratio(max(ratios)),
                     }
                 )
     return rows
@@ -122,23 +123,29 @@ def rollout_fraction(run: RunRecord) -> float:
 def notes(pairs: Sequence[Pair], callbacks: str, score: float | None) -> list[str]:
     """What the reader must know about the tables."""
     fraction = statistics.median(rollout_fraction(pair.without) for pair in pairs)
-    runs = [run for _, run in _labelled(pairs)]
     found = [
         f"Without {callbacks}, rollouts take {fraction:.0%} of the training time (all steps, median over the seeds); savings there "
-        f"alone cannot bring the ratio end to end above {1 / (1 - fraction):.2f}."
+        f"alone cannot bring the ratio end to end above {1 / (1 - fraction):.2f}x."
     ]
+    if score is not None and not validation_table(pairs, score):
+        found.append(f"No validation reports {SCORE}, so that nothing is said about --score {score:g}.")
+    return found
+
+
+def weaknesses(pairs: Sequence[Pair]) -> list[str]:
+    """What makes ratios and differences weak, or meaningless."""
+    runs = [run for _, run in _labelled(pairs)]
+    found = []
     if len(pairs) == 1:
         found.append("One seed says nothing about the spread; take several with --seeds.")
     if not any(pair.num_steps > pair.windows["after the first epoch"].start for pair in pairs):
         found.append(
-            "No step comes after the first epoch, in which there is nothing to reuse; raise trainer.max_epochs."
+            "No step comes after the first epoch, in which there is nothing to reuse: the ratios tell nothing of reuse; raise trainer.max_epochs."
         )
     if any(len(pair.without.steps) != len(pair.with_callbacks.steps) for pair in pairs):
         found.append("The two runs of a seed differ in their number of steps; ratios are of the steps that both have.")
     if len({(run.hardware, run.torch_version) for run in runs}) > 1:
         found.append("The runs were made on different machines or versions of torch: the ratios mean little.")
-    if score is not None and not validation_table(pairs, score):
-        found.append(f"No validation reports {SCORE}, so that nothing is said about --score {score:g}.")
     return found
 
 

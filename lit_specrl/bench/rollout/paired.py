@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from lit_specrl.bench.report import Ratio
 from lit_specrl.bench.rollout.comparison import SCORE, Pair
 from lit_specrl.bench.rollout.intervals import Interval, mean_interval, ratio_interval
 from lit_specrl.bench.rollout.records import RunRecord, StepRecord
@@ -37,14 +38,21 @@ class Comparison:
     def table(self, score: float | None) -> list[dict[str, Any]]:
         """Rows for the report."""
         until = "" if score is None else f" to {score:g}"
-        rows = [(f"{name}, with - without", interval) for name, interval in self.differences.items()]
-        rows += [(f"{COSTS[name][0]}, without / with", interval) for name, interval in self.ratios.items()]
-        rows += [(f"{COSTS[name][0]}{until}, without / with", each) for name, each in self.ratios_to_score.items()]
-        return [
-            {"paired": name, "seeds": each.num_seeds, "mean": each.mean}
-            | {"low_95": each.low if each.is_bounded else None, "high_95": each.high if each.is_bounded else None}
-            for name, each in rows
-        ]
+        rows = [_row(f"{name}, with - without", each, float) for name, each in self.differences.items()]
+        rows += [_row(f"{COSTS[name][0]}, without / with", each, Ratio) for name, each in self.ratios.items()]
+        for name, each in self.ratios_to_score.items():
+            rows.append(_row(f"{COSTS[name][0]}{until}, without / with", each, Ratio))
+        return rows
+
+
+def _row(name: str, interval: Interval, kind: type[float]) -> dict[str, Any]:
+    bounds = {"low_95": interval.low, "high_95": interval.high}
+    return {
+        "paired": name,
+        "seeds": interval.num_seeds,
+        "mean": kind(interval.mean),
+        **{bound: kind(value) if interval.is_bounded else None for bound, value in bounds.items()},
+    }
 
 
 def compare(pairs: Sequence[Pair], score: float | None = None) -> Comparison:

@@ -70,4 +70,4 @@ def _sentence(callbacks: str, pays: str, why: str, num_seeds: int) -> str:
 
 
 def _ratio(interval: Interval) -> str:
-    return f"{interval.mean:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+    return f"{interval.mean:.2f}x ({interval.low:.2f}x to {interval.high:.2f}x)"

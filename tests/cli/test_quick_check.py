@@ -1,0 +1,130 @@
+"""Help and mistakes of `fit` without imports: the record of the classes is that of the real parser, and accepts what it
+accepts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_specrl.cli.configuration_files import COMMAND_LINE, Source, sources
+from lit_specrl.cli.fit_help import answer
+from lit_specrl.cli.messages import ConfigurationError
+from lit_specrl.cli.quick_check import check_quickly
+from lit_specrl.cli.record_signatures import record
+from lit_specrl.cli.signatures import RECORD, Signatures
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+BLOCKS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def signatures():
+    return Signatures()
+
+
+def test_the_record_is_what_the_parser_takes():
+    recorded, now = json.loads(RECORD.read_text()), json.loads(json.dumps(record()))
+    imported_by_other_tests = set(now["classes"]) - set(recorded["classes"])
+    assert not [path for path in imported_by_other_tests if not path.startswith("lit_specrl.bench.")]
+    for part in ("versions", "files", "commands"):
+        assert now[part] == recorded[part], "run: python -m lit_specrl.cli.record_signatures"
+    for path, entry in recorded["classes"].items():
+        assert now["classes"][path] == entry, f"{path}; run: python -m lit_specrl.cli.record_signatures"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_what_the_parser_takes_is_not_refused(recipe, signatures):
+    check_quickly("fit", sources([f"--config={recipe}"]), signatures)
+    for block in BLOCKS[RECIPES.index(recipe) :: len(RECIPES)]:
+        check_quickly("fit", sources([f"--config={recipe}", f"--config={block}"]), signatures)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.num_generatons=4"], "GRPO has no num_generatons; did you mean num_generations?"),
+        (["--trainer.max_epoch=4"], "trainer has no max_epoch; did you mean max_epochs?"),
+        (["--model.num_generations=many"], "num_generations must be a whole number, got the text 'many'"),
+        (["--trainer.callbacks+=PrefixCach"], "there is no class PrefixCach; did you mean PrefixCache?"),
+        (["--trainer.callbacks+=PrefixCache", "--trainer.callbacks.lenienc=2"], "did you mean lenience?"),
+        (["--model=DAPOO"], "there is no class DAPOO; did you mean DAPO?"),
+    ],
+)
+def test_a_mistake_is_refused(options, message, signatures):
+    with pytest.raises(ConfigurationError, match=message.replace("?", r"\?").replace("(", r"\(")):
+        check_quickly("fit", sources([f"--config={ROOT / 'recipes/quickstart.yaml'}", *options]), signatures)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.optimizer=my_package.MyOptimizer", "--model.optimizer.strength=3"],
+        ["--model=my_package.MyModule", "--model.anything=3"],
+        ["--trainer.callbacks+=my_package.Callback", "--trainer.callbacks+=OtherCallback"],  # imported with the first
+        ["--data.train=FileSource", "--data.train.path=123"],  # a text that reads like a number
+        ["--model.num_generatons=4", "--print_config"],
+    ],
+)
+def test_what_the_record_cannot_know_is_left_to_the_parser(options, signatures):
+    check_quickly("fit", sources([f"--config={ROOT / 'recipes/quickstart.yaml'}", *options]), signatures)
+
+
+@pytest.mark.parametrize("changed", ["versions", "files"])
+def test_nothing_is_refused_where_the_record_is_of_another_version(changed):
+    content = json.loads(RECORD.read_text())
+    content[changed][next(iter(content[changed]))] = "another"
+    misspelt = Source(COMMAND_LINE, {"trainer": {"max_epoch": 3}})
+    recipe = sources([f"--config={ROOT / 'recipes/quickstart.yaml'}"])
+    check_quickly("fit", [*recipe, misspelt], Signatures(content))
+    with pytest.raises(ConfigurationError):
+        check_quickly("fit", [*recipe, misspelt])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--help"], ["--config FILE", "GRPO", "num_generations", "PrefixCache", "`--trainer.help`"]),
+        (["--trainer.help"], ["--trainer.max_epochs", "Stop training once this number of epochs is reached"]),
+        (["--model.help"], ["GRPO", "PPO", "Group relative policy optimisation"]),
+        (["--model.help", "GRPO"], ["--model.num_generations", "rollouts per prompt, G"]),
+        (["--model.rewards.help"], ["MathReward", "1 where the answer equals the reference as mathematics"]),
+        (["--model.rewards.help=FormatReward"], ["--model.rewards.pattern", "required"]),
+        (["--data.train.help", "FileSource"], ["--data.train.path", "the file; the extension decides"]),
+        (["--trainer.callbacks.help", "PrefixCache"], ["--trainer.callbacks.max_reuses"]),
+        (["--trainer.callbacks.engine.help"], ["VLLMEngine", "TransformersEngine"]),
+    ],
+)
+def test_help_tells_what_there_is(arguments, told):
+    page = answer("fit", "train a policy", arguments)
+    assert [text for text in told if text not in page] == []
+    assert arguments != ["--help"] or len(page.splitlines()) <= 60
+
+
+def test_help_for_what_there_is_not_is_refused():
+    with pytest.raises(ConfigurationError, match="did you mean MathReward"):
+        answer("fit", "", ["--model.rewards.help", "MathRewar"])
+    with pytest.raises(ConfigurationError, match=r"there is no setting model\.rewardz"):
+        answer("fit", "", ["--model.rewardz.help"])
+    assert answer("fit", "", ["--model.rewards.help", "my_package.Mine"]) is None  # the parser imports it
+    assert answer("fit", "", ["--config", "recipe.yaml"]) is None
+
+
+def test_help_and_mistakes_need_no_torch():
+    program = """
+import sys
+from lit_specrl.cli import main
+for arguments in (["fit", "--help"], ["fit", "--model.help", "GRPO"], ["fit", "--config", FILE, "--model.lr=3"],
+                  ["export", "--help"], ["export"]):
+    sys.argv = ["lit-specrl", *arguments]
+    try: main.main()
+    except SystemExit as end: print("ended with", end.code)
+    assert "torch" not in sys.modules, arguments
+"""
+    file = str(ROOT / "recipes/quickstart.yaml")
+    command = [sys.executable, "-c", program.replace("FILE", repr(file))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("ended with 2") == 2, done.stdout
+    assert "GRPO has no lr" in done.stderr
