@@ -25,7 +25,7 @@ FLOORS = [  # from bottom to top; a room imports itself and rooms of lower floor
     {"cli.__main__"},
 ]
 MAX_LOOSE_MODULES, MAX_LINES = 10, 400
-LONGER = {"algorithms.rlvr": 550}  # 170 of them are the constructor, which documents 35 arguments
+LONGER = {"algorithms.rlvr": 600}  # 190 of them are the constructor, which documents 40 arguments
 
 
 def name_of(path):
