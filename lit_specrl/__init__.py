@@ -57,11 +57,13 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.rewards import EquationReward as EquationReward
     from lit_specrl.rewards import ExactReward as ExactReward
     from lit_specrl.rewards import FormatReward as FormatReward
+    from lit_specrl.rewards import JudgeReward as JudgeReward
     from lit_specrl.rewards import MathReward as MathReward
     from lit_specrl.rewards import NumericReward as NumericReward
     from lit_specrl.rewards import OverlongReward as OverlongReward
     from lit_specrl.rewards import Reward as Reward
     from lit_specrl.rewards import RewardFunction as RewardFunction
+    from lit_specrl.rewards import RewardModel as RewardModel
     from lit_specrl.types import PromptBatch as PromptBatch
     from lit_specrl.types import RolloutRequest as RolloutRequest
     from lit_specrl.types import Rollouts as Rollouts
@@ -111,6 +113,7 @@ _EXPORTS = {
     "EquationReward": "rewards",
     "ExactReward": "rewards",
     "FormatReward": "rewards",
+    "JudgeReward": "rewards",
     "MathReward": "rewards",
     "NumericReward": "rewards",
     "OverlongReward": "rewards",
@@ -119,6 +122,7 @@ _EXPORTS = {
     "AdaptiveLenience": "prefix_cache.lenience",
     "Reward": "rewards",
     "RewardFunction": "rewards",
+    "RewardModel": "rewards",
     "Experience": "experience",
     "PromptBatch": "types",
     "RolloutRequest": "types",

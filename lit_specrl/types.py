@@ -122,6 +122,8 @@ class PromptBatch:
     """[B] name of the data source of each row; results are reported per source."""
     columns: list[dict[str, Any]] = field(default_factory=list)
     """[B] or empty: the remaining columns of each data row, handed to reward functions."""
+    messages: list[list[dict[str, str]]] = field(default_factory=list)
+    """[B] or empty: the conversations that the prompts show, turns with `role` and `content`."""
     sampling: SamplingConfig | None = None
     """How to sample for these prompts; `None` means the module's training settings."""
 
@@ -139,6 +141,7 @@ class PromptBatch:
         """The prompts of both, to be sampled alike."""
         theirs = other._columns()
         joined: dict[str, Any] = {name: rows + theirs[name] for name, rows in self._columns().items()}
+        joined["messages"] = _joined(self.messages, other.messages, len(self), len(other), [])
         return replace(self, **joined)
 
     def _columns(self) -> dict[str, Any]:

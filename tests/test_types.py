@@ -50,6 +50,14 @@ def test_selected_prompts_come_in_the_order_asked_for():
     assert prompts.select([]) == prompts_of("", sampling=sampling)
 
 
+def test_conversations_are_joined_where_one_side_has_them():
+    turns = [{"role": "user", "content": "a?"}]
+    with_turns = prompts_of("a")
+    with_turns.messages = [turns]
+    assert (with_turns + prompts_of("bc")).messages == [turns, [], []]
+    assert (prompts_of("b") + with_turns).select([1]).messages == [turns]
+
+
 def test_prompts_are_joined_in_order():
     sampling = SamplingConfig(4, 16)
     first, second = prompts_of("ab", [{"level": 1}, {"level": 2}], sampling), prompts_of("c", [{"level": 3}])

@@ -162,6 +162,7 @@ class RolloutWorker:
                     "source": [prompts.sources[owner] for owner in owners],
                     "completion_ids": [rollouts.response_ids[row] for row in rows],
                     "finish_reason": [rollouts.finish_reasons[row] for row in rows],
+                    "prompt_messages": [prompts.messages[owner] if prompts.messages else [] for owner in owners],
                 },
             )
         asked = zip(rows, zip(*scores.values, strict=True), strict=True)
