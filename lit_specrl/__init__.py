@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.callbacks import CompletionWriter as CompletionWriter
     from lit_specrl.callbacks import DrafterDistillation as DrafterDistillation
     from lit_specrl.callbacks import DrafterPretraining as DrafterPretraining
+    from lit_specrl.callbacks import LoggerReport as LoggerReport
     from lit_specrl.callbacks import PrefixCache as PrefixCache
     from lit_specrl.callbacks import RolloutCallback as RolloutCallback
     from lit_specrl.callbacks import RolloutProgressBar as RolloutProgressBar
@@ -102,6 +103,7 @@ _EXPORTS = {
     "CompletionWriter": "callbacks",
     "DrafterDistillation": "callbacks",
     "DrafterPretraining": "callbacks",
+    "LoggerReport": "callbacks",
     "PrefixCache": "callbacks",
     "RolloutCallback": "callbacks",
     "RolloutProgressBar": "callbacks",

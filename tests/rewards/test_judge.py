@@ -102,14 +102,13 @@ def test_every_row_gets_its_score_whatever_happens_to_others(judge, server):
 
 
 def test_no_more_requests_are_in_flight_than_allowed_and_the_deadline_holds(judge, server):
+    reward = judge(max_concurrency=2, deadline_s=1.0, max_retries=0)
     started_at = time.monotonic()
-    with pytest.warns(UserWarning, match="rows were not judged"):
-        values, counters = ask(
-            judge(max_concurrency=2, deadline_s=0.8, max_retries=0), [f"wait 0.3{n}" for n in range(8)]
-        )
-    assert time.monotonic() - started_at < 3
+    with pytest.warns(UserWarning, match="6 of 8 rows were not judged"):
+        values, counters = ask(reward, ["good", "fine", *(f"wait 5.{n}" for n in range(6))])
+    assert time.monotonic() - started_at < 10  # 15 without it, and more where the machine is slow
     assert server.most_in_flight == 2
-    assert 2 <= values.count(0.75) <= 6 and values.count(None) == counters["failures"] == 8 - values.count(0.75)
+    assert values == [0.75, 0.75, *[None] * 6] and counters == {"failures": 6}
 
 
 def test_scores_come_from_json_too_and_lie_in_the_range(judge):
