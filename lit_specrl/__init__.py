@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.callbacks import CompletionWriter as CompletionWriter
     from lit_specrl.callbacks import DrafterDistillation as DrafterDistillation
     from lit_specrl.callbacks import DrafterPretraining as DrafterPretraining
+    from lit_specrl.callbacks import LoggerReport as LoggerReport
     from lit_specrl.callbacks import PrefixCache as PrefixCache
     from lit_specrl.callbacks import RolloutCallback as RolloutCallback
     from lit_specrl.callbacks import RolloutProgressBar as RolloutProgressBar
@@ -61,11 +62,13 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.rewards import EquationReward as EquationReward
     from lit_specrl.rewards import ExactReward as ExactReward
     from lit_specrl.rewards import FormatReward as FormatReward
+    from lit_specrl.rewards import JudgeReward as JudgeReward
     from lit_specrl.rewards import MathReward as MathReward
     from lit_specrl.rewards import NumericReward as NumericReward
     from lit_specrl.rewards import OverlongReward as OverlongReward
     from lit_specrl.rewards import Reward as Reward
     from lit_specrl.rewards import RewardFunction as RewardFunction
+    from lit_specrl.rewards import RewardModel as RewardModel
     from lit_specrl.types import PromptBatch as PromptBatch
     from lit_specrl.types import RolloutRequest as RolloutRequest
     from lit_specrl.types import Rollouts as Rollouts
@@ -108,6 +111,7 @@ _EXPORTS = {
     "CompletionWriter": "callbacks",
     "DrafterDistillation": "callbacks",
     "DrafterPretraining": "callbacks",
+    "LoggerReport": "callbacks",
     "PrefixCache": "callbacks",
     "RolloutCallback": "callbacks",
     "RolloutProgressBar": "callbacks",
@@ -119,6 +123,7 @@ _EXPORTS = {
     "EquationReward": "rewards",
     "ExactReward": "rewards",
     "FormatReward": "rewards",
+    "JudgeReward": "rewards",
     "MathReward": "rewards",
     "NumericReward": "rewards",
     "OverlongReward": "rewards",
@@ -127,6 +132,7 @@ _EXPORTS = {
     "AdaptiveLenience": "prefix_cache.lenience",
     "Reward": "rewards",
     "RewardFunction": "rewards",
+    "RewardModel": "rewards",
     "Experience": "experience",
     "PromptBatch": "types",
     "RolloutRequest": "types",

@@ -45,6 +45,11 @@ class SamplingConfig:
         temperature: softmax temperature; 0 is greedy decoding.
         top_p: nucleus mass in (0, 1]; 1 keeps the whole vocabulary.
         top_k: number of most likely tokens to sample from; `None` keeps all.
+        min_p: least probability of a token that is sampled, as a share of that of the most likely token; 0 keeps all.
+        repetition_penalty: logits of tokens of prompt and response are divided by it where they are positive, and
+            multiplied where they are negative; 1 changes nothing.
+        stop: texts that end a response. It ends with the token that completes one, and tokens and text keep all of it.
+        stop_token_ids: further token ids that end a response, beside those of tokenizer, model and chat template.
     """
 
     num_generations: int = 8
@@ -52,6 +57,10 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: list[str] | str | None = None
+    stop_token_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.num_generations < 1:
@@ -64,11 +73,31 @@ class SamplingConfig:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}; use 1.0 to keep the whole vocabulary")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; leave it out to keep the whole vocabulary")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}; use 0.0 to keep the whole vocabulary")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}; use 1.0 for none")
+        if not all(self.stop_strings):
+            raise ValueError(f"stop must hold texts that are not empty, got {self.stop!r}")
+        if any(token < 0 for token in self.stop_token_ids or ()):
+            raise ValueError(f"stop_token_ids must not be negative, got {self.stop_token_ids}")
 
     @property
     def is_truncated(self) -> bool:
-        """True when sampling departs from the softmax of the policy (nucleus or top-k)."""
-        return self.top_p < 1 or self.top_k is not None
+        """True when sampling departs from the softmax of the policy, as `departure` says."""
+        return bool(self.departure)
+
+    @property
+    def departure(self) -> str:
+        """What makes sampling depart from the softmax of the policy, such as "top_p=0.9 and min_p=0.1", or nothing."""
+        softmax = {"top_p": 1.0, "top_k": None, "min_p": 0.0, "repetition_penalty": 1.0}
+        found = {name: getattr(self, name) for name in softmax}
+        return " and ".join(f"{name}={value}" for name, value in found.items() if value != softmax[name])
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop`, one or several."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 @dataclass
@@ -93,6 +122,8 @@ class PromptBatch:
     """[B] name of the data source of each row; results are reported per source."""
     columns: list[dict[str, Any]] = field(default_factory=list)
     """[B] or empty: the remaining columns of each data row, handed to reward functions."""
+    messages: list[list[dict[str, str]]] = field(default_factory=list)
+    """[B] or empty: the conversations that the prompts show, turns with `role` and `content`."""
     sampling: SamplingConfig | None = None
     """How to sample for these prompts; `None` means the module's training settings."""
 
@@ -110,6 +141,7 @@ class PromptBatch:
         """The prompts of both, to be sampled alike."""
         theirs = other._columns()
         joined: dict[str, Any] = {name: rows + theirs[name] for name, rows in self._columns().items()}
+        joined["messages"] = _joined(self.messages, other.messages, len(self), len(other), [])
         return replace(self, **joined)
 
     def _columns(self) -> dict[str, Any]:
@@ -122,6 +154,16 @@ class PromptBatch:
     def to(self, device: Any) -> PromptBatch:
         """Return self: prompts stay on the host (Lightning calls this when it moves a batch)."""
         return self
+
+
+class TextEnd(Protocol):
+    """Finds where the text of a response is complete; see `lit_specrl.engines.stop_strings`."""
+
+    reach: int
+    """Tokens before the last one that decide whether it completes the text."""
+
+    def __call__(self, token_ids: Sequence[int], start: int = 0) -> int | None:
+        """Tokens up to and including the first, from `start` on, that completes the text, or `None`."""
 
 
 @dataclass
@@ -147,6 +189,8 @@ class RolloutRequest:
     """Row -> its response of the last visit, in which a drafter looks for the next tokens; no part of the new one."""
     expected_lengths: list[int] = field(default_factory=list)
     """[N] or empty: tokens that a row will probably still need; where not all rows fit, the longest start first."""
+    text_end: TextEnd | None = None
+    """Finds the stop strings of `sampling.stop` in the tokens of a response; `None` where there are none."""
 
     @property
     def num_rows(self) -> int:
@@ -205,7 +249,8 @@ class Rollouts:
     """[N] ragged, nats: log-prob of each token under the distribution it was sampled from (temperature applied); NaN
     for tokens of a prefix, which this engine did not sample."""
     finish_reasons: list[FinishReason]
-    """[N] "stop" = end-of-text was generated, "length" = cut at `max_completion_length`."""
+    """[N] "stop" = a token that ends a response was generated, or a stop string was completed; "length" = cut at
+    `max_completion_length`."""
     policy_version: int
     """Version of the weights that generated."""
     elapsed_s: float

@@ -50,6 +50,14 @@ def test_selected_prompts_come_in_the_order_asked_for():
     assert prompts.select([]) == prompts_of("", sampling=sampling)
 
 
+def test_conversations_are_joined_where_one_side_has_them():
+    turns = [{"role": "user", "content": "a?"}]
+    with_turns = prompts_of("a")
+    with_turns.messages = [turns]
+    assert (with_turns + prompts_of("bc")).messages == [turns, [], []]
+    assert (prompts_of("b") + with_turns).select([1]).messages == [turns]
+
+
 def test_prompts_are_joined_in_order():
     sampling = SamplingConfig(4, 16)
     first, second = prompts_of("ab", [{"level": 1}, {"level": 2}], sampling), prompts_of("c", [{"level": 3}])
@@ -145,6 +153,10 @@ def test_unscored_rollouts_are_selected_and_joined_too():
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0; use 1.0"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5; use 1.0"),
         ({"top_k": 0}, "top_k must be at least 1, got 0; leave it out"),
+        ({"min_p": -0.1}, r"min_p must lie in \[0, 1\], got -0.1; use 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0; use 1.0"),
+        ({"stop": ["a", ""]}, r"stop must hold texts that are not empty, got \['a', ''\]"),
+        ({"stop_token_ids": [3, -1]}, r"stop_token_ids must not be negative, got \[3, -1\]"),
     ],
 )
 def test_sampling_out_of_range_is_refused(options, message):
@@ -155,3 +167,11 @@ def test_sampling_out_of_range_is_refused(options, message):
 def test_a_nucleus_and_the_likeliest_tokens_are_truncated_sampling():
     configs = [SamplingConfig(), SamplingConfig(temperature=0.5), SamplingConfig(top_p=0.9), SamplingConfig(top_k=5)]
     assert [config.is_truncated for config in configs] == [False, False, True, True]
+    assert SamplingConfig(min_p=0.1).is_truncated and SamplingConfig(repetition_penalty=0.9).is_truncated
+    assert SamplingConfig(top_p=0.9, min_p=0.1).departure == "top_p=0.9 and min_p=0.1"
+
+
+def test_stop_is_one_text_or_several():
+    assert SamplingConfig().stop_strings == ()
+    assert SamplingConfig(stop="</answer>").stop_strings == ("</answer>",)
+    assert SamplingConfig(stop=["a", "b"]).stop_strings == ("a", "b")

@@ -75,8 +75,13 @@ class RLVRModule(L.LightningModule):
         top_p: nucleus mass of training rollouts. Below 1, `importance_sampling` must be off: the engine's log-probs
             then belong to another distribution than the policy's.
         top_k: most likely tokens to sample from in training rollouts; the same holds.
+        min_p: least probability of a token of training rollouts, as a share of that of the most likely one; the same.
+        repetition_penalty: of training rollouts, as in `SamplingConfig`; the same holds.
+        stop: texts that end a response in training. It ends with the token that completes one, which tokens and text
+            keep, and counts as finished.
+        stop_token_ids: further token ids that end a response in training.
         eval_sampling: how to sample in validation, test and predict where the data module does not say; by default one
-            response per prompt under the training settings.
+            response per prompt under the training settings. Where it is given it takes nothing from them, nor `stop`.
         loss_type: "grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo", "luspo", "sapo" or "vespo" (`lit_specrl.losses`),
             or a loss by `class_path`, which has its own numbers. Ratios by sequence ("gspo", "luspo") stay close to 1
             and need an `epsilon` of about 3e-4.
@@ -136,6 +141,10 @@ class RLVRModule(L.LightningModule):
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: list[str] | str | None = None,
+        stop_token_ids: list[int] | None = None,
         eval_sampling: SamplingConfig | None = None,
         loss_type: str | TokenLoss = "dapo",
         epsilon: float = 0.2,
@@ -177,6 +186,10 @@ class RLVRModule(L.LightningModule):
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
         )
         self.eval_sampling = eval_sampling or replace(self.sampling, num_generations=1)
         check_training_sampling(self.sampling, importance_sampling)

@@ -30,8 +30,9 @@ def check_training_sampling(sampling: SamplingConfig, importance_sampling: Impor
         raise ValueError("temperature must be positive in training, got 0; greedy rollouts of a group are all the same")
     if importance_sampling is not None and sampling.is_truncated:
         raise ValueError(
-            f"importance_sampling is biased under top_p={sampling.top_p} and top_k={sampling.top_k}: the engine's "
-            "log-probs belong to the truncated distribution; use top_p=1.0 without top_k, or importance_sampling=None"
+            f"importance_sampling is biased under {sampling.departure}: the engine's log-probs belong to another "
+            "distribution than the policy's; use top_p=1.0, min_p=0.0 and repetition_penalty=1.0 without top_k, or "
+            "importance_sampling=None"
         )
 
 

@@ -46,7 +46,7 @@ class ToyEngine(RolloutEngine):
         assert self.policy is not None
         sampling = request.sampling
         if sampling.temperature != 1 or sampling.is_truncated:
-            raise ValueError("ToyEngine samples at temperature 1 without top_p and top_k; use TransformersEngine")
+            raise ValueError("ToyEngine samples at temperature 1 from the whole softmax; use TransformersEngine")
         prompts = [request.prompts.prompt_ids[request.prompt_index(row)] for row in rows]
         known = [prompt + request.prefix(row) for prompt, row in zip(prompts, rows, strict=True)]
         starts = torch.tensor([len(ids) for ids in known])  # [n]

@@ -85,8 +85,8 @@ class PrefixCache(RolloutCallback):
 
     Raises:
         ValueError: an argument out of its range.
-        MisconfigurationException: from `setup`, for sampling with `top_p` or `top_k`, whose log-probs are not those of
-            the ratio.
+        MisconfigurationException: from `setup`, for sampling with `top_p`, `top_k`, `min_p` or `repetition_penalty`,
+            whose log-probs are not those of the ratio.
 
     Example::
 
@@ -187,8 +187,8 @@ class PrefixCache(RolloutCallback):
             )
         if sampling.is_truncated and self.rule.needs_logprobs and not self.rule.allows_truncated_sampling:
             raise MisconfigurationException(
-                "PrefixCache compares log-probs of the whole softmax, but rollouts are sampled with "
-                f"top_p={sampling.top_p} and top_k={sampling.top_k}; use top_p=1.0 without top_k, or acceptance='off'"
+                f"PrefixCache compares log-probs of the whole softmax, but rollouts are sampled with {sampling.departure}; use "
+                "top_p=1.0, min_p=0.0 and repetition_penalty=1.0 without top_k, or acceptance='off'"
             )
 
     def on_train_batch_start(

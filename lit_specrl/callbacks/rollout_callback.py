@@ -45,7 +45,7 @@ class RolloutCallback(L.Callback):
         return {}
 
     def charts(self) -> dict[str, dict[str, list[Any]]]:
-        """Tabs of TensorBoard (`TensorBoardReport`): tab -> chart -> kind and names of its curves."""
+        """Tabs of TensorBoard (`LoggerReport`): tab -> chart -> kind and names of its curves."""
         return {}
 
     def on_stage_start(self, trainer: L.Trainer, pl_module: RLVRModule, stage: str) -> None:

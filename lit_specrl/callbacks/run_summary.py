@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from lit_specrl.algorithms.rlvr import RLVRModule
+from lit_specrl.callbacks.log_sinks import sink_of
 from lit_specrl.callbacks.rollout_callback import require_rlvr_module
 
 
@@ -98,8 +98,8 @@ class RunSummary(L.Callback):
         if self.num_steps:
             Console().print(self._table())
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                print(f"Curves and completions: tensorboard --logdir {logger.save_dir}")
+            if place := sink_of(logger).place():
+                print(place)
 
     def _table(self) -> Table:
         table = Table("", "", title=f"{self.num_steps} steps", show_header=False)

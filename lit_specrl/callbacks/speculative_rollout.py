@@ -94,6 +94,7 @@ class SpeculativeRollout(RolloutCallback):
         require_only_one(self, trainer)
         if self.drafter is not None:
             self._check_drafter(trainer, self.drafter)
+            _check_sampling(trainer, module)
             self.drafter.check(AutoConfig.from_pretrained(module.model_name))
         module.engine, self.engine.drafter = self.engine, self.drafter
         device = trainer.strategy.root_device
@@ -149,6 +150,15 @@ class SpeculativeRollout(RolloutCallback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if getattr(pl_module, "engine", None) is self.engine:  # not so when `setup` has refused the module
             require_rlvr_module(self, pl_module).worker.stop_engine()
+
+
+def _check_sampling(trainer: L.Trainer, module: RLVRModule) -> None:
+    samplings = [module.sampling, module.eval_sampling, *getattr(trainer.datamodule, "sampling", {}).values()]  # type: ignore[attr-defined]
+    shares = [sampling.min_p for sampling in samplings if sampling is not None and sampling.min_p]
+    if shares:
+        raise MisconfigurationException(
+            f"vLLM does not verify drafts under min_p={shares[0]}; leave min_p, or the drafter, out"
+        )
 
 
 def speculation_metrics(steps: Sequence[DecodeStep]) -> dict[str, float]:

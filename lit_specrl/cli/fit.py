@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from lit_specrl.algorithms.rlvr import RLVRModule  # noqa: E402
 
 # Imported for their side effect: the CLI takes short names of classes that are imported.
-from lit_specrl.callbacks import CompletionWriter, RolloutProgressBar, RunPlan, TensorBoardReport  # noqa: E402
+from lit_specrl.callbacks import CompletionWriter, LoggerReport, RolloutProgressBar, RunPlan  # noqa: E402
 from lit_specrl.checkpoints.integrity import naming  # noqa: E402
 from lit_specrl.cli.configuration_files import in_short, overwritten, sources  # noqa: E402
 from lit_specrl.cli.diagnosis import explain  # noqa: E402
@@ -56,7 +56,7 @@ class LitSpecRLCLI(LightningCLI):
                 action.sub_add_kwargs = {**action.sub_add_kwargs, "sub_configs": False}
         parser.add_lightning_class_args(RunPlan, "plan")
         parser.add_lightning_class_args(RolloutProgressBar, "progress_bar")
-        parser.add_lightning_class_args(TensorBoardReport, "tensorboard")
+        parser.add_lightning_class_args(LoggerReport, "tensorboard")
         parser.add_lightning_class_args(CompletionWriter, "completions")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

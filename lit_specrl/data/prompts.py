@@ -20,6 +20,7 @@ REWARD_ARGUMENTS = {
     "finish_reason": "why responses ended",
     "answer": "the reference answers",
     "source": "the names of the data sources",
+    "prompt_messages": "the conversations that the prompts show",
     "self": "the reward itself",
 }
 """Names under which rewards are given something else than a column of the data."""
@@ -78,6 +79,7 @@ def build_prompts(
         answers=answers,
         sources=[entries[i][0] for i in kept],
         columns=_filled_up([further_columns(entries[i][1]) for i in kept]),
+        messages=[template.messages(entries[i][1]) for i in kept],
     )
     return prompts, num_dropped
 

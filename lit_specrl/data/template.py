@@ -83,20 +83,29 @@ class PromptTemplate:
         opening = opening_tokens(texts[0], tokenizer)
         return [own if own[: len(opening)] == opening else opening + own for own in ids]
 
+    def messages(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """The conversation that a prompt shows: system prompt, examples, the row's own turns with the suffix.
+
+        A plain prompt shows the row's own turn alone.
+        """
+        turns = self._turns(row)
+        if self.kind == "plain":
+            return turns
+        if self.system_prompt and turns[0]["role"] == "system":
+            raise ValueError("the row's messages bring their own system turn; leave out system_prompt")
+        opening = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        if turns[0]["role"] == "system":
+            opening, turns = turns[:1], turns[1:]
+        return [*opening, *self._example_turns(), *turns]
+
     def _render_chat(self, row: dict[str, Any], tokenizer: Any) -> str:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
                 "this tokenizer has no chat template (base models often have none); use"
                 r" PromptTemplate(kind='plain', text='Question: {question}\nAnswer:') or set tokenizer.chat_template"
             )
-        turns = self._turns(row)
-        if self.system_prompt and turns[0]["role"] == "system":
-            raise ValueError("the row's messages bring their own system turn; leave out system_prompt")
-        opening = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        if turns[0]["role"] == "system":
-            opening, turns = turns[:1], turns[1:]
-        messages = [*opening, *self._example_turns(), *turns]
-        continued = turns[-1]["role"] == "assistant"
+        messages = self.messages(row)
+        continued = messages[-1]["role"] == "assistant"
         arguments: dict[str, Any] = {"add_generation_prompt": not continued, "continue_final_message": continued}
         if "strftime_now" in str(tokenizer.chat_template):
             arguments["strftime_now"] = datetime.fromisoformat(self.date).strftime

@@ -143,21 +143,28 @@ class RolloutEngine(ABC):
     def generate(self, request: RolloutRequest, on_progress: ProgressListener | None = None) -> Rollouts:
         """Sample one response for every row of the request, in the order of the rows.
 
-        A row goes on from its prefix. A row whose prefix ends in a stop token, or is as long as a response may be, is
-        complete and costs nothing. Cached responses of the request are verified first, where the engine can, and what
-        is kept of them becomes the prefix.
+        A row goes on from its prefix. A row whose prefix ends in a stop token or completes a stop string, or is as long
+        as a response may be, is complete and costs nothing. Cached responses of the request are verified first, where
+        the engine can, and what is kept of them becomes the prefix. Prefixes and cached responses that hold the end of
+        a response before their last token, as those of a run with other stop tokens may, end there.
 
         Raises:
             RuntimeError: the engine holds other weights than the request asks for.
-            ValueError: a prefix longer than a response may be, or cached responses for an engine that cannot verify.
+            ValueError: a prefix longer than a response may be, cached responses for an engine that cannot verify, or
+                stop strings without `RolloutRequest.text_end`.
         """
         self._check_version(request)
+        if request.sampling.stop and request.text_end is None:
+            raise ValueError(
+                f"stop={request.sampling.stop!r} needs text_end=StopStrings(tokenizer, stop) in the request"
+            )
         if request.cached_responses and not self.can_verify:
             raise ValueError(
                 f"{type(self).__name__} cannot verify cached responses; verify with the policy, or use VLLMEngine"
             )
         if request.cached_responses and not request.prefixes:
             request.prefixes = [[] for _ in range(request.num_rows)]
+        self._end_what_is_known(request)
         self.decode_steps = ()  # also where all rows are complete and none is generated
         rows = [row for row in range(request.num_rows) if self.finish_reason(request, row) is None]
         if request.expected_lengths:
@@ -166,6 +173,8 @@ class RolloutEngine(ABC):
         meter.advance(0, request.num_rows - len(rows))
         asks = rows or self.generates_together
         continued = dict(zip(rows, self.continue_rows(request, rows, meter) if asks else [], strict=True))
+        if request.sampling.stop or request.sampling.stop_token_ids:
+            continued = {row: self._ended(request, row, found) for row, found in continued.items()}
         responses = [continued.get(row, Continuation()) for row in range(request.num_rows)]
         complete = [self.finish_reason(request, row) for row in range(request.num_rows)]  # after verification
         return Rollouts(
@@ -185,11 +194,42 @@ class RolloutEngine(ABC):
     def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         """Sample the rest of the given rows; prompts and prefixes are those of the request.
 
+        A row ends with a token of `stop_ids`. Nothing is lost but time where it does not end with a stop string, or a
+        token of `sampling.stop_token_ids`: `generate` cuts it there.
+
         Args:
             request: what is generated.
             rows: rows that are not complete.
             meter: counts every token and finished row.
         """
+
+    def stop_ids(self, request: RolloutRequest) -> frozenset[int]:
+        """Token ids that end a response to this request."""
+        return self.stop_token_ids.union(request.sampling.stop_token_ids or ())
+
+    def end(self, request: RolloutRequest, token_ids: Sequence[int], start: int = 0) -> int | None:
+        """Tokens of a response up to and including the first, from `start` on, that ends it; `None` where none does."""
+        stop_ids = self.stop_ids(request)
+        ends = None
+        if not stop_ids.isdisjoint(token_ids[start:]):
+            ends = next(place for place, token in enumerate(token_ids[start:], start + 1) if token in stop_ids)
+        text_ends = None if request.text_end is None else request.text_end(token_ids[:ends], start)
+        return ends if text_ends is None else text_ends
+
+    def _end_what_is_known(self, request: RolloutRequest) -> None:
+        """Cut prefixes and cached responses behind the first end that they hold."""
+        request.prefixes = [prefix[: self.end(request, prefix)] for prefix in request.prefixes]
+        for row, response in request.cached_responses.items():
+            request.cached_responses[row] = response[: self.end(request, response)]
+
+    def _ended(self, request: RolloutRequest, row: int, found: Continuation) -> Continuation:
+        """What an engine has added to a row, up to the end of the response; engines need not look for it."""
+        prefix = request.prefix(row)
+        ends = self.end(request, [*prefix, *found.token_ids], len(prefix))
+        if ends is None:
+            return found
+        count = ends - len(prefix)
+        return Continuation(found.token_ids[:count], found.logprobs[:count], "stop")
 
     def load_drafter_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace the weights of the drafter while the engine stands ready.
@@ -218,7 +258,7 @@ class RolloutEngine(ABC):
             raise ValueError(
                 f"the prefix of row {row} has {len(prefix)} tokens, a response at most {limit}; cut it before generating"
             )
-        if prefix and prefix[-1] in self.stop_token_ids:
+        if prefix and self.end(request, prefix, len(prefix) - 1) is not None:
             return "stop"
         return "length" if len(prefix) == limit else None
 

@@ -10,7 +10,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer
 
+from lit_specrl.data.end_of_turn import end_of_turn_id
 from lit_specrl.engines.base import RolloutEngine
+from lit_specrl.engines.stop_strings import StopStrings
 from lit_specrl.engines.transformers_engine import TransformersEngine
 from lit_specrl.models.model_files import check_tokenizer
 from lit_specrl.models.policy import Policy
@@ -47,6 +49,7 @@ class RolloutWorker:
         self.skip_special_tokens = True
         """Whether texts of responses are without special tokens."""
         self._is_started = False
+        self._stop_strings: dict[tuple[str, ...], StopStrings] = {}  # of the samplings that were asked for
 
     @property
     def scored_by(self) -> str:
@@ -76,15 +79,38 @@ class RolloutWorker:
             rank_zero_info(f"starting the engine: {self.engine.describe(self.policy.device)}")
             started_at = time.perf_counter()
             with self.timer("start_engine"):
-                stop_token_ids = self.policy.eos_token_ids | {self.tokenizer.eos_token_id} - {None}
                 length = self.max_length or self.policy.model.config.get_text_config().max_position_embeddings
-                self.engine.start(self.policy, self.model_name, length, stop_token_ids)
+                self.engine.start(self.policy, self.model_name, length, self.stop_token_ids())
             self._is_started = True
             rank_zero_info(f"the engine has started in {time.perf_counter() - started_at:.0f} s")
         if self.engine.policy_version != policy_version:
             with self.timer("update_weights"):
                 self.engine.load_policy(self.policy, policy_version)
         return self.engine
+
+    def stop_token_ids(self) -> set[int]:
+        """Token ids that end a response: those of the model's generation config, of the tokenizer, and the one by which
+        the chat template ends a turn.
+
+        (The tokenizer of a base model often names another token than its template writes.)
+        """
+        assert self.policy is not None
+        known = self.policy.eos_token_ids | {self.tokenizer.eos_token_id} - {None}
+        of_template = end_of_turn_id(self.tokenizer)
+        if of_template is None or of_template in known:
+            return known
+        token = self.tokenizer.convert_ids_to_tokens(of_template)
+        rank_zero_info(
+            f"responses also end with {token}, by which the chat template ends a turn; tokenizer and generation config "
+            "do not name it"
+        )
+        return known | {of_template}
+
+    def _text_end(self, sampling: SamplingConfig) -> StopStrings | None:
+        stop = sampling.stop_strings
+        if stop and stop not in self._stop_strings:
+            self._stop_strings[stop] = StopStrings(self.tokenizer, stop)
+        return self._stop_strings[stop] if stop else None
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig, purpose: str, policy_version: int) -> Rollouts:
         """Sample responses.
@@ -96,7 +122,7 @@ class RolloutWorker:
             policy_version: of the current weights.
         """
         seeds = rollout_seeds(self.seed, purpose, prompts.uids, sampling.num_generations)
-        request = RolloutRequest(prompts, sampling, seeds, policy_version)
+        request = RolloutRequest(prompts, sampling, seeds, policy_version, text_end=self._text_end(sampling))
         self.notify("on_rollout_start", request)
         engine = self.current_engine(policy_version)
         with self.timer("gen"):
@@ -136,6 +162,7 @@ class RolloutWorker:
                     "source": [prompts.sources[owner] for owner in owners],
                     "completion_ids": [rollouts.response_ids[row] for row in rows],
                     "finish_reason": [rollouts.finish_reasons[row] for row in rows],
+                    "prompt_messages": [prompts.messages[owner] if prompts.messages else [] for owner in owners],
                 },
             )
         asked = zip(rows, zip(*scores.values, strict=True), strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine
+from lit_specrl.engines.truncation import min_p_logits, penalised_logits
 from lit_specrl.masking import pad_left
 from lit_specrl.models.policy import Policy
 from lit_specrl.seeds import row_uniforms
@@ -55,7 +56,7 @@ class TransformersEngine(RolloutEngine):
     def _continue_batch(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         assert self.policy is not None
         model, device, sampling = self.policy.model, self.policy.device, request.sampling
-        stop_token_ids = torch.tensor(sorted(self.stop_token_ids), dtype=torch.long, device=device)
+        stop_token_ids = torch.tensor(sorted(self.stop_ids(request)), dtype=torch.long, device=device)
         seeds = [request.seeds[row] for row in rows]
         uniforms = row_uniforms(seeds, sampling.max_completion_length, "sampling").to(device)  # [n, R]
         rooms = [sampling.max_completion_length - len(request.prefix(row)) for row in rows]
@@ -65,14 +66,22 @@ class TransformersEngine(RolloutEngine):
         slots = torch.arange(len(rows), device=device)  # response that each cache row belongs to
         active = torch.ones_like(slots, dtype=torch.bool)
         responses = _Responses(len(rows), max(rooms), device, meter)
+        seen = None if sampling.repetition_penalty == 1 else self._seen_tokens(request, rows, logits)  # [n, V]
         interval = _steps_between_checks(device)
 
         for step in range(max(rooms)):
-            tokens, logprobs = _sample(logits.float(), uniforms[slots, step], sampling)  # [n], [n]
+            logits = logits.float()
+            if seen is not None:
+                logits = penalised_logits(logits, seen[slots], sampling.repetition_penalty)
+            tokens, logprobs = _sample(logits, uniforms[slots, step], sampling)  # [n], [n]
+            if seen is not None:
+                seen[slots, tokens] = True
             stopped = active & torch.isin(tokens, stop_token_ids)
             responses.write(step, slots, active, tokens, logprobs, stopped)
             active = active & ~stopped & (budgets[slots] > step + 1)
             if (step + 1) % interval == 0 or step + 1 == max(rooms):
+                if request.text_end is not None:
+                    active = active & ~_completes_text(request, rows, responses, slots, active, step + 1, interval)
                 num_active = int(active.sum())
                 responses.report(num_active)
                 if num_active == 0:
@@ -126,6 +135,33 @@ class TransformersEngine(RolloutEngine):
             cache.batch_select_indices(index)
         return prefill.logits[index, -1], cache, mask[index]
 
+    def _seen_tokens(self, request: RolloutRequest, rows: list[int], logits: Tensor) -> Tensor:
+        """[n, V] bool, True for tokens of prompt and prefix; like the logits [n, V]."""
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for place, row in enumerate(rows):
+            seen[place, request.prompts.prompt_ids[request.prompt_index(row)] + request.prefix(row)] = True
+        return seen
+
+
+def _completes_text(
+    request: RolloutRequest,
+    rows: list[int],
+    responses: _Responses,
+    slots: Tensor,
+    active: Tensor,
+    num_steps: int,
+    interval: int,
+) -> Tensor:
+    """Which of the rows `slots` [m] have completed a stop string in the last `interval` steps, [m] bool."""
+    assert request.text_end is not None
+    found = [False] * len(slots)
+    recent = responses.recent(slots, num_steps, request.text_end.reach + interval)
+    for place, (slot, is_active) in enumerate(zip(slots.tolist(), active.tolist(), strict=True)):
+        if is_active:
+            text = (request.prefix(rows[slot]) if len(recent[place]) == num_steps else []) + recent[place]
+            found[place] = request.text_end(text, max(0, len(text) - interval)) is not None
+    return torch.tensor(found, device=slots.device)
+
 
 class _Responses:
     """Sampled tokens of n rows on the device, where they stay until all rows have ended.
@@ -151,6 +187,10 @@ class _Responses:
         self._token_ids[slots, step], self._logprobs[slots, step] = tokens, logprobs
         self._lengths[slots] += active.long()
         self._stopped[slots] |= stopped
+
+    def recent(self, slots: Tensor, num_steps: int, length: int) -> list[list[int]]:
+        """The latest tokens of the rows `slots` [m] after so many steps, at most `length`."""
+        return self._token_ids[slots, max(0, num_steps - length) : num_steps].tolist()
 
     def report(self, num_active: int) -> None:
         """Count the tokens, and the rows that have ended, since the last report; `num_active` rows go on."""
@@ -181,6 +221,8 @@ def _sample(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple
         tokens = logits.argmax(-1)
     else:
         logits = logits / sampling.temperature
+        if sampling.min_p:
+            logits = min_p_logits(logits, sampling.min_p)
         if sampling.top_k is not None:
             logits = TopKLogitsWarper(min(sampling.top_k, logits.shape[-1]))(None, logits)
         if sampling.top_p < 1:

@@ -40,7 +40,7 @@ class AcceptanceRule(ABC):
     needs_logprobs: bool = True
     """Whether the rule looks at log-probs. Otherwise the policy is not run, and the log-probs hold any values."""
     allows_truncated_sampling: bool = False
-    """Whether a rule that looks at log-probs, which are of the whole softmax, is right under `top_p` and `top_k`."""
+    """Whether a rule that looks at log-probs, which are of the whole softmax, is right under `top_p` and the like."""
     keeps_nothing: bool = False
     """Whether no token is ever kept, so that there is nothing to verify."""
     lenience: float | None = None

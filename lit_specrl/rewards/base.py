@@ -53,7 +53,8 @@ class Reward(ABC):
         Args:
             prompts: [N] rendered prompts.
             completions: [N] decoded responses.
-            columns: lists of N values: `answer`, `source`, `completion_ids`, `finish_reason`, columns of the data set.
+            columns: lists of N values: `answer`, `source`, `completion_ids`, `finish_reason`, `prompt_messages` (the
+                conversations that the prompts show), columns of the data set.
 
         Returns:
             [N] numbers, `None` where the reward does not apply; or an awaitable of them.

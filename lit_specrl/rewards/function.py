@@ -36,6 +36,8 @@ class RewardFunction(Reward):
         weight: factor of this reward in the total.
         name: name in the logs; by default the name of the function.
         timeout_s: time for one call, that is for all its rows, in seconds; without it a call may take for ever.
+        conversational: give `prompts` and `completions` as TRL does for conversations, each a list of turns with `role`
+            and `content`; a completion is one turn of the assistant, with the beginning that its prompt may give it.
 
     Raises:
         ValueError: the import path leads to no function, or `timeout_s` is not positive.
@@ -55,6 +57,7 @@ class RewardFunction(Reward):
         weight: float = 1.0,
         name: str | None = None,
         timeout_s: float | None = None,
+        conversational: bool = False,
     ) -> None:
         self.function = import_function(function) if isinstance(function, str) else function
         if not callable(self.function):
@@ -67,7 +70,7 @@ class RewardFunction(Reward):
             raise ValueError(
                 f"timeout_s must be a positive number of seconds, got {timeout_s}; leave it out to wait without limit"
             )
-        self.timeout_s = timeout_s
+        self.timeout_s, self.conversational = timeout_s, conversational
         self._accepted = _accepted_arguments(self.function)
         self.required_columns = required_arguments(self.function)
         self._thread = None if timeout_s is None else DeadlineThread(timeout_s)
@@ -75,6 +78,8 @@ class RewardFunction(Reward):
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
         arguments = {"prompts": prompts, "completions": completions, **columns}
+        if self.conversational:
+            arguments |= _conversations(prompts, completions, columns.get("prompt_messages"))
         if self._accepted is not None:
             arguments = {name: values for name, values in arguments.items() if name in self._accepted}
         call = partial(self.function, **arguments)
@@ -116,6 +121,21 @@ class RewardFunction(Reward):
             stacklevel=3,
         )
         return [None] * num_rows
+
+
+def _conversations(
+    prompts: list[str], completions: list[str], messages: list[list[dict[str, str]]] | None
+) -> dict[str, list[Any]]:
+    """Prompts and completions as turns; a prompt without its conversation is one turn of the user."""
+    conversations = [
+        list(turns) or [{"role": "user", "content": prompt}]
+        for prompt, turns in zip(prompts, messages or [[]] * len(prompts), strict=True)
+    ]
+    openings = [turns.pop()["content"] if turns[-1]["role"] == "assistant" else "" for turns in conversations]
+    answers = [
+        [{"role": "assistant", "content": opening + text}] for opening, text in zip(openings, completions, strict=True)
+    ]
+    return {"prompts": conversations, "completions": answers}
 
 
 def import_function(path: str) -> Callable[..., Any]:

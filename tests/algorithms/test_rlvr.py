@@ -379,8 +379,10 @@ def test_speculative_rollout_refuses_other_modules(tmp_path):
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature must be positive in training, got 0; greedy rollouts"),
-        ({"top_p": 0.9}, "importance_sampling is biased under top_p=0.9 and top_k=None"),
-        ({"top_k": 20}, "importance_sampling is biased under top_p=1.0 and top_k=20"),
+        ({"top_p": 0.9}, "importance_sampling is biased under top_p=0.9: the engine's"),
+        ({"top_k": 20}, "importance_sampling is biased under top_k=20: the engine's"),
+        ({"min_p": 0.1, "top_k": 5}, "importance_sampling is biased under top_k=5 and min_p=0.1: the engine's"),
+        ({"repetition_penalty": 1.2}, r"is biased under repetition_penalty=1.2: .* or importance_sampling=None"),
         ({"loss_type": "reinforce"}, "loss_type must be one of grpo, .*, got 'reinforce'"),
         ({"num_minibatches": 0}, "num_minibatches must be at least 1, got 0"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),

@@ -224,7 +224,7 @@ def no_policy(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_policy")
-@pytest.mark.parametrize("truncation", [{"top_p": 0.9}, {"top_k": 20}])
+@pytest.mark.parametrize("truncation", [{"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}, {"repetition_penalty": 1.1}])
 def test_ratios_of_truncated_distributions_are_refused(run, truncation):
     with pytest.raises(MisconfigurationException, match=r"compares log-probs of the whole softmax.*use top_p=1\.0"):
         run(PrefixCache(), importance_sampling=None, **truncation)

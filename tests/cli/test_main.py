@@ -210,7 +210,7 @@ def test_short_names_of_classes_are_enough(fitted, tiny_model, tmp_path, monkeyp
         "SpeculativeRollout",
         "RolloutRecorder",
         "RolloutProgressBar",
-        "TensorBoardReport",
+        "LoggerReport",
         "CompletionWriter",
     } <= names
     assert type(module).__name__ == "GRPO"

@@ -27,6 +27,7 @@ def test_rows_become_prompts_with_all_their_columns(tokenizer):
         "answers": ["1", None],
         "sources": ["letters", "words"],
         "columns": [{"level": 3}, {"level": None}],
+        "messages": [[{"role": "user", "content": "A B"}], [{"role": "user", "content": "C"}]],
         "sampling": None,
     }
 

@@ -27,7 +27,7 @@ from lit_specrl import (
     VLLMEngine,
 )
 from lit_specrl.bench.command import BENCHMARKS
-from lit_specrl.callbacks.tensorboard_report import LAYOUT
+from lit_specrl.callbacks.logger_report import LAYOUT
 from lit_specrl.cli.main import _SUMMARIES
 from lit_specrl.prefix_cache import BoundedShare
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from colocated import STOP_TOKEN_IDS, Colocated
+from tiny_models import build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_specrl.drafting import DraftModel, Eagle3Drafter, HistoryDrafter, NGramDrafter
 from lit_specrl.drafting.drafters import Drafter
 from lit_specrl.engines import VLLMEngine
+from lit_specrl.engines.stop_strings import StopStrings
 
 PROMPTS = [[1, 5, 9, 30, 31, 9, 30, 31, 9], [4, 4, 8, 4, 4, 8, 4, 4], [7, 50, 51, 52]]
 GROUP, LENGTH = 96, 16
@@ -105,6 +107,7 @@ def plain(policy_model, make_llama, tmp_path_factory):
     """Responses of an engine that cannot speculate, by temperature."""
     colocated = start(None, policy_model, make_llama, tmp_path_factory.mktemp("plain"))
     rollouts = {temperature: generate(colocated, temperature=temperature) for temperature in (0.0, 0.7, 1.0)}
+    rollouts["penalty"] = generate(colocated, repetition_penalty=1.3)
     colocated.engine.shutdown()
     return rollouts
 
@@ -198,6 +201,19 @@ def test_every_token_has_it_with_a_length_for_each_row(colocated, plain, tempera
     assert drafted.sum() > accepted.sum() > 0
     assert any(len(set(np.diff([*step.drafted, 0]).tolist())) > 1 for step in lengths.steps)  # in one step, several
     assert all(chances.min() >= 0 and chances.max() < 1 for chances in lengths.chances)
+
+
+@pytest.mark.parametrize("started", ["ngram", "siblings"], indirect=True)
+def test_drafts_change_nothing_under_a_repetition_penalty_and_stop_strings(colocated, plain):
+    penalised = generate(colocated, repetition_penalty=1.3)
+    assert penalised.response_ids == plain["penalty"].response_ids
+    whole, tokenizer = plain[1.0].response_ids, build_tokenizer()
+    stop = [tokenizer.decode(response[4:6]) for response in whole[::40] if len(response) > 6]
+    request = colocated.request(PROMPTS, group=GROUP, length=LENGTH, stop=stop)
+    request.text_end = StopStrings(tokenizer, stop)
+    rollouts = colocated.engine.generate(request)
+    assert rollouts.response_ids == [response[: request.text_end(response)] for response in whole]
+    assert rollouts.num_tokens < plain[1.0].num_tokens
 
 
 def by_length(step):

@@ -23,6 +23,26 @@ def test_the_total_is_the_weighted_sum_over_the_rewards_that_apply():
     assert (scores.num_unscored, scores.num_nonfinite) == (1, 0)
 
 
+def test_conversations_are_given_as_trl_gives_them():
+    given = []
+
+    def function(prompts, completions, level):
+        given.append((prompts, completions))
+        return level
+
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, "}]
+    reward = RewardFunction(function, conversational=True)
+    RewardSet([reward])(["p", "q"], ["yes", "no"], level=[1, 2], prompt_messages=[turns, []])
+    user = [{"role": "user", "content": "Hi"}]
+    assert given == [
+        (
+            [user, [{"role": "user", "content": "q"}]],
+            [[{"role": "assistant", "content": "Well, yes"}], [{"role": "assistant", "content": "no"}]],
+        )
+    ]
+    assert len(turns) == 2  # of the data, for the next epoch
+
+
 def test_nan_and_infinity_count_as_none_with_a_warning():
     rewards = RewardSet([returning([math.nan, math.inf, 1.0, None])])
     with pytest.warns(UserWarning, match="reward 'given' returned NaN or infinity for 2 of 4 rows"):

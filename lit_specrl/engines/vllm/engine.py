@@ -252,6 +252,7 @@ class VLLMEngine(RolloutEngine):
                 self._speculation,
                 choose_length,
                 self._adapter,
+                request.text_end,
             ):
                 if step.decoding is not None:
                     steps.append(step.decoding)
@@ -325,9 +326,10 @@ class VLLMEngine(RolloutEngine):
             request.prompts.prompt_ids[request.prompt_index(row)] + prefix,
             sampling,
             sampling.max_completion_length - len(prefix),
-            self.stop_token_ids,
+            self.stop_ids(request),
             request.seeds[row],
             row,
+            len(prefix),
         )
 
     def sleep(self) -> None:

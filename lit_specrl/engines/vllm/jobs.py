@@ -18,6 +18,8 @@ class Job(NamedTuple):
     """`vllm.SamplingParams`."""
     row: int | None = None
     """The row of the rollout that it generates, for drafters that look tokens up."""
+    num_prefix: int = 0
+    """Tokens at the end of `token_ids` that belong to the response already."""
     num_scored: int = 0
     """Tokens at the end of `token_ids` to score; with any, the sampled token is dropped. See `scoring_job`."""
 
@@ -29,6 +31,7 @@ def generation_job(
     stop_token_ids: Collection[int],
     seed: int,
     row: int | None = None,
+    num_prefix: int = 0,
 ) -> Job:
     """Sample what follows `token_ids`, up to and including a stop token."""
     from vllm import SamplingParams
@@ -38,6 +41,8 @@ def generation_job(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k or 0,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
         max_tokens=max_tokens,
         stop_token_ids=sorted(stop_token_ids),
         ignore_eos=True,  # `stop_token_ids` has it, where it ends a response
@@ -46,7 +51,7 @@ def generation_job(
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    return Job(token_ids, params, row)
+    return Job(token_ids, params, row, num_prefix)
 
 
 def scoring_job(token_ids: list[int], num_scored: int, read_cache: bool = True) -> Job:

@@ -13,7 +13,7 @@ import numpy as np
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines.vllm.jobs import Job, scoring_job
 from lit_specrl.engines.vllm.speculation import Speculation
-from lit_specrl.types import FinishReason
+from lit_specrl.types import FinishReason, TextEnd
 
 
 class FinishedRow(NamedTuple):
@@ -47,6 +47,7 @@ def run(
     speculation: Speculation | None = None,
     choose_length: ChooseLength | None = None,
     adapter: Any = None,
+    text_end: TextEnd | None = None,
 ) -> Iterator[EngineStep]:
     """Work on all rows at once and yield after every step of the engine.
 
@@ -60,11 +61,12 @@ def run(
         speculation: of an engine that can.
         choose_length: asked before every step; where it stops, unfinished rows are dropped.
         adapter: from `load_adapters`.
+        text_end: finds stop strings; a row ends in the step that completes one, and keeps all tokens of that step.
 
     Raises:
         RuntimeError: vLLM has given a row up.
     """
-    queue = _RunningJobs(llm, follow_up, speculation, choose_length, adapter)
+    queue = _RunningJobs(llm, follow_up, speculation, choose_length, adapter, text_end)
     try:
         for row, job in jobs.items():
             queue.submit(row, job)
@@ -92,6 +94,8 @@ class _Request:
     """[P - 1, 1] nats, of a scoring job; of its last tokens alone, where others were not computed."""
     num_cached: int = 0
     """Tokens whose KV the engine had."""
+    tail: list[int] = field(default_factory=list)
+    """Latest tokens of the response, as many as `TextEnd.reach`."""
 
 
 class _RunningJobs:
@@ -104,10 +108,11 @@ class _RunningJobs:
         speculation: Speculation | None,
         choose_length: ChooseLength | None,
         adapter: Any,
+        text_end: TextEnd | None,
     ) -> None:
         self._inputs, self._core = llm.llm_engine.input_processor, llm.llm_engine.engine_core
         self._tasks = llm.llm_engine.get_supported_tasks()
-        self._follow_up, self._adapter = follow_up, adapter
+        self._follow_up, self._adapter, self._text_end = follow_up, adapter, text_end
         self._speculation, self._choose_length = speculation, choose_length
         self._catch_up_s = 0.0  # of steps since the last one that has only decoded
         self.requests: dict[str, _Request] = {}
@@ -118,7 +123,10 @@ class _RunningJobs:
         prompt = {"type": "token", "prompt_token_ids": job.token_ids}
         request = self._inputs.process_inputs(str(row), prompt, job.params, self._tasks, lora_request=self._adapter)
         self._inputs.assign_request_id(request)  # a name that no other request has had
-        self.requests[request.request_id] = _Request(row, job)
+        self.requests[request.request_id] = added = _Request(row, job)
+        if self._text_end is not None:
+            count = min(job.num_prefix, self._text_end.reach)
+            added.tail = job.token_ids[len(job.token_ids) - count :]
         if self._speculation is not None and job.row is not None:
             self._speculation.follow(request.request_id, job.row)
         self._core.add_request(request)
@@ -186,11 +194,26 @@ class _RunningJobs:
                 request.token_ids.append(output.new_token_ids)
                 if output.new_logprobs is not None:
                     request.logprobs.append(output.new_logprobs.logprobs)
-            if output.finish_reason is None:
+            reason = output.finish_reason
+            if reason is None and self._text_end is not None and self._completes_text(request, output.new_token_ids):
+                self._core.abort_requests([output.request_id])
+                reason = "stop"
+            if reason is None:
                 continue
             del self.requests[output.request_id]
-            finished += self._go_on(request) if request.job.num_scored else [_finished_row(request, output)]
+            finished += self._go_on(request) if request.job.num_scored else [_finished_row(request, str(reason))]
         return num_tokens, finished
+
+    def _completes_text(self, request: _Request, token_ids: Sequence[int]) -> bool:
+        """Whether the tokens that a step has added to a row complete a stop string; vLLM sees no text."""
+        if request.job.num_scored:
+            return False
+        assert self._text_end is not None
+        start = len(request.tail)
+        request.tail += token_ids
+        ends = self._text_end(request.tail, start)
+        del request.tail[: max(0, len(request.tail) - self._text_end.reach)]
+        return ends is not None
 
     def _go_on(self, request: _Request) -> list[FinishedRow]:
         """Submit what follows a scoring job; the row itself, where nothing does."""
@@ -214,8 +237,7 @@ def _keep_scores(request: _Request, output: Any) -> None:
         request.prompt_logprobs = output.new_prompt_logprobs_tensors.logprobs
 
 
-def _finished_row(request: _Request, output: Any) -> FinishedRow:
-    reason = str(output.finish_reason)
+def _finished_row(request: _Request, reason: str) -> FinishedRow:
     if reason not in ("stop", "length"):
         raise RuntimeError(
             f"vLLM has given up row {request.row} after {request.num_tokens} tokens: {reason}; its log tells why "

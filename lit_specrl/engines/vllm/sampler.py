@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_specrl.drafting.verification import draw, rejection_sample
+from lit_specrl.engines.truncation import min_p_logits, penalised_logits
 from lit_specrl.seeds import token_uniforms
 
 _SCORED_ROWS = 16  # log-probs are computed for so many tokens at a time
@@ -51,8 +52,12 @@ class CPUSampler:
         seeds = _seeds(sampling, rows)
         starts = (batch.num_tokens_no_spec[:num_rows] - batch.num_prompt_tokens[:num_rows]).tolist()
         positions = [starts[row] + offset for row, offset in zip(rows, offsets, strict=True)]
+        logits = logits.float()
+        if not sampling.no_penalties:
+            batch.update_async_output_token_ids()
+            logits = _penalised(logits, batch, drafts.tolist(), num_drafted)
         emitted = rejection_sample(
-            _processed(logits.float(), sampling, torch.tensor(rows)),
+            _processed(logits, sampling, torch.tensor(rows)),
             drafts,
             num_drafted,
             probs,
@@ -117,14 +122,42 @@ def _processed(logits: Tensor, sampling: Any, rows: Tensor) -> Tensor:
     """Logits after temperature and truncation; `rows` [n] are the rows that they belong to."""
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-    assert sampling.no_penalties and not sampling.bad_words_token_ids and sampling.allowed_token_ids_mask is None
+    assert not sampling.bad_words_token_ids and sampling.allowed_token_ids_mask is None
     if not sampling.all_greedy:
         temperature = sampling.temperature[rows]
         if (temperature != 1).any():
             logits = logits / temperature.masked_fill(temperature == 0, 1)[:, None]
+        logits = _without_unlikely(logits, sampling, rows)
     top_k, top_p = (None if values is None else values[rows] for values in (sampling.top_k, sampling.top_p))
     top_k = None if top_k is None else top_k.clamp_max(logits.shape[-1])  # of a drafter that knows fewer tokens
     return apply_top_k_top_p(logits, top_k, top_p)
+
+
+def _without_unlikely(logits: Tensor, sampling: Any, rows: Tensor) -> Tensor:
+    """Logits [n, V] without the tokens that `min_p` leaves out; vLLM holds it for engines that do not draft."""
+    from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
+
+    for processor in sampling.logitsprocs.argmax_invariant:
+        if isinstance(processor, MinPLogitsProcessor) and processor.min_p_count:
+            least = torch.tensor([processor.get_min_p_by_index(row) for row in rows.tolist()])[:, None]
+            logits = min_p_logits(logits, least)
+    return logits
+
+
+def _penalised(logits: Tensor, batch: Any, drafts: list[int], num_drafted: list[int]) -> Tensor:
+    """Logits [T + N, V] under each row's `repetition_penalty`, at whose k-th place its k first drafted tokens have been
+    said as well."""
+    penalties = batch.sampling_metadata.repetition_penalties.tolist()
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    place = first_draft = 0
+    for row, count in enumerate(num_drafted):
+        said = batch.token_ids_cpu[row, : batch.num_prompt_tokens[row]].tolist() + batch.req_output_token_ids[row]
+        drafted = drafts[first_draft : first_draft + count]
+        for offset in range(count + 1):
+            seen[place + offset, said + drafted[:offset]] = penalties[row] != 1
+        place, first_draft = place + count + 1, first_draft + count
+    by_place = torch.tensor([penalties[row] for row, count in enumerate(num_drafted) for _ in range(count + 1)])
+    return penalised_logits(logits, seen, by_place[:, None])
 
 
 class RejectionCounter(nn.Module):

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beyond single curves."""
+"""What loggers show beyond single curves: one report to all loggers of a run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch.utils.tensorboard.summary import hparams
 
 from lit_specrl.algorithms.rlvr import RLVRModule
+from lit_specrl.callbacks.log_sinks import LogSink, Table, sink_of
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 from lit_specrl.experience import Experience
 from lit_specrl.types import Rollouts
@@ -52,10 +50,6 @@ DYNAMIC_SAMPLING_LAYOUT = {
     }
 }
 
-_RESULTS = ("reward", "val_accuracy", "completions/mean_length")
-"""Curves whose latest values stand beside the settings in HParams."""
-_NOTHING = "(none)"  # a prompt without reference answer, a reward that does not apply
-
 
 def layout_for(module: L.LightningModule, callbacks: Sequence[L.Callback] = ()) -> dict[str, dict[str, list[Any]]]:
     """Tabs for what a module and the callbacks of a run report."""
@@ -70,10 +64,16 @@ def layout_for(module: L.LightningModule, callbacks: Sequence[L.Callback] = ()) 
     return layout
 
 
-class TensorBoardReport(RolloutCallback):
-    """Groups the curves, and shows completions, lengths and the settings of the run in TensorBoard.
+class LoggerReport(RolloutCallback):
+    """Groups the curves, and shows completions, lengths and the settings of the run, in each logger as far as it can.
 
-    Does nothing with other loggers.
+    | logger | curves | settings | completions | response lengths |
+    |---|---|---|---|---|
+    | `TensorBoardLogger` | tabs of charts | HParams | text | histogram |
+    | `WandbLogger` | sections by name | config | table | histogram |
+    | `MLFlowLogger` | yes | parameters | Markdown files of the run | JSON files of the run |
+    | `CSVLogger` | `metrics.csv` | `hparams.yaml` | `completions.csv` | `completions_length.csv` |
+    | another one | yes | `log_hyperparams` | `log_table`, where it has it | `log_histogram`, where it has it |
 
     Args:
         num_completions: completions shown per report, with prompt, reference answer and rewards; 0 shows none.
@@ -88,34 +88,39 @@ class TensorBoardReport(RolloutCallback):
         self.num_completions, self.every_n_steps = num_completions, every_n_steps
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for writer in _writers(trainer):
-            writer.add_custom_scalars(layout_for(pl_module, trainer.callbacks))  # type: ignore[attr-defined]
+        for sink in _sinks(trainer):
+            sink.charts(layout_for(pl_module, trainer.callbacks))  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         settings = {**getattr(pl_module, "settings", {}), "optimizer": type(trainer.optimizers[0]).__name__}
         group = trainer.optimizers[0].param_groups[0]
         settings["learning_rate"] = float(group.get("initial_lr", group["lr"]))
         settings["batch_size"] = getattr(trainer.datamodule, "batch_size", "none")  # type: ignore[attr-defined]
-        for logger in trainer.loggers if trainer.is_global_zero else []:
-            if isinstance(logger, TensorBoardLogger):
-                _show_settings(logger, settings)
-            else:
-                logger.log_hyperparams(settings)
+        for sink in _sinks(trainer):
+            sink.settings(settings)
 
     def on_experience_end(
         self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts, experience: Experience
     ) -> None:
         if pl_module.step % self.every_n_steps:
             return
-        for writer in _writers(trainer):
-            lengths = torch.tensor([len(ids) for ids in rollouts.response_ids])
-            writer.add_histogram("completions/length", lengths, pl_module.step)
+        for sink in _sinks(trainer):
+            sink.histogram("completions/length", [len(ids) for ids in rollouts.response_ids], pl_module.step)
             if self.num_completions:
-                writer.add_text("completions", completions_table(rollouts, self.num_completions), pl_module.step)
+                sink.table("completions", completions_table(rollouts, self.num_completions), pl_module.step)
 
 
-def completions_table(rollouts: Rollouts, limit: int) -> str:
-    """Markdown table of completions: the first ones of different prompts before further ones of the same.
+class TensorBoardReport(LoggerReport):
+    """`LoggerReport` under its earlier name.
+
+    Args:
+        num_completions: as of `LoggerReport`.
+        every_n_steps: as of `LoggerReport`.
+    """
+
+
+def completions_table(rollouts: Rollouts, limit: int) -> Table:
+    """Completions with their prompts and rewards: the first ones of different prompts before further ones of the same.
 
     Args:
         rollouts: N rows, scored.
@@ -123,45 +128,17 @@ def completions_table(rollouts: Rollouts, limit: int) -> str:
     """
     size = rollouts.request.sampling.num_generations
     order = sorted(range(rollouts.num_rows), key=lambda row: (row % size, row))[:limit]
-    lines = ["| " + " | ".join(["prompt", "answer", "completion", *rollouts.rewards, "end"]) + " |"]
-    lines.append("|" + "---|" * (4 + len(rollouts.rewards)))
+    rows = []
     for row in order:
         owner = rollouts.request.prompt_index(row)
         rewards = [values[row] for values in rollouts.rewards.values()]
-        cells = [
-            _cell(rollouts.prompts.prompts[owner]),
-            _cell(_shown(rollouts.prompts.answers[owner])),
-            _cell(rollouts.texts[row]),
-            *(_NOTHING if reward is None else f"{reward:.3g}" for reward in rewards),
-            rollouts.finish_reasons[row],
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        texts = [rollouts.prompts.prompts[owner], rollouts.prompts.answers[owner], rollouts.texts[row]]
+        rows.append(
+            [*texts, *(None if reward is None else float(reward) for reward in rewards), rollouts.finish_reasons[row]]
+        )
+    return Table(["prompt", "answer", "completion", *rollouts.rewards, "end"], rows)
 
 
-def _shown(answer: str | None) -> str:
-    return _NOTHING if answer is None else answer
-
-
-def _cell(text: str) -> str:
-    """Text as it is, inside a Markdown table: special tokens and formulas must not turn into markup."""
-    escaped = (
-        text.replace("&", "&amp;")
-        .replace("<", "&lt;")
-        .replace(">", "&gt;")
-        .replace("|", "&#124;")
-        .replace("`", "&#96;")
-    )
-    return f"<code>{escaped}</code>".replace("\n", "</code><br><code>")
-
-
-def _show_settings(logger: TensorBoardLogger, settings: dict[str, Any]) -> None:
-    """The row of the run in HParams. Its results are the curves of these names; Lightning's own way would add a first
-    point to them."""
-    logger.hparams.update(settings)  # for `hparams.yaml`
-    for summary in hparams(settings, dict.fromkeys(_RESULTS, 0.0)):
-        logger.experiment.file_writer.add_summary(summary)  # type: ignore[attr-defined]
-
-
-def _writers(trainer: L.Trainer) -> list[Any]:
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+def _sinks(trainer: L.Trainer) -> list[LogSink]:
+    """Of the rank that logs."""
+    return [sink_of(logger) for logger in trainer.loggers] if trainer.is_global_zero else []

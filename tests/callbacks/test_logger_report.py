@@ -1,13 +1,17 @@
+import csv
+import json
 import re
+import struct
+from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
 from lit_specrl import PPO
-from lit_specrl.callbacks import RolloutCallback, TensorBoardReport
-from lit_specrl.callbacks.tensorboard_report import LAYOUT, completions_table
+from lit_specrl.callbacks import LoggerReport, RolloutCallback, RunSummary
+from lit_specrl.callbacks.logger_report import LAYOUT, completions_table
 from lit_specrl.losses import KLCoefficient
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
@@ -27,7 +31,7 @@ def report(module, data, make_trainer, tmp_path):
     def run(**options):
         lengths, logger = Lengths(), TensorBoardLogger(tmp_path, name="logs")
         module.kl_coefficient = KLCoefficient(options.pop("beta", 0.0))
-        make_trainer(TensorBoardReport(**options), lengths, logger=logger, limit_val_batches=1.0).fit(
+        make_trainer(LoggerReport(**options), lengths, logger=logger, limit_val_batches=1.0).fit(
             module, datamodule=data
         )
         events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "histograms": 0})
@@ -129,7 +133,7 @@ def test_a_critic_and_dynamic_sampling_have_charts_of_their_own(tiny_model, data
 
     module = PPO(tiny_model, [varied], num_generations=2, max_completion_length=6, dynamic_sampling=True, beta=0.1)
     logger = TensorBoardLogger(tmp_path, name="logs")
-    make_trainer(TensorBoardReport(), logger=logger, limit_val_batches=1.0).fit(module, datamodule=data)
+    make_trainer(LoggerReport(), logger=logger, limit_val_batches=1.0).fit(module, datamodule=data)
     events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0}).Reload()
     assert set(charts_of(events)) == {*LAYOUT, "critic", "dynamic sampling"}
     assert_every_chart_has_curves(events)
@@ -168,9 +172,137 @@ def test_the_settings_of_the_run_are_shown(report, module):
     assert [event.value for event in events.Scalars("reward")] == [1.0, 2.0]  # no point that nothing was measured for
 
 
-def test_other_loggers_are_left_alone(module, data, make_trainer, tmp_path):
-    make_trainer(TensorBoardReport(), logger=CSVLogger(tmp_path), max_steps=1).fit(module, datamodule=data)
-    assert not list(tmp_path.rglob("events.*"))
+class OwnLogger(Logger):
+    """A user's, with a table and nothing else."""
+
+    name, version, save_dir = "own", 0, "somewhere"
+
+    def __init__(self):
+        super().__init__()
+        self.metrics, self.settings, self.tables = {}, {}, []
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics[step] = dict(metrics)
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.settings |= dict(params)
+
+    def log_table(self, key, columns, data, step):
+        self.tables.append((key, columns, data, step))
+
+
+@pytest.fixture
+def everywhere(module, data, make_trainer, tmp_path, monkeypatch, capsys):
+    """Two steps into all loggers at once; returns them, and what is said at the end."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr("wandb.run", None)
+    loggers = [
+        TensorBoardLogger(tmp_path, name="tensorboard"),
+        CSVLogger(tmp_path, name="csv"),
+        WandbLogger(save_dir=str(tmp_path), project="test", offline=True),
+        OwnLogger(),
+    ]
+    make_trainer(LoggerReport(num_completions=2), RunSummary(), logger=loggers).fit(module, datamodule=data)
+    return loggers, capsys.readouterr().out
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_several_loggers_show_the_same_run_each_as_far_as_it_can(everywhere, tmp_path):
+    (board, files, wandb_logger, own), said = everywhere
+    columns = ["prompt", "answer", "completion", "counting", "long", "end"]
+    events = EventAccumulator(board.log_dir, size_guidance={"tensors": 0, "histograms": 0}).Reload()
+    assert [event.value for event in events.Scalars("reward")] == [1.0, 2.0]
+    assert len(events.Histograms("completions/length")) == len(texts(events, "completions/text_summary")) == 2
+
+    # CSV
+    folder = Path(files.log_dir)
+    assert [float(row["reward"]) for row in rows_of(folder / "metrics.csv") if row["reward"]] == [1.0, 2.0]
+    shown = rows_of(folder / "completions.csv")
+    assert [row["step"] for row in shown] == ["0", "0", "1", "1"] and list(shown[0]) == ["step", *columns]
+    assert shown[0]["prompt"] == "<|user|>Hi<|end|><|assistant|>"
+    counts = [
+        sum(int(row["count"]) for row in rows_of(folder / "completions_length.csv") if row["step"] == str(step))
+        for step in (0, 1)
+    ]
+    assert counts == [4, 4]
+    assert "num_generations: 2" in (folder / "hparams.yaml").read_text()
+
+    # the user's own
+    assert [own.metrics[step]["reward"] for step in (0, 1)] == [1.0, 2.0]
+    assert own.settings["num_generations"] == 2
+    assert [(key, names, step) for key, names, _, step in own.tables] == [("completions", columns, n) for n in (0, 1)]
+    assert [[str(cell or "") for cell in row[:3]] for row in own.tables[0][2]] == [
+        [row["prompt"], row["answer"], row["completion"]] for row in shown[:2]
+    ]
+
+    # Weights & Biases
+    wandb_logger.experiment.finish()
+    history, config = wandb_records(tmp_path)
+    assert [row["reward"] for row in history if "reward" in row] == [1.0, 2.0]
+    assert config["num_generations"] == 2
+    found = [row["completions/length/values"] for row in history if "completions/length/values" in row]
+    assert [sum(counts) for counts in found] == [4, 4]
+    tables = [json.loads(path.read_text()) for path in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
+    assert sorted(table["data"][0][0] for table in tables) == sorted(row["prompt"] for row in shown[::2])
+    assert all(table["columns"] == columns for table in tables)
+
+    # the end of the run
+    assert f"tensorboard --logdir {board.save_dir}" in said
+    assert f"{folder / 'metrics.csv'}, and the files beside it" in said.replace("\n", "")
+    assert f"wandb sync {tmp_path}/wandb/offline-run-" in said
+    assert "Curves: somewhere (OwnLogger)" in said
+
+
+def test_mlflow_shows_it_where_it_is_installed(module, data, make_trainer, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mlflow", reason="MLflow is no requirement of the tests: its packages change those of vLLM")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path}/mlruns")
+    make_trainer(LoggerReport(num_completions=2), RunSummary(), logger=logger).fit(module, datamodule=data)
+    client, run_id = logger.experiment, logger.run_id
+    assert [metric.value for metric in client.get_metric_history(run_id, "reward")] == [1.0, 2.0]
+    assert client.get_run(run_id).data.params["num_generations"] == "2"
+    assert [file.path for file in client.list_artifacts(run_id, "completions")] == [
+        *(f"completions/0000000{step}.md" for step in (0, 1)),
+        "completions/length",
+    ]
+    assert f"mlflow ui --backend-store-uri file:{tmp_path}/mlruns" in capsys.readouterr().out
+
+
+def wandb_records(folder):
+    """History and configuration of an offline run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    history, config = [], {}
+    for data in log_records(path.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        for item in record.config.update:
+            config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        if record.HasField("history"):
+            items = record.history.item
+            history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return history, config
+
+
+def log_records(content, block=2**15, header=7):
+    """Records of a file in LevelDB's log format, behind a header of the file: checksum, length and kind before each
+    part (1 whole, 2 first, 3 middle, 4 last)."""
+    at, parts = header, []
+    while at + header <= len(content):
+        if block - at % block < header:
+            at += block - at % block
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + header])
+        parts.append(content[at + header : at + header + length])
+        at += header + length
+        if kind in (1, 4):
+            yield b"".join(parts)
+            parts = []
 
 
 def test_the_table_shows_different_prompts_first_and_text_as_it_is():
@@ -185,18 +317,18 @@ def test_the_table_shows_different_prompts_first_and_text_as_it_is():
         texts=["a|b", "unseen", "<b>\n`x` & y", "unseen"],
         rewards={"math": [1.0, 0.0, 0.12345, 0.0], "format": [None, None, 1.0, None]},
     )
-    assert completions_table(rollouts, limit=2).splitlines() == [
+    assert completions_table(rollouts, limit=2).markdown().splitlines() == [
         "| prompt | answer | completion | math | format | end |",
         "|---|---|---|---|---|---|",
         "| <code>Q1</code> | <code>1</code> | <code>a&#124;b</code> | 1 | (none) | stop |",
-        "| <code>Q2</code> | <code>(none)</code> | <code>&lt;b&gt;</code><br><code>&#96;x&#96; &amp; y</code> | 0.123 | 1 | length |",
+        "| <code>Q2</code> | (none) | <code>&lt;b&gt;</code><br><code>&#96;x&#96; &amp; y</code> | 0.123 | 1 | length |",
     ]
-    order = [line.split("|")[1].strip() for line in completions_table(rollouts, limit=3).splitlines()[2:]]
+    order = [line.split("|")[1].strip() for line in completions_table(rollouts, limit=3).markdown().splitlines()[2:]]
     assert order == ["<code>Q1</code>", "<code>Q2</code>", "<code>Q1</code>"]
 
 
 def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match="expected num_completions >= 0 and every_n_steps >= 1, got -1 and 1"):
-        TensorBoardReport(num_completions=-1)
+        LoggerReport(num_completions=-1)
     with pytest.raises(ValueError, match="got 4 and 0"):
-        TensorBoardReport(every_n_steps=0)
+        LoggerReport(every_n_steps=0)
