@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
@@ -241,6 +242,7 @@ def test_several_loggers_show_the_same_run_each_as_far_as_it_can(everywhere, tmp
 
     # Weights & Biases
     wandb_logger.experiment.finish()
+    wandb.teardown()  # the file is written when the process that writes it has ended
     history, config = wandb_records(tmp_path)
     assert [row["reward"] for row in history if "reward" in row] == [1.0, 2.0]
     assert config["num_generations"] == 2
