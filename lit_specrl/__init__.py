@@ -43,6 +43,10 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.engines import RolloutEngine as RolloutEngine
     from lit_specrl.engines import TransformersEngine as TransformersEngine
     from lit_specrl.engines import VLLMEngine as VLLMEngine
+    from lit_specrl.environments import CalculatorEnvironment as CalculatorEnvironment
+    from lit_specrl.environments import Environment as Environment
+    from lit_specrl.environments import Observation as Observation
+    from lit_specrl.environments import ToolEnvironment as ToolEnvironment
     from lit_specrl.experience import Experience as Experience
     from lit_specrl.losses import KLPenalty as KLPenalty
     from lit_specrl.losses import PolicyLoss as PolicyLoss
@@ -54,6 +58,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.prefix_cache import AcceptanceRule as AcceptanceRule
     from lit_specrl.prefix_cache import ReusePolicy as ReusePolicy
     from lit_specrl.prefix_cache.lenience import AdaptiveLenience as AdaptiveLenience
+    from lit_specrl.rewards import EnvironmentReward as EnvironmentReward
     from lit_specrl.rewards import EquationReward as EquationReward
     from lit_specrl.rewards import ExactReward as ExactReward
     from lit_specrl.rewards import FormatReward as FormatReward
@@ -62,6 +67,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.rewards import OverlongReward as OverlongReward
     from lit_specrl.rewards import Reward as Reward
     from lit_specrl.rewards import RewardFunction as RewardFunction
+    from lit_specrl.types import Episode as Episode
     from lit_specrl.types import PromptBatch as PromptBatch
     from lit_specrl.types import RolloutRequest as RolloutRequest
     from lit_specrl.types import Rollouts as Rollouts
@@ -87,6 +93,10 @@ _EXPORTS = {
     "TransformersEngine": "engines",
     "VLLMEngine": "engines",
     "RolloutEngine": "engines",
+    "CalculatorEnvironment": "environments",
+    "Environment": "environments",
+    "Observation": "environments",
+    "ToolEnvironment": "environments",
     "Drafter": "drafting",
     "LookUpDrafter": "drafting",
     "NGramDrafter": "drafting",
@@ -108,6 +118,7 @@ _EXPORTS = {
     "RunSummary": "callbacks",
     "SpeculativeRollout": "callbacks",
     "TensorBoardReport": "callbacks",
+    "EnvironmentReward": "rewards",
     "EquationReward": "rewards",
     "ExactReward": "rewards",
     "FormatReward": "rewards",
@@ -120,6 +131,7 @@ _EXPORTS = {
     "Reward": "rewards",
     "RewardFunction": "rewards",
     "Experience": "experience",
+    "Episode": "types",
     "PromptBatch": "types",
     "RolloutRequest": "types",
     "Rollouts": "types",

@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "turns"]
+"""Why a row ended: a token that ends it, the limit of its tokens, or that of its turns."""
 
 
 def check_at_least_one(**counts: int) -> None:
@@ -147,6 +148,9 @@ class RolloutRequest:
     """Row -> its response of the last visit, in which a drafter looks for the next tokens; no part of the new one."""
     expected_lengths: list[int] = field(default_factory=list)
     """[N] or empty: tokens that a row will probably still need; where not all rows fit, the longest start first."""
+    ended: Mapping[int, FinishReason] | None = None
+    """Row -> why it has ended in an earlier turn, so that its prefix is the whole response; `None` in a first turn,
+    where the prefixes themselves tell."""
 
     @property
     def num_rows(self) -> int:
@@ -188,6 +192,34 @@ class KnownRow:
     """[R] nats, under the reference; `None` where they were not computed."""
 
 
+@dataclass(frozen=True)
+class Episode:
+    """The turns of a row with an environment.
+
+    Example: two turns of two tokens each, an observation of three tokens between them::
+
+        Episode(turns=["calc: 2+3", "Answer: 5"], observation_mask=[False] * 2 + [True] * 3 + [False] * 2)
+    """
+
+    turns: list[str]
+    """What the policy said, turn by turn; decoded as `Rollouts.texts`."""
+    observation_mask: list[bool]
+    """[R] True on tokens that the environment wrote; a response begins with one of the policy."""
+    reward: float | None = None
+    """Sum of what the environment gave; `None` where it gave nothing."""
+    environment: Any = None
+    """The environment of the row, as the last turn has left it."""
+
+    @property
+    def num_observation_tokens(self) -> int:
+        return sum(self.observation_mask)
+
+    @property
+    def first_turn_length(self) -> int:
+        """Tokens before the first observation."""
+        return next((at for at, observed in enumerate(self.observation_mask) if observed), len(self.observation_mask))
+
+
 @dataclass
 class Rollouts:
     """Generated responses, one row each.
@@ -200,12 +232,14 @@ class Rollouts:
 
     request: RolloutRequest
     response_ids: list[list[int]]
-    """[N] ragged token ids, the end-of-text token included when it was generated."""
+    """[N] ragged token ids, the end-of-text token included when it was generated; with an environment all turns and the
+    observations between them."""
     sampling_logprobs: list[list[float]]
     """[N] ragged, nats: log-prob of each token under the distribution it was sampled from (temperature applied); NaN
-    for tokens of a prefix, which this engine did not sample."""
+    for tokens of a prefix and of observations, which this engine did not sample."""
     finish_reasons: list[FinishReason]
-    """[N] "stop" = end-of-text was generated, "length" = cut at `max_completion_length`."""
+    """[N] "stop" = end-of-text was generated, "length" = cut at `max_completion_length`, "turns" = cut at
+    `max_turns`."""
     policy_version: int
     """Version of the weights that generated."""
     elapsed_s: float
@@ -218,6 +252,8 @@ class Rollouts:
     """[N] weighted sum of the rewards that apply, `None` where none does; filled by the module."""
     known: list[KnownRow | None] = field(default_factory=list)
     """[N] or empty: what is known already about a row, `None` for rows that were generated."""
+    episodes: list[Episode] = field(default_factory=list)
+    """[N] or empty: the turns of each row; empty without an environment."""
 
     def select_groups(self, groups: Sequence[int]) -> Rollouts:
         """The rows of the prompts at these indices, in that order."""
@@ -240,6 +276,7 @@ class Rollouts:
             finish_reasons=pick(self.finish_reasons),
             texts=pick(self.texts),
             known=pick(self.known),
+            episodes=pick(self.episodes),
             rewards={name: pick(values) for name, values in self.rewards.items()},
             total_rewards=pick(self.total_rewards),
         )
@@ -262,6 +299,7 @@ class Rollouts:
             rewards={name: values + other.rewards[name] for name, values in self.rewards.items()},
             total_rewards=self.total_rewards + other.total_rewards,
             known=_joined(self.known, other.known, self.num_rows, other.num_rows, None),
+            episodes=self.episodes + other.episodes,
         )
 
     @property
@@ -279,13 +317,20 @@ class Rollouts:
 
     @property
     def num_generated_tokens(self) -> int:
-        """Response tokens that are no part of a prefix."""
-        return self.num_tokens - sum(len(prefix) for prefix in self.request.prefixes)
+        """Tokens that the engine sampled: no part of a prefix, and not those of observations."""
+        return sum(self.policy_lengths) - sum(len(prefix) for prefix in self.request.prefixes)
+
+    @property
+    def policy_lengths(self) -> list[int]:
+        """[N] response tokens that the policy said."""
+        if not self.episodes:
+            return [len(ids) for ids in self.response_ids]
+        return [len(episode.observation_mask) - episode.num_observation_tokens for episode in self.episodes]
 
     @property
     def truncated(self) -> list[bool]:
-        """[N] True where the response was cut at the length limit."""
-        return [reason == "length" for reason in self.finish_reasons]
+        """[N] True where the response was cut at the limit of its tokens, or of its turns."""
+        return [reason != "stop" for reason in self.finish_reasons]
 
 
 def _joined(first: list[Any], second: list[Any], num_first: int, num_second: int, absent: Any) -> list[Any]:

@@ -13,6 +13,7 @@ FLOORS = [  # from bottom to top; a room imports itself and rooms of lower floor
     {"losses", "advantages", "experience"},
     {"metrics"},
     {"data", "rewards"},
+    {"environments"},
     {"models"},
     {"drafting"},
     {"prefix_cache"},
@@ -25,7 +26,7 @@ FLOORS = [  # from bottom to top; a room imports itself and rooms of lower floor
     {"cli.__main__"},
 ]
 MAX_LOOSE_MODULES, MAX_LINES = 10, 400
-LONGER = {"algorithms.rlvr": 550}  # 170 of them are the constructor, which documents 35 arguments
+LONGER = {"algorithms.rlvr": 565}  # 170 of them are the constructor, which documents 37 arguments
 
 
 def name_of(path):

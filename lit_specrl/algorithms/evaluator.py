@@ -60,11 +60,12 @@ def prediction_records(batch: PromptBatch, rollouts: Rollouts) -> list[dict[str,
         {
             "uid": batch.uids[owner],
             "source": batch.sources[owner],
-            "prompt": batch.prompts[owner],
+            "prompt": rollouts.prompts.prompts[owner],
             "answer": batch.answers[owner],
             "completion": rollouts.texts[row],
-            "completion_length": len(rollouts.response_ids[row]),
+            "completion_length": rollouts.policy_lengths[row],
             "finish_reason": rollouts.finish_reasons[row],
+            **({"turns": rollouts.episodes[row].turns} if rollouts.episodes else {}),
         }
         for row in range(rollouts.num_rows)
         for owner in [rollouts.request.prompt_index(row)]

@@ -52,6 +52,8 @@ class PrefixCache(RolloutCallback):
     responses in every step. (Rows that a control group or `adaptive_lenience` has generated afresh in between are
     renewed later.)
 
+    With an environment the first turn is reused; what follows an observation is generated afresh.
+
     What the verification knows is not computed again: rows that were kept whole bring their rewards, log-probs and
     reference log-probs along and never reach the engine.
 
@@ -374,7 +376,8 @@ class PrefixCache(RolloutCallback):
         uids = getattr(trainer.train_dataloader, "uids", None)
         if self._other_ranks_included and uids is not None:
             own = set(uids)
-            self.store, _ = self.store.split(2, lambda uid: 0 if uid in own else 1)
+            # behind "+" stands what an environment has added to the prompt
+            self.store, _ = self.store.split(2, lambda uid: 0 if uid.partition("+")[0] in own else 1)
         self._other_ranks_included = False
 
     def _identity(self, module: RLVRModule) -> dict[str, str]:

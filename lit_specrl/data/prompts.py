@@ -20,6 +20,9 @@ REWARD_ARGUMENTS = {
     "finish_reason": "why responses ended",
     "answer": "the reference answers",
     "source": "the names of the data sources",
+    "turns": "what the policy has said in each turn",
+    "environment_reward": "what the environments have given",
+    "environments": "the environments of the rows",
     "self": "the reward itself",
 }
 """Names under which rewards are given something else than a column of the data."""

@@ -213,6 +213,8 @@ class RolloutEngine(ABC):
 
     def finish_reason(self, request: RolloutRequest, row: int) -> FinishReason | None:
         """Why the prefix of a row is already a whole response, or `None` where it is not."""
+        if request.ended is not None:
+            return request.ended.get(row)
         prefix, limit = request.prefix(row), request.sampling.max_completion_length
         if len(prefix) > limit:
             raise ValueError(
