@@ -28,6 +28,7 @@ from lit_specrl.types import (
 )
 
 T = TypeVar("T")
+_BEGUN = "+"  # in the identity of a prompt, before a digest of what an environment has added to it
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class TurnTaking:
         for index, observation in enumerate(observations):
             if not observation:
                 continue
-            uids[index] += f"+{xxhash.xxh3_64_hexdigest(observation.encode())}"
+            uids[index] += f"{_BEGUN}{xxhash.xxh3_64_hexdigest(observation.encode())}"
             texts[index] = self.template.with_observation(texts[index], observation, self.tokenizer)
             [ids[index]] = self.template.tokenize([texts[index]], self.tokenizer)
             room = None if self.max_length is None else self.max_length - sampling.max_completion_length
@@ -263,6 +264,11 @@ class _Row:
         self.token_ids += token_ids
         self.logprobs += [torch.nan] * len(token_ids)
         self.observation_mask += [True] * len(token_ids)
+
+
+def prompt_of(uid: str) -> str:
+    """Identity in the data of a prompt to which an environment may have added something."""
+    return uid.partition(_BEGUN)[0]
 
 
 def next_request(request: RolloutRequest, rows: Sequence[_Row], turn: int) -> RolloutRequest:
