@@ -245,7 +245,7 @@ class Rollouts:
     elapsed_s: float
     """Wall time of generation, in seconds."""
     texts: list[str] = field(default_factory=list)
-    """[N] decoded responses without special tokens; filled by the module."""
+    """[N] decoded responses without special tokens, observations included; filled by the module."""
     rewards: dict[str, list[float | None]] = field(default_factory=dict)
     """Unweighted rewards by function, [N] each, `None` where one does not apply; filled by the module."""
     total_rewards: list[float | None] = field(default_factory=list)
@@ -319,6 +319,12 @@ class Rollouts:
     def num_generated_tokens(self) -> int:
         """Tokens that the engine sampled: no part of a prefix, and not those of observations."""
         return sum(self.policy_lengths) - sum(len(prefix) for prefix in self.request.prefixes)
+
+    @property
+    def said(self) -> list[str]:
+        """[N] what the policy said, decoded; with an environment its turns, joined by line breaks, without observations: an
+        answer that stands in one is none of the policy's."""
+        return ["\n".join(episode.turns) for episode in self.episodes] if self.episodes else self.texts
 
     @property
     def policy_lengths(self) -> list[int]:

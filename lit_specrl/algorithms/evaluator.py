@@ -40,13 +40,13 @@ class Evaluator:
         size = rollouts.request.sampling.num_generations
         if size not in self._meters:
             self._meters[size] = AccuracyMeter(list(sources), size).to(device)
-        correct = rollouts.rewards[self.reward.name]
+        correct, said = rollouts.rewards[self.reward.name], rollouts.said
         for index, source in enumerate(rollouts.prompts.sources):
             rows = range(index * size, (index + 1) * size)
             self._meters[size].update(
                 source,
                 correct=[correct[row] or 0.0 for row in rows],
-                answers=[extract_answer(rollouts.texts[row], self.answer_format) for row in rows],
+                answers=[extract_answer(said[row], self.answer_format) for row in rows],
             )
 
     def compute(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ REWARD_ARGUMENTS = {
     "finish_reason": "why responses ended",
     "answer": "the reference answers",
     "source": "the names of the data sources",
+    "transcripts": "the responses with what their environments have written",
     "turns": "what the policy has said in each turn",
     "environment_reward": "what the environments have given",
     "environments": "the environments of the rows",

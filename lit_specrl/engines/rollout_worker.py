@@ -22,7 +22,7 @@ from lit_specrl.rewards import RewardSet
 from lit_specrl.rewards.identity import identity_of, settings_of
 from lit_specrl.seeds import rollout_seeds
 from lit_specrl.timing import StageTimer
-from lit_specrl.types import Episode, PromptBatch, RolloutRequest, Rollouts, SamplingConfig
+from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 Notify = Callable[..., None]
 """Called with the name of a moment, "on_rollout_start", "on_rollout_progress" or "on_rollout_end", and its subject."""
@@ -135,7 +135,7 @@ class RolloutWorker:
         Returns:
             What the rewards count, such as `rewards/math/timeouts`.
         """
-        prompts = rollouts.prompts
+        prompts, said = rollouts.prompts, rollouts.said
         names = [reward.name for reward in self.rewards.rewards]
         known = {
             row: found.rewards
@@ -151,7 +151,7 @@ class RolloutWorker:
         with self.timer("reward"):
             scores = self.rewards(
                 [prompts.prompts[owner] for owner in owners],
-                [rollouts.texts[row] for row in rows],
+                [said[row] for row in rows],
                 **columns
                 | {
                     "answer": [prompts.answers[owner] for owner in owners],
@@ -159,7 +159,7 @@ class RolloutWorker:
                     "completion_ids": [rollouts.response_ids[row] for row in rows],
                     "finish_reason": [rollouts.finish_reasons[row] for row in rows],
                 }
-                | _episode_columns([rollouts.episodes[row] for row in rows] if rollouts.episodes else []),
+                | _episode_columns(rollouts, rows),
             )
         self._close_environments()
         asked = zip(rows, zip(*scores.values, strict=True), strict=True)
@@ -200,11 +200,13 @@ class RolloutWorker:
         self.stop_engine()
 
 
-def _episode_columns(episodes: list[Episode]) -> dict[str, list[Any]]:
+def _episode_columns(rollouts: Rollouts, rows: list[int]) -> dict[str, list[Any]]:
     """What rewards are told of the turns; nothing without an environment."""
-    if not episodes:
+    if not rollouts.episodes:
         return {}
+    episodes = [rollouts.episodes[row] for row in rows]
     return {
+        "transcripts": [rollouts.texts[row] for row in rows],
         "turns": [episode.turns for episode in episodes],
         "environment_reward": [episode.reward for episode in episodes],
         "environments": [episode.environment for episode in episodes],

@@ -8,7 +8,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import Trace, fit, questions
 from training import assert_identical, make_trainer, small_tokens, variety, weights_of
 
-from lit_specrl import GRPO, PPO, CalculatorEnvironment, Environment, EnvironmentReward, KLPenalty, Observation
+from lit_specrl import (
+    GRPO,
+    PPO,
+    CalculatorEnvironment,
+    Environment,
+    EnvironmentReward,
+    KLPenalty,
+    NumericReward,
+    Observation,
+)
 from lit_specrl.algorithms.evaluator import prediction_records
 from lit_specrl.callbacks import PrefixCache, RolloutCallback
 from lit_specrl.metrics import RolloutStatistics, TurnStatistics, merge
@@ -115,8 +124,9 @@ def test_a_step_counts_what_the_policy_said(model_folder, tmp_path):
     """Lengths, tokens and the loss are of the policy's tokens; rewards are given turns, environments and their sum."""
     given = {}
 
-    def look(completions, turns, environments, environment_reward, **columns):
-        given.update(turns=turns, environments=environments, reward=environment_reward, texts=completions)
+    def look(completions, transcripts, turns, environments, environment_reward, **columns):
+        given.update(turns=turns, environments=environments, reward=environment_reward)
+        given.update(said=completions, whole=transcripts)
         assert not Echo.closed  # rewards may still ask them
         return [0.0] * len(completions)
 
@@ -137,7 +147,26 @@ def test_a_step_counts_what_the_policy_said(model_folder, tmp_path):
     rewards = [sum(len(text) / 10 for text in environment_turns(episode)) for episode in rollouts.episodes]
     assert given["reward"] == rollouts.rewards["environment"] == pytest.approx(rewards)
     assert given["environments"] == [episode.environment for episode in rollouts.episodes] == Echo.closed
-    assert given["texts"] == module.tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
+    assert given["said"] == ["\n".join(turns) for turns in given["turns"]]
+    assert given["whole"] == module.tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
+
+
+def test_an_answer_in_an_observation_is_none_of_the_policy(model_folder, tmp_path):
+    """The environment writes the reference answer behind every turn."""
+
+    class Tells(Echo):
+        def step(self, text):
+            self.turns -= 1
+            return "5" if self.turns else None
+
+    kept, module = Kept(), grpo(model_folder, [NumericReward(answer_format="number")], environment=Tells())
+    data = questions(tmp_path)
+    data.sources["validation"] = data.sources["train"]
+    make_trainer(kept, max_steps=1).fit(module, datamodule=data)
+    (rollouts,) = kept.rollouts
+    assert sum("5" in text for text in rollouts.texts) > sum("5" in text for text in rollouts.said)
+    rewards = NumericReward(answer_format="number")(["?"] * 8, rollouts.said, answer=["5"] * 8)
+    assert rollouts.rewards["numeric"] == rewards
 
 
 def environment_turns(episode):

@@ -1,5 +1,6 @@
 """Rollouts of several turns by both engines: what a row is made of, and that it is what the policy says there."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -50,7 +51,12 @@ def chat(questions=QUESTIONS):
     texts = [PromptTemplate().render({"question": question}, TOKENIZER) for question in questions]
     size = len(texts)
     return PromptBatch(
-        [f"q{i}" for i in range(size)], list(map(ids_of, texts)), texts, ["5"] * size, ["s"] * size, [{"level": 1}] * size
+        [f"q{i}" for i in range(size)],
+        list(map(ids_of, texts)),
+        texts,
+        ["5"] * size,
+        ["s"] * size,
+        [{"level": 1}] * size,
     )
 
 
@@ -109,7 +115,9 @@ def test_a_turn_is_what_the_engine_says_to_all_before_as_a_prompt(colocated):
     """With the same seed; the first turn is that of a rollout without an environment, later ones have other draws."""
     rollouts = play(colocated, Replies())
     alone = colocated.engine.generate(request_of(colocated.engine, chat()))
-    first_turns = [ids[: episode.first_turn_length] for ids, episode in zip(rollouts.response_ids, rollouts.episodes)]
+    first_turns = [
+        ids[: episode.first_turn_length] for ids, episode in zip(rollouts.response_ids, rollouts.episodes, strict=True)
+    ]
     assert first_turns == alone.response_ids
     rows = [row for row, episode in enumerate(rollouts.episodes) if len(episode.turns) == 3]
     for turn in (1, 2):
@@ -132,9 +140,10 @@ def test_rows_are_cut_by_their_tokens_and_by_their_turns(colocated):
     assert long.response_ids == first.response_ids
     assert set(long.finish_reasons) == {"length"} and all(long.truncated)
     twice = play(colocated, Replies(times=5), max_turns=2)
-    ends = {(reason, len(episode.turns)) for reason, episode in zip(twice.finish_reasons, twice.episodes)}
+    rows = list(zip(twice.finish_reasons, twice.episodes, strict=True))
+    ends = {(reason, len(episode.turns)) for reason, episode in rows}
     assert ("turns", 2) in ends and ends <= {("turns", 2), ("length", 1), ("length", 2)}
-    assert {len(episode.environment.heard) for reason, episode in zip(twice.finish_reasons, twice.episodes) if reason == "turns"} == {2}
+    assert {len(episode.environment.heard) for reason, episode in rows if reason == "turns"} == {2}
 
 
 @with_engines(["transformers-llama"])
@@ -162,26 +171,29 @@ def test_what_goes_wrong_names_the_row(colocated):
         def step(self, text):
             raise KeyError("nothing")
 
-    with pytest.raises(RuntimeError, match=r"Breaks.step raised KeyError: 'nothing'; in row \d of the prompt .*\(uid q\d\)"):
+    with pytest.raises(
+        RuntimeError, match=r"Breaks.step raised KeyError: 'nothing'; in row \d of the prompt .*\(uid q\d\)"
+    ):
         play(colocated, Breaks())
 
-    class Counts(Replies):
-        made = []
+    numbers = itertools.count(1)
 
+    class Counts(Replies):
         def reset(self, row):
-            self.made.append(1)
-            return str(len(self.made))
+            return str(next(numbers))
 
     with pytest.raises(ValueError, match=r"Counts.reset must return the same for all rows of a group.*got '1'"):
         play(colocated, Counts())
-    with pytest.raises(ValueError, match="with what Replies says first has 176 tokens, 110 fit; raise max_prompt_length"):
+    with pytest.raises(
+        ValueError, match="with what Replies says first has 176 tokens, 110 fit; raise max_prompt_length"
+    ):
         play(colocated, Replies(first="x" * 170), questions=["Hi"])
 
     class Wrong(Replies):
         def step(self, text):
             return 5
 
-    with pytest.raises(TypeError, match="Wrong.step must return a text, an Observation or None, got 5 of type int"):
+    with pytest.raises(TypeError, match=r"Wrong.step must return a text, an Observation or None, got 5 of type int"):
         play(colocated, Wrong())
 
 
