@@ -322,8 +322,10 @@ class Rollouts:
 
     @property
     def said(self) -> list[str]:
-        """[N] what the policy said, decoded; with an environment its turns, joined by line breaks, without observations: an
-        answer that stands in one is none of the policy's."""
+        """[N] what the policy said, decoded; with an environment its turns, joined by line breaks.
+
+        Without observations: an answer that stands in one is none of the policy's.
+        """
         return ["\n".join(episode.turns) for episode in self.episodes] if self.episodes else self.texts
 
     @property

@@ -1,6 +1,7 @@
 """Training on responses of several turns."""
 
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ GROUP = 4
 class Echo(Environment):
     """Repeats the last character until a row has said enough; rewards each turn by its length."""
 
-    closed = []
+    closed: ClassVar[list] = []
 
     def __init__(self, turns: int = 3) -> None:
         self.turns = turns
