@@ -63,6 +63,8 @@ class Garbage(RolloutCallback):
 
     def on_experience_end(self, trainer, pl_module, rollouts, experience):
         assert experience.observation_mask.any()
+        if experience.kl_penalty is not None:
+            assert not experience.kl_penalty[experience.observation_mask].any()
         for name in ("sampling_logprobs", "advantages", "old_logprobs", "reference_logprobs", "values", "returns"):
             values = getattr(experience, name)
             if values is not None:

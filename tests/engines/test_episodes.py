@@ -9,6 +9,7 @@ from colocated import policy_logprobs, with_engines
 from tiny_models import build_tokenizer
 
 from lit_specrl.data import PromptTemplate
+from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines import TransformersEngine
 from lit_specrl.engines.episodes import TurnTaking
 from lit_specrl.environments import Environment, Observation
@@ -154,6 +155,24 @@ def test_what_an_environment_says_first_is_part_of_the_prompt(colocated):
     assert rollouts.prompts.uids[0].startswith("q0+") and rollouts.prompts.uids != ["q0+"]
     row = rollouts.episodes[0].environment.row
     assert row == {"level": 1, "prompt": "<|user|>Hi<|end|><|assistant|>", "answer": "5", "source": "s"}
+
+
+@with_engines(["transformers-llama"])
+def test_the_steps_of_all_turns_are_told(colocated, monkeypatch):
+    """Speculation is judged by them: they were those of the last turn alone, as each call of the engine forgets."""
+    engine, asked = colocated.engine, []
+    continue_rows = engine.continue_rows
+
+    def counting(request, rows, meter):
+        asked.append(len(rows))
+        engine.decode_steps = [DecodeStep(num_active=len(rows), length=0, seconds=0.1, num_tokens=len(rows))]
+        return continue_rows(request, rows, meter)
+
+    monkeypatch.setattr(engine, "continue_rows", counting)
+    rollouts = play(colocated, Replies())
+    assert [step.num_active for step in engine.decode_steps] == asked
+    turns = [len(episode.turns) for episode in rollouts.episodes]
+    assert asked == [sum(number > turn for number in turns) for turn in range(3)]  # rows that have ended cost nothing
 
 
 @with_engines(["transformers-llama"])
