@@ -48,6 +48,10 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.engines import RolloutEngine as RolloutEngine
     from lit_specrl.engines import TransformersEngine as TransformersEngine
     from lit_specrl.engines import VLLMEngine as VLLMEngine
+    from lit_specrl.environments import CalculatorEnvironment as CalculatorEnvironment
+    from lit_specrl.environments import Environment as Environment
+    from lit_specrl.environments import Observation as Observation
+    from lit_specrl.environments import ToolEnvironment as ToolEnvironment
     from lit_specrl.experience import Experience as Experience
     from lit_specrl.losses import KLPenalty as KLPenalty
     from lit_specrl.losses import PolicyLoss as PolicyLoss
@@ -59,6 +63,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.prefix_cache import AcceptanceRule as AcceptanceRule
     from lit_specrl.prefix_cache import ReusePolicy as ReusePolicy
     from lit_specrl.prefix_cache.lenience import AdaptiveLenience as AdaptiveLenience
+    from lit_specrl.rewards import EnvironmentReward as EnvironmentReward
     from lit_specrl.rewards import EquationReward as EquationReward
     from lit_specrl.rewards import ExactReward as ExactReward
     from lit_specrl.rewards import FormatReward as FormatReward
@@ -69,6 +74,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.rewards import Reward as Reward
     from lit_specrl.rewards import RewardFunction as RewardFunction
     from lit_specrl.rewards import RewardModel as RewardModel
+    from lit_specrl.types import Episode as Episode
     from lit_specrl.types import PromptBatch as PromptBatch
     from lit_specrl.types import RolloutRequest as RolloutRequest
     from lit_specrl.types import Rollouts as Rollouts
@@ -98,6 +104,10 @@ _EXPORTS = {
     "TransformersEngine": "engines",
     "VLLMEngine": "engines",
     "RolloutEngine": "engines",
+    "CalculatorEnvironment": "environments",
+    "Environment": "environments",
+    "Observation": "environments",
+    "ToolEnvironment": "environments",
     "Drafter": "drafting",
     "LookUpDrafter": "drafting",
     "NGramDrafter": "drafting",
@@ -120,6 +130,7 @@ _EXPORTS = {
     "RunSummary": "callbacks",
     "SpeculativeRollout": "callbacks",
     "TensorBoardReport": "callbacks",
+    "EnvironmentReward": "rewards",
     "EquationReward": "rewards",
     "ExactReward": "rewards",
     "FormatReward": "rewards",
@@ -134,6 +145,7 @@ _EXPORTS = {
     "RewardFunction": "rewards",
     "RewardModel": "rewards",
     "Experience": "experience",
+    "Episode": "types",
     "PromptBatch": "types",
     "RolloutRequest": "types",
     "Rollouts": "types",

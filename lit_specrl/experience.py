@@ -81,6 +81,7 @@ class Experience:
         "response_ids",
         "response_mask",
         "loss_mask",
+        "observation_mask",
         "sampling_logprobs",
         "advantages",
         "old_logprobs",
@@ -102,9 +103,9 @@ class Experience:
     response_ids: Tensor
     """[N, R] long, right-padded."""
     response_mask: Tensor
-    """[N, R] bool, True on response tokens (end-of-text included)."""
+    """[N, R] bool, True on response tokens (end-of-text included, and what an environment wrote between turns)."""
     loss_mask: Tensor
-    """[N, R] bool, True on tokens that take part in the loss; a subset of `response_mask`."""
+    """[N, R] bool, True on tokens that take part in the loss; a subset of `policy_mask`."""
     sampling_logprobs: Tensor
     """[N, R] float32, nats, 0 on padding."""
     rewards: Tensor
@@ -127,10 +128,17 @@ class Experience:
     """[N, R] float32, the critic's estimate before each token; `None` without a critic."""
     returns: Tensor | None = None
     """[N, R] float32, the critic's target; `None` without a critic."""
+    observation_mask: Tensor | None = None
+    """[N, R] bool, True on response tokens that an environment wrote; `None` without an environment."""
 
     @property
     def num_rows(self) -> int:
         return self.response_ids.shape[0]
+
+    @property
+    def policy_mask(self) -> Tensor:
+        """[N, R] bool, True on response tokens that the policy said."""
+        return self.response_mask if self.observation_mask is None else self.response_mask & ~self.observation_mask
 
     @property
     def row_rewards(self) -> Tensor:
@@ -278,7 +286,7 @@ def padded_experience(rollouts: Rollouts, mask_truncated_completions: bool = Fal
 
     Args:
         rollouts: N scored rows.
-        mask_truncated_completions: leave rows that were cut at the length limit out of the loss.
+        mask_truncated_completions: leave rows that were cut at a limit, of tokens or turns, out of the loss.
     """
     owners = [rollouts.request.prompt_index(row) for row in range(rollouts.num_rows)]
     experience = padded_rows(rollouts.prompts.prompt_ids, owners, rollouts.response_ids, rollouts.policy_version)
@@ -288,9 +296,18 @@ def padded_experience(rollouts: Rollouts, mask_truncated_completions: bool = Fal
     experience.rewards = torch.tensor(
         [torch.nan if reward is None else reward for reward in rollouts.total_rewards], dtype=torch.float32
     )
+    experience.observation_mask = observation_mask_of(rollouts)
+    experience.loss_mask = experience.policy_mask
     if mask_truncated_completions:
-        experience.loss_mask = experience.response_mask & ~torch.tensor(rollouts.truncated)[:, None]
+        experience.loss_mask = experience.loss_mask & ~torch.tensor(rollouts.truncated)[:, None]
     return experience
+
+
+def observation_mask_of(rollouts: Rollouts) -> Tensor | None:
+    """`Experience.observation_mask` of rollouts."""
+    if not rollouts.episodes:
+        return None
+    return pad_right([episode.observation_mask for episode in rollouts.episodes], dtype=torch.bool)[0]
 
 
 def _known_logprobs(rollouts: Rollouts, name: str, response_mask: Tensor) -> Tensor:

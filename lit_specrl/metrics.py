@@ -33,12 +33,46 @@ def merge(parts: Iterable[S]) -> S:
 
 
 @dataclass(frozen=True)
+class TurnStatistics:
+    """Counts of rows with an environment."""
+
+    num_rows: int
+    num_turns: int
+    num_observation_tokens: int
+    num_cut_by_length: int
+    num_cut_by_turns: int
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> TurnStatistics:
+        return cls(
+            num_rows=rollouts.num_rows,
+            num_turns=sum(len(episode.turns) for episode in rollouts.episodes),
+            num_observation_tokens=sum(episode.num_observation_tokens for episode in rollouts.episodes),
+            num_cut_by_length=rollouts.finish_reasons.count("length"),
+            num_cut_by_turns=rollouts.finish_reasons.count("turns"),
+        )
+
+    def __add__(self, other: TurnStatistics) -> TurnStatistics:
+        return TurnStatistics(
+            **{entry.name: getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)}
+        )
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "environment/turns": self.num_turns / self.num_rows,
+            "environment/observation_tokens": self.num_observation_tokens / self.num_rows,
+            "environment/cut_by_length": self.num_cut_by_length / self.num_rows,
+            "environment/cut_by_turns": self.num_cut_by_turns / self.num_rows,
+        }
+
+
+@dataclass(frozen=True)
 class RolloutStatistics:
     """Lengths and rewards of generated rows."""
 
     num_generations: int
     lengths: tuple[int, ...]
-    """Response tokens of each row."""
+    """Response tokens that the policy said, of each row."""
     num_truncated: int
     num_generated_tokens: int
     """Response tokens that the engine sampled."""
@@ -48,18 +82,21 @@ class RolloutStatistics:
     rewards: dict[str, tuple[float | None, ...]]
     counters: dict[str, float]
     """What the rewards count, such as `rewards/math/timeouts`."""
+    turns: TurnStatistics | None = None
+    """`None` without an environment."""
 
     @classmethod
     def of(cls, rollouts: Rollouts, counters: dict[str, float]) -> RolloutStatistics:
         return cls(
             num_generations=rollouts.request.sampling.num_generations,
-            lengths=tuple(len(ids) for ids in rollouts.response_ids),
+            lengths=tuple(rollouts.policy_lengths),
             num_truncated=sum(rollouts.truncated),
             num_generated_tokens=rollouts.num_generated_tokens,
             elapsed_s=rollouts.elapsed_s,
             total_rewards=tuple(rollouts.total_rewards),
             rewards={name: tuple(values) for name, values in rollouts.rewards.items()},
             counters=counters,
+            turns=TurnStatistics.of(rollouts) if rollouts.episodes else None,
         )
 
     def __add__(self, other: RolloutStatistics) -> RolloutStatistics:
@@ -75,6 +112,7 @@ class RolloutStatistics:
             total_rewards=self.total_rewards + other.total_rewards,
             rewards={name: values + other.rewards[name] for name, values in self.rewards.items()},
             counters=dict(counters),
+            turns=None if self.turns is None or other.turns is None else self.turns + other.turns,
         )
 
     def metrics(self) -> dict[str, float]:
@@ -96,6 +134,8 @@ class RolloutStatistics:
             if len(applicable):
                 metrics[f"rewards/{name}/mean"] = float(applicable.mean())
                 metrics[f"rewards/{name}/std"] = float(applicable.std(correction=min(1, len(applicable) - 1)))
+        if self.turns is not None:
+            metrics |= self.turns.metrics()
         return metrics | self.counters
 
 

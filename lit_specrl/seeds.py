@@ -29,6 +29,16 @@ def rollout_seeds(run_seed: int, purpose: str, uids: Sequence[str], num_generati
     return [_hash(f"{run_seed}/{purpose}/{uid}/{sample}") for uid in uids for sample in range(num_generations)]
 
 
+def turn_seed(seed: int, turn: int) -> int:
+    """Seed of a further turn of a row, which draws other numbers than the turns before.
+
+    Args:
+        seed: of the row, and of its first turn.
+        turn: turns before.
+    """
+    return _hash(f"{seed}/turn/{turn}") if turn else seed
+
+
 def row_uniforms(seeds: Sequence[int], length: int, purpose: str) -> Tensor:
     """One uniform number per row and token, [N, length] float64: a row's draws do not depend on its neighbours.
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "turns"]
+"""Why a row ended: a token that ends it, the limit of its tokens, or that of its turns."""
 
 
 def check_at_least_one(**counts: int) -> None:
@@ -191,6 +192,9 @@ class RolloutRequest:
     """[N] or empty: tokens that a row will probably still need; where not all rows fit, the longest start first."""
     text_end: TextEnd | None = None
     """Finds the stop strings of `sampling.stop` in the tokens of a response; `None` where there are none."""
+    ended: Mapping[int, FinishReason] | None = None
+    """Row -> why it has ended in an earlier turn, so that its prefix is the whole response; `None` in a first turn,
+    where the prefixes themselves tell."""
 
     @property
     def num_rows(self) -> int:
@@ -199,6 +203,10 @@ class RolloutRequest:
     def prefix(self, row: int) -> list[int]:
         """Response tokens that `row` begins with."""
         return self.prefixes[row] if self.prefixes else []
+
+    def begun(self, row: int) -> list[int]:
+        """Tokens that the present turn of `row` begins with: those of the prefix in the first turn, none in others."""
+        return self.prefix(row) if self.ended is None else []
 
     def prompt_index(self, row: int) -> int:
         """Index into the prompts of the prompt that `row` answers."""
@@ -232,6 +240,34 @@ class KnownRow:
     """[R] nats, under the reference; `None` where they were not computed."""
 
 
+@dataclass(frozen=True)
+class Episode:
+    """The turns of a row with an environment.
+
+    Example: two turns of two tokens each, an observation of three tokens between them::
+
+        Episode(turns=["calc: 2+3", "Answer: 5"], observation_mask=[False] * 2 + [True] * 3 + [False] * 2)
+    """
+
+    turns: list[str]
+    """What the policy said, turn by turn; decoded as `Rollouts.texts`."""
+    observation_mask: list[bool]
+    """[R] True on tokens that the environment wrote; a response begins with one of the policy."""
+    reward: float | None = None
+    """Sum of what the environment gave; `None` where it gave nothing."""
+    environment: Any = None
+    """The environment of the row, as the last turn has left it."""
+
+    @property
+    def num_observation_tokens(self) -> int:
+        return sum(self.observation_mask)
+
+    @property
+    def first_turn_length(self) -> int:
+        """Tokens before the first observation."""
+        return next((at for at, observed in enumerate(self.observation_mask) if observed), len(self.observation_mask))
+
+
 @dataclass
 class Rollouts:
     """Generated responses, one row each.
@@ -244,25 +280,28 @@ class Rollouts:
 
     request: RolloutRequest
     response_ids: list[list[int]]
-    """[N] ragged token ids, the end-of-text token included when it was generated."""
+    """[N] ragged token ids, the end-of-text token included when it was generated; with an environment all turns and the
+    observations between them."""
     sampling_logprobs: list[list[float]]
     """[N] ragged, nats: log-prob of each token under the distribution it was sampled from (temperature applied); NaN
-    for tokens of a prefix, which this engine did not sample."""
+    for tokens of a prefix and of observations, which this engine did not sample."""
     finish_reasons: list[FinishReason]
     """[N] "stop" = a token that ends a response was generated, or a stop string was completed; "length" = cut at
-    `max_completion_length`."""
+    `max_completion_length`, "turns" = cut at `max_turns`."""
     policy_version: int
     """Version of the weights that generated."""
     elapsed_s: float
     """Wall time of generation, in seconds."""
     texts: list[str] = field(default_factory=list)
-    """[N] decoded responses without special tokens; filled by the module."""
+    """[N] decoded responses without special tokens, observations included; filled by the module."""
     rewards: dict[str, list[float | None]] = field(default_factory=dict)
     """Unweighted rewards by function, [N] each, `None` where one does not apply; filled by the module."""
     total_rewards: list[float | None] = field(default_factory=list)
     """[N] weighted sum of the rewards that apply, `None` where none does; filled by the module."""
     known: list[KnownRow | None] = field(default_factory=list)
     """[N] or empty: what is known already about a row, `None` for rows that were generated."""
+    episodes: list[Episode] = field(default_factory=list)
+    """[N] or empty: the turns of each row; empty without an environment."""
 
     def select_groups(self, groups: Sequence[int]) -> Rollouts:
         """The rows of the prompts at these indices, in that order."""
@@ -285,6 +324,7 @@ class Rollouts:
             finish_reasons=pick(self.finish_reasons),
             texts=pick(self.texts),
             known=pick(self.known),
+            episodes=pick(self.episodes),
             rewards={name: pick(values) for name, values in self.rewards.items()},
             total_rewards=pick(self.total_rewards),
         )
@@ -307,6 +347,7 @@ class Rollouts:
             rewards={name: values + other.rewards[name] for name, values in self.rewards.items()},
             total_rewards=self.total_rewards + other.total_rewards,
             known=_joined(self.known, other.known, self.num_rows, other.num_rows, None),
+            episodes=self.episodes + other.episodes,
         )
 
     @property
@@ -324,13 +365,28 @@ class Rollouts:
 
     @property
     def num_generated_tokens(self) -> int:
-        """Response tokens that are no part of a prefix."""
-        return self.num_tokens - sum(len(prefix) for prefix in self.request.prefixes)
+        """Tokens that the engine sampled: no part of a prefix, and not those of observations."""
+        return sum(self.policy_lengths) - sum(len(prefix) for prefix in self.request.prefixes)
+
+    @property
+    def said(self) -> list[str]:
+        """[N] what the policy said, decoded; with an environment its turns, joined by line breaks.
+
+        Without observations: an answer that stands in one is none of the policy's.
+        """
+        return ["\n".join(episode.turns) for episode in self.episodes] if self.episodes else self.texts
+
+    @property
+    def policy_lengths(self) -> list[int]:
+        """[N] response tokens that the policy said."""
+        if not self.episodes:
+            return [len(ids) for ids in self.response_ids]
+        return [len(episode.observation_mask) - episode.num_observation_tokens for episode in self.episodes]
 
     @property
     def truncated(self) -> list[bool]:
-        """[N] True where the response was cut at the length limit."""
-        return [reason == "length" for reason in self.finish_reasons]
+        """[N] True where the response was cut at the limit of its tokens, or of its turns."""
+        return [reason != "stop" for reason in self.finish_reasons]
 
 
 def _joined(first: list[Any], second: list[Any], num_first: int, num_second: int, absent: Any) -> list[Any]:
@@ -339,11 +395,3 @@ def _joined(first: list[Any], second: list[Any], num_first: int, num_second: int
     if not first and not second:
         return []
     return (first or [absent] * num_first) + (second or [absent] * num_second)
-
-
-@runtime_checkable
-class PromptStream(Protocol):
-    """Training data that gives further prompts within a step, which dynamic sampling needs."""
-
-    def draw(self, num_prompts: int) -> PromptBatch:
-        """The next prompts of the epoch, which the loop over it will then not meet again."""

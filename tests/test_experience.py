@@ -79,6 +79,7 @@ def test_rollouts_become_rectangles(rollouts):
         "kl_penalty": None,
         "values": None,
         "returns": None,
+        "observation_mask": None,
     }
     assert experience.num_rows == 4
     assert experience.prompt_lengths.tolist() == [2, 2, 3, 3]
@@ -142,6 +143,7 @@ def test_selected_rows_bring_their_prompts_and_no_padding_beyond_their_own(exper
         "kl_penalty": None,
         "values": None,
         "returns": None,
+        "observation_mask": None,
     }
     last = experience.select([3, 0])
     assert last.prompt_ids.tolist() == [[0, 5, 6], [7, 8, 9]]
@@ -202,6 +204,6 @@ def test_moving_copies_every_tensor(full_experience):
     moved = full_experience.to("meta")
     devices = {name: value.device.type for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
     assert set(devices.values()) == {"meta"}
-    assert len(devices) == 15
+    assert len(devices) == 16
     assert isinstance(moved, Experience)
     assert full_experience.prompt_ids.device.type == "cpu"

@@ -13,6 +13,7 @@ FLOORS = [  # from bottom to top; a room imports itself and rooms of lower floor
     {"losses", "advantages", "experience"},
     {"metrics"},
     {"data", "rewards"},
+    {"environments"},
     {"models"},
     {"drafting"},
     {"prefix_cache"},

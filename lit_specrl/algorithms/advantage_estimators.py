@@ -105,7 +105,7 @@ class GAE(AdvantageEstimator):
 
     def __call__(self, experience: Experience, num_generations: int) -> Tensor:
         assert experience.values is not None
-        mask = experience.response_mask
+        mask = experience.policy_mask
         experience.loss_mask = experience.loss_mask & ~experience.rewards.isnan()[:, None]
         token_rewards = rewards_at_last_token(experience.rewards.nan_to_num(), mask)  # [N, R]
         if experience.kl_penalty is not None:

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lit_specrl.distributed.collectives import gather_objects, max_over_ranks, num_ranks
-from lit_specrl.types import PromptBatch, PromptStream, Rollouts
+from lit_specrl.types import PromptBatch, Rollouts
+
+
+@runtime_checkable
+class PromptStream(Protocol):
+    """Training data that gives further prompts within a step, which dynamic sampling needs."""
+
+    def draw(self, num_prompts: int) -> PromptBatch:
+        """The next prompts of the epoch, which the loop over it will then not meet again."""
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,13 @@ class Evaluator:
         size = rollouts.request.sampling.num_generations
         if size not in self._meters:
             self._meters[size] = AccuracyMeter(list(sources), size).to(device)
-        correct = rollouts.rewards[self.reward.name]
+        correct, said = rollouts.rewards[self.reward.name], rollouts.said
         for index, source in enumerate(rollouts.prompts.sources):
             rows = range(index * size, (index + 1) * size)
             self._meters[size].update(
                 source,
                 correct=[correct[row] or 0.0 for row in rows],
-                answers=[extract_answer(rollouts.texts[row], self.answer_format) for row in rows],
+                answers=[extract_answer(said[row], self.answer_format) for row in rows],
             )
 
     def compute(self) -> dict[str, float]:
@@ -60,11 +60,12 @@ def prediction_records(batch: PromptBatch, rollouts: Rollouts) -> list[dict[str,
         {
             "uid": batch.uids[owner],
             "source": batch.sources[owner],
-            "prompt": batch.prompts[owner],
+            "prompt": rollouts.prompts.prompts[owner],
             "answer": batch.answers[owner],
             "completion": rollouts.texts[row],
-            "completion_length": len(rollouts.response_ids[row]),
+            "completion_length": rollouts.policy_lengths[row],
             "finish_reason": rollouts.finish_reasons[row],
+            **({"turns": rollouts.episodes[row].turns} if rollouts.episodes else {}),
         }
         for row in range(rollouts.num_rows)
         for owner in [rollouts.request.prompt_index(row)]

@@ -25,7 +25,7 @@ def kl_in_reward(
         [N, R] to be subtracted from the rewards, and metrics.
     """
     assert experience.old_logprobs is not None and experience.reference_logprobs is not None
-    mask = experience.response_mask
+    mask = experience.policy_mask
     kl = kl_penalty(experience.old_logprobs, experience.reference_logprobs, mask, estimator)
     penalty = coefficient.value * kl
     num_rows = sum_over_ranks(torch.tensor(experience.num_rows, device=mask.device))

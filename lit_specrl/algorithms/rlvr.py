@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_specrl.advantages import ScaleRewards
 from lit_specrl.algorithms.advantage_estimators import AdvantageEstimator, resolve_estimator
-from lit_specrl.algorithms.dynamic_sampling import DynamicSampling, groups_with_spread
+from lit_specrl.algorithms.dynamic_sampling import DynamicSampling, PromptStream, groups_with_spread
 from lit_specrl.algorithms.entropy_mask import TopEntropy
 from lit_specrl.algorithms.evaluator import Evaluator, prediction_records, source_names
 from lit_specrl.algorithms.gradient_step import GradientStep
@@ -29,6 +29,7 @@ from lit_specrl.algorithms.objective import Objective
 from lit_specrl.algorithms.optimizers import make_optimizers, optimizers_of, step_lr_schedulers
 from lit_specrl.algorithms.pass_rates import record_pass_rates
 from lit_specrl.algorithms.run_checks import (
+    check_environment,
     check_run,
     check_training_sampling,
     check_weights_fit,
@@ -39,10 +40,12 @@ from lit_specrl.algorithms.run_checks import (
 from lit_specrl.algorithms.step_report import StepReport
 from lit_specrl.algorithms.updater import Updater
 from lit_specrl.allocator import keep_freed_memory
+from lit_specrl.data.template import PromptTemplate
 from lit_specrl.distributed.fsdp2 import sharding
 from lit_specrl.distributed.signals import DeferredSignals
 from lit_specrl.engines.base import RolloutEngine
 from lit_specrl.engines.rollout_worker import RolloutWorker
+from lit_specrl.environments import Environment
 from lit_specrl.experience import Experience, padded_experience
 from lit_specrl.losses import ImportanceSampling, KLCoefficient, KLPenalty, TokenLoss, named_loss
 from lit_specrl.metrics import RolloutStatistics
@@ -52,7 +55,7 @@ from lit_specrl.models.scorer import Scorer
 from lit_specrl.precision import warn_if_slow
 from lit_specrl.rewards import Reward, RewardSet
 from lit_specrl.timing import StageTimer
-from lit_specrl.types import PromptBatch, PromptStream, Rollouts, SamplingConfig, check_at_least_one
+from lit_specrl.types import PromptBatch, Rollouts, SamplingConfig, check_at_least_one
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -126,6 +129,8 @@ class RLVRModule(L.LightningModule):
         compile_layers: compile the decoder layers (`torch.compile`) for passes over given tokens; prompts are then not
             shared either.
         seed: seed of the rollouts.
+        environment: what answers the policy between its turns; `None` for responses of one turn.
+        max_turns: most turns of a response, with an environment.
 
     Raises:
         ValueError: an argument out of its range.
@@ -176,6 +181,8 @@ class RLVRModule(L.LightningModule):
         gradient_checkpointing: bool = False,
         compile_layers: bool = False,
         seed: int = 0,
+        environment: Environment | None = None,
+        max_turns: int = 8,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -198,6 +205,7 @@ class RLVRModule(L.LightningModule):
             num_minibatches=num_minibatches,
             micro_batch_tokens=1 if micro_batch_tokens is None else micro_batch_tokens,
             max_skipped_updates=max_skipped_updates,
+            max_turns=max_turns,
         )
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -240,6 +248,8 @@ class RLVRModule(L.LightningModule):
         self.report = StepReport(self.timer)
         self.worker = RolloutWorker(model, RewardSet(list(rewards)), seed, self.timer, self._hook)
         self.worker.skip_special_tokens = skip_special_tokens
+        self.worker.environment, self.worker.max_turns = environment, max_turns
+        check_environment(environment, self.worker.rewards)
         names = ", ".join(f"{reward.weight:g} {reward.name}" for reward in self.worker.rewards.rewards)
         self.settings = hyperparameters({"algorithm": type(self).__name__} | arguments | {"rewards": names})
         """All settings as a flat table, for loggers."""
@@ -333,7 +343,7 @@ class RLVRModule(L.LightningModule):
             self.step_metrics |= metrics
         advantages = self.advantage_estimator(experience, self.sampling.num_generations)
         if advantages.dim() == 1:
-            advantages = advantages[:, None] * experience.response_mask
+            advantages = advantages[:, None] * experience.policy_mask
         advantages, metrics = self.top_entropy(advantages, experience)
         self.step_metrics |= metrics
         experience.advantages = advantages  # [N, R]
@@ -413,6 +423,7 @@ class RLVRModule(L.LightningModule):
         write_atomic_checkpoints(self.trainer.strategy)
         self.check_run(stage)
         self.worker.max_length = self.max_length
+        self.worker.template = getattr(self._datamodule, "template", None) or PromptTemplate()
         is_bfloat16 = str(self.trainer.precision).startswith("bf16") or self.model_options["dtype"] == "bfloat16"
         warn_if_slow(
             f"precision={self.trainer.precision!r} with dtype={self.model_options['dtype']!r}",
@@ -537,6 +548,11 @@ class RLVRModule(L.LightningModule):
     def rewards(self) -> RewardSet:
         """What is rewarded."""
         return self.worker.rewards
+
+    @property
+    def environment(self) -> Environment | None:
+        """What answers between turns."""
+        return self.worker.environment
 
     @property
     def tokenizer(self) -> Any:

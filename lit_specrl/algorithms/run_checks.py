@@ -14,9 +14,11 @@ from transformers import AutoConfig
 
 from lit_specrl.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lit_specrl.engines.base import RolloutEngine
+from lit_specrl.environments import Environment
 from lit_specrl.losses import ImportanceSampling
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.pretrained import check_model_exists
+from lit_specrl.rewards import EnvironmentReward, RewardSet
 from lit_specrl.types import SamplingConfig
 
 
@@ -33,6 +35,25 @@ def check_training_sampling(sampling: SamplingConfig, importance_sampling: Impor
             f"importance_sampling is biased under {sampling.departure}: the engine's log-probs belong to another "
             "distribution than the policy's; use top_p=1.0, min_p=0.0 and repetition_penalty=1.0 without top_k, or "
             "importance_sampling=None"
+        )
+
+
+def check_environment(environment: Environment | None, rewards: RewardSet) -> None:
+    """Refuse what is no environment, and rewards of an environment that is not there.
+
+    Raises:
+        TypeError: what is given is no `Environment`.
+        ValueError: `EnvironmentReward` without an environment.
+    """
+    if environment is not None and not isinstance(environment, Environment):
+        raise TypeError(
+            f"environment must be an Environment, got {environment!r}; give an instance, such as CalculatorEnvironment(), which "
+            "is copied for each row. A class with TRL's reset and tools goes into ToolEnvironment(environment_factory=...)"
+        )
+    needing = [reward.name for reward in rewards.rewards if isinstance(reward, EnvironmentReward)]
+    if environment is None and needing:
+        raise ValueError(
+            f"reward {needing[0]!r} is what an environment gives; set environment, or leave the reward out"
         )
 
 

@@ -28,7 +28,7 @@ from lit_specrl.drafting.distillation.samples import cut, is_held_out
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
 from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
 from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network
-from lit_specrl.experience import Experience, padded_rows
+from lit_specrl.experience import Experience, observation_mask_of, padded_rows
 from lit_specrl.models.pretrained import load_pretrained
 from lit_specrl.types import PromptBatch, check_at_least_one
 
@@ -167,7 +167,7 @@ class DrafterPretraining(RolloutCallback):
         size = policy.config.get_text_config().vocab_size
         counts = torch.zeros(size, dtype=torch.long)
         for part in responses:
-            counts += torch.bincount(part.response_ids[part.response_mask], minlength=size)
+            counts += torch.bincount(part.response_ids[part.policy_mask], minlength=size)
         vocabulary = draft_vocabulary(sum_over_ranks(counts), self.vocabulary_size)
         whole = len(vocabulary) == size
         head = build_head(policy, pl_module.model_name, None if whole else vocabulary, self.num_speculative_tokens)
@@ -186,7 +186,9 @@ class DrafterPretraining(RolloutCallback):
             batch = next(batches) if index else first
             rollouts = pl_module.generate(batch, pl_module.sampling, f"drafter/{index}")
             owners = [rollouts.request.prompt_index(row) for row in range(rollouts.num_rows)]
-            yield padded_rows(batch.prompt_ids, owners, rollouts.response_ids)
+            experience = padded_rows(rollouts.prompts.prompt_ids, owners, rollouts.response_ids)
+            experience.observation_mask = observation_mask_of(rollouts)
+            yield experience
 
 
 def _read(path: str, tokenizer: Any, num_rollouts: int, trainer: L.Trainer) -> Iterator[Experience]:

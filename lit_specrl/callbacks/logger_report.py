@@ -43,6 +43,13 @@ CRITIC_LAYOUT = {
         "clipped values": ["Multiline", ["critic/vf_clipfrac"]],
     }
 }
+ENVIRONMENT_LAYOUT = {
+    "environment": {
+        "turns": ["Multiline", ["environment/turns"]],
+        "tokens that it wrote": ["Multiline", ["environment/observation_tokens"]],
+        "rows cut": ["Multiline", ["environment/cut_by_(length|turns)"]],
+    }
+}
 DYNAMIC_SAMPLING_LAYOUT = {
     "dynamic sampling": {
         "rounds": ["Multiline", ["dynamic_sampling/rounds"]],
@@ -59,6 +66,8 @@ def layout_for(module: L.LightningModule, callbacks: Sequence[L.Callback] = ()) 
             layout |= callback.charts()
     if getattr(module, "critic", None) is not None:
         layout |= CRITIC_LAYOUT
+    if getattr(module, "environment", None) is not None:
+        layout |= ENVIRONMENT_LAYOUT
     if getattr(module, "dynamic_sampling", None):
         layout |= DYNAMIC_SAMPLING_LAYOUT
     return layout
@@ -105,7 +114,7 @@ class LoggerReport(RolloutCallback):
         if pl_module.step % self.every_n_steps:
             return
         for sink in _sinks(trainer):
-            sink.histogram("completions/length", [len(ids) for ids in rollouts.response_ids], pl_module.step)
+            sink.histogram("completions/length", rollouts.policy_lengths, pl_module.step)
             if self.num_completions:
                 sink.table("completions", completions_table(rollouts, self.num_completions), pl_module.step)
 

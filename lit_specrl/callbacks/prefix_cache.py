@@ -22,6 +22,7 @@ from lit_specrl.callbacks.rank_store import RankStore
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
 from lit_specrl.checkpoints.rank_files import PREFIX_CACHE
 from lit_specrl.distributed.collectives import gather_objects
+from lit_specrl.engines.episodes import prompt_of
 from lit_specrl.experience import Experience
 from lit_specrl.metrics import merge
 from lit_specrl.prefix_cache.acceptance import AcceptanceRule, acceptance_rule
@@ -44,7 +45,8 @@ class PrefixCache(RolloutCallback):
 
     Liu et al. 2025, arXiv 2509.23232. The cached response is scored once under today's policy. Its tokens are kept
     while `u < lenience * target / previous`, and the policy goes on from the first that is rejected. Not exact, not
-    even at lenience 1: see `RatioAcceptance`. Validation and test always generate afresh.
+    even at lenience 1: see `RatioAcceptance`. Validation and test always generate afresh. With an environment the first
+    turn is reused, and what follows an observation is generated afresh.
 
     Where the policy moves little between two visits of a prompt, a lenience above 1 keeps nearly everything, epoch
     after epoch, and the policy is trained on the same few responses again and again. `max_reuses` renews them. All
@@ -374,7 +376,7 @@ class PrefixCache(RolloutCallback):
         uids = getattr(trainer.train_dataloader, "uids", None)
         if self._other_ranks_included and uids is not None:
             own = set(uids)
-            self.store, _ = self.store.split(2, lambda uid: 0 if uid in own else 1)
+            self.store, _ = self.store.split(2, lambda uid: 0 if prompt_of(uid) in own else 1)
         self._other_ranks_included = False
 
     def _identity(self, module: RLVRModule) -> dict[str, str]:

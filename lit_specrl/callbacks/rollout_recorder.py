@@ -90,6 +90,7 @@ def rollout_records(rollouts: Rollouts, experience: Experience, step: int) -> li
             "finish_reason": rollouts.finish_reasons[row],
             "reward": rewards[row],
             "advantage": advantages[row],
+            **({"turns": rollouts.episodes[row].turns} if rollouts.episodes else {}),
             **{f"reward/{name}": values[row] for name, values in rollouts.rewards.items()},
         }
         for row in range(rollouts.num_rows)

@@ -111,7 +111,8 @@ def _arithmetic(trainer: L.Trainer, module: RLVRModule) -> dict[str, str]:
     data: Any = getattr(trainer, "datamodule", None)
     sampling, batch_size = module.sampling, getattr(data, "batch_size", None)
     rows = {
-        "responses": f"{sampling.num_generations} a prompt of up to {sampling.max_completion_length} tokens, temperature {sampling.temperature:g}",
+        "responses": f"{sampling.num_generations} a prompt of up to {sampling.max_completion_length} tokens, temperature {sampling.temperature:g}"
+        + ("" if module.environment is None else f", up to {module.worker.max_turns} turns"),
         "micro-batches": _micro_batches(trainer, module),
     }
     if batch_size is None:

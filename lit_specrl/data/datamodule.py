@@ -172,8 +172,10 @@ class PromptDataModule(L.LightningDataModule):
 
     def _prompts(self, split: str) -> PromptBatch:
         rows = {name: source.load() for name, source in self.sources[split].items()}
+        environment = getattr(self._trainer().lightning_module, "environment", None)
+        template = self.template.with_tools(getattr(environment, "schemas", []))
         prompts, num_dropped = build_prompts(
-            rows, self.template, self._tokenizer(), self.max_prompt_length, self.overlong, rewarded=split != "predict"
+            rows, template, self._tokenizer(), self.max_prompt_length, self.overlong, rewarded=split != "predict"
         )
         if split != "predict":
             self._check_answers(split, prompts)

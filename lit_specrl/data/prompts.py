@@ -21,6 +21,10 @@ REWARD_ARGUMENTS = {
     "answer": "the reference answers",
     "source": "the names of the data sources",
     "prompt_messages": "the conversations that the prompts show",
+    "transcripts": "the responses with what their environments have written",
+    "turns": "what the policy has said in each turn",
+    "environment_reward": "what the environments have given",
+    "environments": "the environments of the rows",
     "self": "the reward itself",
 }
 """Names under which rewards are given something else than a column of the data."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 
 QUESTION = "{question}"
+_SAID = "\u2417said\u2417"  # stands for a message whose surroundings are wanted
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,56 @@ class PromptTemplate:
             opening, turns = turns[:1], turns[1:]
         return [*opening, *self._example_turns(), *turns]
 
+    def with_tools(self, schemas: list[dict[str, Any]]) -> PromptTemplate:
+        """The template that shows tools, given as JSON schemas; a plain text shows none."""
+        if not schemas or self.kind == "plain":
+            return self
+        return replace(self, chat_template_kwargs={"tools": schemas} | (self.chat_template_kwargs or {}))
+
+    def with_observation(self, prompt: str, observation: str, tokenizer: Any) -> str:
+        """A rendered prompt with the first words of an environment: a line of its own behind the user's, or what
+        follows a plain text.
+
+        Raises:
+            ValueError: the prompt does not end with a turn of the user.
+        """
+        if self.kind == "plain":
+            return prompt + observation
+        closing = self._apply([{"role": "user", "content": _SAID}], tokenizer).partition(_SAID)[2]
+        if not prompt.endswith(closing):
+            raise ValueError(
+                f"what an environment says first is added to the user's turn that a prompt ends with, expected {closing!r} at "
+                f"its end, got {prompt[-80:]!r}; return None from its reset"
+            )
+        return f"{prompt.removesuffix(closing)}\n{observation}{closing}"
+
+    def between_turns(self, observation: str, role: str, tokenizer: Any, last_token: int) -> list[int]:
+        """Token ids between what the policy has said in a turn and what it says in the next.
+
+        In a chat these are the end of its turn, the observation as a message, and the beginning of the next turn; a
+        plain text has the observation alone. What the policy has said is no part of it and is never tokenised again.
+
+        Args:
+            observation: of an environment.
+            role: whose message it is.
+            tokenizer: the policy's.
+            last_token: with which the policy has ended its turn; where the chat template writes the same, it is left
+                out here.
+
+        Raises:
+            ValueError: messages that the chat template cannot show.
+        """
+        if self.kind == "plain":
+            return list(tokenizer(observation, add_special_tokens=False)["input_ids"])
+        messages = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": _SAID},
+            {"role": role, "content": observation},
+        ]
+        text = self._apply(messages, tokenizer).partition(_SAID)[2]
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids[1:] if ids[:1] == [last_token] else ids
+
     def _render_chat(self, row: dict[str, Any], tokenizer: Any) -> str:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
@@ -105,7 +156,9 @@ class PromptTemplate:
                 r" PromptTemplate(kind='plain', text='Question: {question}\nAnswer:') or set tokenizer.chat_template"
             )
         messages = self.messages(row)
-        continued = messages[-1]["role"] == "assistant"
+        return self._apply(messages, tokenizer, continued=messages[-1]["role"] == "assistant")
+
+    def _apply(self, messages: list[dict[str, Any]], tokenizer: Any, continued: bool = False) -> str:
         arguments: dict[str, Any] = {"add_generation_prompt": not continued, "continue_final_message": continued}
         if "strftime_now" in str(tokenizer.chat_template):
             arguments["strftime_now"] = datetime.fromisoformat(self.date).strftime

@@ -217,18 +217,20 @@ class RolloutEngine(ABC):
         return ends if text_ends is None else text_ends
 
     def _end_what_is_known(self, request: RolloutRequest) -> None:
-        """Cut prefixes and cached responses behind the first end that they hold."""
+        """Cut prefixes and cached responses behind the first end that they hold; earlier turns have theirs."""
+        if request.ended is not None:
+            return
         request.prefixes = [prefix[: self.end(request, prefix)] for prefix in request.prefixes]
         for row, response in request.cached_responses.items():
             request.cached_responses[row] = response[: self.end(request, response)]
 
     def _ended(self, request: RolloutRequest, row: int, found: Continuation) -> Continuation:
         """What an engine has added to a row, up to the end of the response; engines need not look for it."""
-        prefix = request.prefix(row)
-        ends = self.end(request, [*prefix, *found.token_ids], len(prefix))
+        begun = request.begun(row)
+        ends = self.end(request, [*begun, *found.token_ids], len(begun))
         if ends is None:
             return found
-        count = ends - len(prefix)
+        count = ends - len(begun)
         return Continuation(found.token_ids[:count], found.logprobs[:count], "stop")
 
     def load_drafter_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -253,6 +255,8 @@ class RolloutEngine(ABC):
 
     def finish_reason(self, request: RolloutRequest, row: int) -> FinishReason | None:
         """Why the prefix of a row is already a whole response, or `None` where it is not."""
+        if request.ended is not None:
+            return request.ended.get(row)
         prefix, limit = request.prefix(row), request.sampling.max_completion_length
         if len(prefix) > limit:
             raise ValueError(

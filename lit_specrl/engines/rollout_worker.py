@@ -11,13 +11,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer
 
 from lit_specrl.data.end_of_turn import end_of_turn_id
+from lit_specrl.data.template import PromptTemplate
 from lit_specrl.engines.base import RolloutEngine
+from lit_specrl.engines.episodes import EpisodeBatch, TurnTaking
 from lit_specrl.engines.stop_strings import StopStrings
 from lit_specrl.engines.transformers_engine import TransformersEngine
+from lit_specrl.environments import Environment
 from lit_specrl.models.model_files import check_tokenizer
 from lit_specrl.models.policy import Policy
 from lit_specrl.models.pretrained import check_model_exists, unreachable_model_message
 from lit_specrl.rewards import RewardSet
+from lit_specrl.rewards.identity import identity_of, settings_of
 from lit_specrl.seeds import rollout_seeds
 from lit_specrl.timing import StageTimer
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
@@ -48,13 +52,22 @@ class RolloutWorker:
         """Longest prompt plus response of the run, in tokens; `None` for as many as the policy has positions."""
         self.skip_special_tokens = True
         """Whether texts of responses are without special tokens."""
+        self.environment: Environment | None = None
+        """What answers between turns; `None` for responses of one turn."""
+        self.max_turns = 1
+        self.template = PromptTemplate()
+        """How observations are written."""
         self._is_started = False
         self._stop_strings: dict[tuple[str, ...], StopStrings] = {}  # of the samplings that were asked for
+        self._episodes: EpisodeBatch | None = None
 
     @property
     def scored_by(self) -> str:
-        """What the rewards of a response depend on: the rewards, and the text that they see."""
-        return self.rewards.identity() + ("" if self.skip_special_tokens else "\nspecial tokens kept")
+        """What the rewards of a response depend on: the rewards, the text that they see, and who answers in it."""
+        identity = self.rewards.identity() + ("" if self.skip_special_tokens else "\nspecial tokens kept")
+        if self.environment is None:
+            return identity
+        return f"{identity}\n{identity_of(type(self.environment), settings_of(self.environment))}"
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -121,15 +134,24 @@ class RolloutWorker:
             purpose: what the rollouts are for; decides their seeds, see `rollout_seeds`.
             policy_version: of the current weights.
         """
+        self._close_environments()
+        if self.environment is not None:
+            with self.timer("environment"):
+                self._episodes = self._turn_taking(self.environment).begin(prompts, sampling)
+            prompts = self._episodes.prompts
         seeds = rollout_seeds(self.seed, purpose, prompts.uids, sampling.num_generations)
         request = RolloutRequest(prompts, sampling, seeds, policy_version, text_end=self._text_end(sampling))
         self.notify("on_rollout_start", request)
         engine = self.current_engine(policy_version)
-        with self.timer("gen"):
-            rollouts = engine.generate(request, on_progress=partial(self.notify, "on_rollout_progress"))
-            rollouts.texts = self.tokenizer.batch_decode(
-                rollouts.response_ids, skip_special_tokens=self.skip_special_tokens
-            )
+        on_progress = partial(self.notify, "on_rollout_progress")
+        if self._episodes is not None:
+            rollouts = self._episodes.play(request, engine, self.timer, on_progress)
+        else:
+            with self.timer("gen"):
+                rollouts = engine.generate(request, on_progress=on_progress)
+        rollouts.texts = self.tokenizer.batch_decode(
+            rollouts.response_ids, skip_special_tokens=self.skip_special_tokens
+        )
         self.notify("on_rollout_end", rollouts)
         return rollouts
 
@@ -139,7 +161,7 @@ class RolloutWorker:
         Returns:
             What the rewards count, such as `rewards/math/timeouts`.
         """
-        prompts = rollouts.prompts
+        prompts, said = rollouts.prompts, rollouts.said
         names = [reward.name for reward in self.rewards.rewards]
         known = {
             row: found.rewards
@@ -155,7 +177,7 @@ class RolloutWorker:
         with self.timer("reward"):
             scores = self.rewards(
                 [prompts.prompts[owner] for owner in owners],
-                [rollouts.texts[row] for row in rows],
+                [said[row] for row in rows],
                 **columns
                 | {
                     "answer": [prompts.answers[owner] for owner in owners],
@@ -163,8 +185,10 @@ class RolloutWorker:
                     "completion_ids": [rollouts.response_ids[row] for row in rows],
                     "finish_reason": [rollouts.finish_reasons[row] for row in rows],
                     "prompt_messages": [prompts.messages[owner] if prompts.messages else [] for owner in owners],
-                },
+                }
+                | _episode_columns(rollouts, rows),
             )
+        self._close_environments()
         asked = zip(rows, zip(*scores.values, strict=True), strict=True)
         answers = known | {row: dict(zip(names, values, strict=True)) for row, values in asked}
         entries = [answers[row] for row in range(rollouts.num_rows)]
@@ -178,7 +202,39 @@ class RolloutWorker:
             self.engine.shutdown()
         self._is_started = False
 
+    def _turn_taking(self, environment: Environment) -> TurnTaking:
+        assert self.policy is not None
+        return TurnTaking(
+            environment,
+            self.max_turns,
+            self.template,
+            self.tokenizer,
+            self.skip_special_tokens,
+            self.max_length,
+            self.policy.device,
+        )
+
+    def _close_environments(self) -> None:
+        """Of the latest rollouts."""
+        if self._episodes is not None:
+            self._episodes.close()
+        self._episodes = None
+
     def close(self) -> None:
-        """Shut the engine and the processes of the rewards down."""
+        """Shut the engine, the environments and the processes of the rewards down."""
+        self._close_environments()
         self.rewards.close()
         self.stop_engine()
+
+
+def _episode_columns(rollouts: Rollouts, rows: list[int]) -> dict[str, list[Any]]:
+    """What rewards are told of the turns; nothing without an environment."""
+    if not rollouts.episodes:
+        return {}
+    episodes = [rollouts.episodes[row] for row in rows]
+    return {
+        "transcripts": [rollouts.texts[row] for row in rows],
+        "turns": [episode.turns for episode in episodes],
+        "environment_reward": [episode.reward for episode in episodes],
+        "environments": [episode.environment for episode in episodes],
+    }

@@ -158,7 +158,7 @@ def _completes_text(
     recent = responses.recent(slots, num_steps, request.text_end.reach + interval)
     for place, (slot, is_active) in enumerate(zip(slots.tolist(), active.tolist(), strict=True)):
         if is_active:
-            text = (request.prefix(rows[slot]) if len(recent[place]) == num_steps else []) + recent[place]
+            text = (request.begun(rows[slot]) if len(recent[place]) == num_steps else []) + recent[place]
             found[place] = request.text_end(text, max(0, len(text) - interval)) is not None
     return torch.tensor(found, device=slots.device)
 

@@ -1,4 +1,7 @@
-"""SPEC-RL for one request: find cached responses, verify, take the prefixes, store the new responses."""
+"""SPEC-RL for one request: find cached responses, verify, take the prefixes, store the new responses.
+
+Of rows with an environment the first turn alone is kept and reused: what was said behind an observation belongs to it.
+"""
 
 from __future__ import annotations
 
@@ -193,10 +196,12 @@ class ReuseRound:
         """
         size = self.request.sampling.num_generations
         num_equal = self._new_num_equal()
-        for row, token_ids in enumerate(self.rollouts.response_ids):
+        for row, whole in enumerate(self.rollouts.response_ids):
+            token_ids = whole[: self._first_turn_length(row)]
+            is_whole = len(token_ids) == len(whole)
             at, cached, length = position.get(self.request.seeds[row]), self.cached[row], len(self.request.prefix(row))
             if self.request.accept is not None:  # both sides of the next ratio must come from the engine
-                logprobs = np.array(self.rollouts.sampling_logprobs[row], np.float32)
+                logprobs = np.array(self.rollouts.sampling_logprobs[row][: len(token_ids)], np.float32)
                 if row in self.target_logprobs:
                     logprobs[:length] = self.target_logprobs[row][:length].numpy()
             elif at is not None:
@@ -214,15 +219,21 @@ class ReuseRound:
                 token_ids=np.array(token_ids),
                 previous_logprobs=logprobs,
                 generation_logprobs=generation_logprobs,
-                finish_reason=self.rollouts.finish_reasons[row],
+                finish_reason="length" if is_whole and self.rollouts.finish_reasons[row] == "length" else "stop",
                 policy_version=self.request.policy_version,
                 step=step,
                 num_reuses=0 if cached is None else cached.num_reuses + 1,
                 num_equal=num_equal[row // size],
                 reward=self.rollouts.total_rewards[row],
-                reward_values={name: values[row] for name, values in self.rollouts.rewards.items()},
+                reward_values={name: values[row] for name, values in self.rollouts.rewards.items()}
+                if is_whole
+                else None,
                 reference_logprobs=None if reference is None or at is None else reference[at, : len(token_ids)],
             )
+
+    def _first_turn_length(self, row: int) -> int:
+        episodes, token_ids = self.rollouts.episodes, self.rollouts.response_ids[row]
+        return episodes[row].first_turn_length if episodes else len(token_ids)
 
     def _new_num_equal(self) -> list[int]:
         """`CachedRollout.num_equal` of each group, [B]."""
@@ -244,7 +255,7 @@ class ReuseRound:
                     step,
                     self.cached[rows],
                     verified_lengths[rows],
-                    [len(ids) for ids in self.rollouts.response_ids[rows]],
+                    self.rollouts.policy_lengths[rows],
                     [self.target_logprobs.get(row) for row in range(rows.start, rows.stop)],
                     self.rollouts.total_rewards[rows],
                     offered_lengths[rows],

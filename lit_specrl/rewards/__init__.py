@@ -1,6 +1,7 @@
 """Rewards: text in, numbers out."""
 
 from lit_specrl.rewards.base import Reward
+from lit_specrl.rewards.environment_reward import EnvironmentReward
 from lit_specrl.rewards.equation import EquationReward
 from lit_specrl.rewards.exact import ExactReward
 from lit_specrl.rewards.format import FormatReward
@@ -13,6 +14,7 @@ from lit_specrl.rewards.reward_model import RewardModel
 from lit_specrl.rewards.reward_set import RewardScores, RewardSet
 
 __all__ = [
+    "EnvironmentReward",
     "EquationReward",
     "ExactReward",
     "FormatReward",

@@ -10,9 +10,16 @@ from training import write_questions
 
 from lit_specrl.cli.fit import train
 
-PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
-EXAMPLES = dict(
-    re.findall(r"^## (.+?)\n.*?```python\n(.*?```.*?```yaml\n.*?)```", PAGE, flags=re.MULTILINE | re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
+EXAMPLES, ENVIRONMENTS = (
+    dict(
+        re.findall(
+            r"^## (.+?)\n.*?```python\n(.*?```.*?```yaml\n.*?)```",
+            (DOCS / page).read_text(),
+            flags=re.MULTILINE | re.DOTALL,
+        )
+    )
+    for page in ("extending.md", "environments.md")
 )
 BASE = {
     "model": {
@@ -62,7 +69,7 @@ def fit(tmp_path, monkeypatch, tiny_model):
 
 
 def example(title):
-    python, block = EXAMPLES[title].split("```", 1)
+    python, block = (EXAMPLES | ENVIRONMENTS)[title].split("```", 1)
     return python, block.split("```yaml\n")[1]
 
 
@@ -79,7 +86,7 @@ def test_the_page_has_all_eight():
     ]
 
 
-@pytest.mark.parametrize("title", EXAMPLES)
+@pytest.mark.parametrize("title", [*EXAMPLES, "An environment of your own"])
 def test_an_example_has_at_most_15_lines(title):
     python, _ = example(title)
     assert len([line for line in python.splitlines() if line.strip()]) <= 15
@@ -142,3 +149,11 @@ def test_a_prompt_schedule(fit):
     assert isinstance(schedule, file.Growing) and (schedule.start, schedule.step) == (4, 8)
     assert loader.num_prompts == 2 < len(lengths), "of the first epoch"
     assert loader.state_dict()["epoch"] >= 1
+
+
+def test_an_environment(fit):
+    run, file = fit(*example("An environment of your own"))
+    assert isinstance(run.model.environment, file.Guess) and run.model.environment.left == 2
+    assert run.model.worker.max_turns == 4 and run.model.policy_version == 4
+    assert 1 <= run.model.step_metrics["environment/turns"] <= 2
+    assert run.model.settings["environment"] == "Guess(left=2)"

@@ -1,5 +1,5 @@
 import pytest
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -27,6 +27,18 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <end>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% if silent %} <silent>{% endif %}{% endif %}"
 )
+
+
+@pytest.fixture
+def letters():
+    """One token per character, and one for each special word."""
+    vocabulary = {chr(code): code for code in [10, *range(32, 127)]}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    tokenizer.add_special_tokens({"additional_special_tokens": [word for word in WORDS if word[0] == "<"]})
+    return tokenizer
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from lit_specrl.data import PromptTemplate
 from lit_specrl.data.prompts import REWARD_ARGUMENTS, build_prompts, prompt_uids
 from lit_specrl.engines.rollout_worker import RolloutWorker
 from lit_specrl.timing import StageTimer
-from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
+from lit_specrl.types import Episode, PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 PLAIN = PromptTemplate(kind="plain", text="{question}")
 
@@ -98,7 +98,16 @@ def test_names_of_columns_are_text(tokenizer):
 def test_the_refused_names_are_those_that_rewards_are_given():
     prompts = PromptBatch(["a"], [[7]], ["A"], ["1"], ["x"], [{"level": 1}])
     request = RolloutRequest(prompts, SamplingConfig(num_generations=1), seeds=[0], policy_version=0)
-    rollouts = Rollouts(request, [[7]], [[0.0]], ["stop"], policy_version=0, elapsed_s=0, texts=["A"])
+    rollouts = Rollouts(
+        request,
+        [[7]],
+        [[0.0]],
+        ["stop"],
+        policy_version=0,
+        elapsed_s=0,
+        texts=["A"],
+        episodes=[Episode(["A"], [False])],
+    )
     given = {}
 
     def rewards(prompts, completions, **columns):

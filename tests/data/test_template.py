@@ -169,3 +169,63 @@ def test_plain_text_refuses_a_conversation(tokenizer):
 def test_settings_that_do_not_belong_together_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         PromptTemplate(**arguments)
+
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}<system>\nQ<end>\n{% endif %}"
+    "<{{ message.role }}>\n{{ message.content | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% if silent %}<silent>{% endif %}{% endif %}"
+)
+MERGING = (  # as Qwen writes results of tools, with a beginning of its own for each turn, as Llama 3 has it
+    "<s>{% for message in messages %}{% if message.role == 'tool' %}<user>\n<tool>{{ message.content }}</tool><end>"
+    "{% else %}<{{ message.role }}>\n{{ message.content }}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+@pytest.mark.parametrize("chat_template", [CHATML, MERGING])
+def test_turns_joined_are_the_conversation_as_the_template_writes_it(letters, chat_template, role):
+    """Prompt, what was said, and what stands between turns make up the tokens of the whole conversation."""
+    letters.chat_template = chat_template
+    template = PromptTemplate()
+    messages, end = [{"role": "user", "content": "A B"}], letters.convert_tokens_to_ids("<end>")
+    ids = template.tokenize([template.render({"messages": messages}, letters)], letters)[0]
+    for said, observation in [("calc: 1", "2"), ("B", " A\n"), ("", "C")]:
+        ids += [*letters(said, add_special_tokens=False)["input_ids"], end]
+        ids += template.between_turns(observation, role, letters, end)
+        messages += [{"role": "assistant", "content": said}, {"role": role, "content": observation}]
+    assert ids == template.tokenize([template.render({"messages": messages}, letters)], letters)[0]
+
+
+def test_a_turn_that_ends_otherwise_is_closed_as_the_template_does(letters):
+    letters.chat_template = CHATML
+    between = PromptTemplate().between_turns("2", "user", letters, last_token=letters.convert_tokens_to_ids("<silent>"))
+    assert letters.decode(between) == "<end>\n<user>\n2<end>\n<assistant>\n"
+    plain = PromptTemplate("plain").between_turns("A B", "user", letters, last_token=5)
+    assert plain == letters("A B", add_special_tokens=False)["input_ids"]
+
+
+def test_a_role_that_the_template_cannot_show_is_refused(letters):
+    letters.chat_template = "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + CHATML
+    with pytest.raises(ValueError, match="the chat template cannot show messages of user, assistant, tool: no tools"):
+        PromptTemplate().between_turns("2", "tool", letters, last_token=5)
+
+
+def test_what_an_environment_says_first_is_a_line_of_the_user(tokenizer):
+    template = PromptTemplate(suffix="!", chat_template_kwargs={"silent": True})
+    prompt = template.render(ROW, tokenizer)
+    expected = "<user> A B\n!\nGo on <end>\n<assistant> <silent>"
+    assert template.with_observation(prompt, "Go on", tokenizer) == expected
+    assert PromptTemplate("plain").with_observation("Q:", " A", tokenizer) == "Q: A"
+    with pytest.raises(ValueError, match="added to the user's turn that a prompt ends with, expected ' <end>"):
+        PromptTemplate().with_observation("<user> A B <end>\n<assistant> 1", "Go on", tokenizer)
+
+
+def test_tools_are_shown_by_chat_templates_alone():
+    assert PromptTemplate(chat_template_kwargs={"silent": True}).with_tools([{"a": 1}]).chat_template_kwargs == {
+        "silent": True,
+        "tools": [{"a": 1}],
+    }
+    template = PromptTemplate("plain")
+    assert template.with_tools([{"a": 1}]) is template

@@ -17,8 +17,8 @@ from rendezvous import OF_A_LAUNCHED_RANK, free_port
 from torch import distributed as dist
 from training import QUESTIONS, make_trainer, with_many_stops
 
-from lit_specrl import DAPO, GRPO, PPO, DynamicSampling, KLPenalty, PromptDataModule, SeparateCritic
-from lit_specrl.callbacks import PrefixCache
+from lit_specrl import DAPO, GRPO, PPO, DynamicSampling, Environment, KLPenalty, PromptDataModule, SeparateCritic
+from lit_specrl.callbacks import PrefixCache, SpeculativeRollout
 from lit_specrl.data import PromptSource
 from lit_specrl.distributed.collectives import (
     average_gradients,
@@ -28,6 +28,7 @@ from lit_specrl.distributed.collectives import (
     num_ranks,
     sum_over_ranks,
 )
+from lit_specrl.engines import TransformersEngine
 from lit_specrl.models.policy import Policy
 from lit_specrl.prefix_cache import BoundedShare, BySignal
 
@@ -62,6 +63,27 @@ def spread_on_the_first_rank(prompts, **columns):
     return [0.0 if on_second_rank else float(row % 2) for row in range(len(prompts))]
 
 
+class OneQuestionGoesOn(Environment):
+    """Three turns to a single question, so on one rank only; one turn to the others."""
+
+    def reset(self, row):
+        self.left = 3 if "Why?" in row["prompt"] else 1
+
+    def step(self, text):
+        self.left -= 1
+        return "a" if self.left else None
+
+
+class TogetherEngine(TransformersEngine):
+    """All ranks must call it when one does, as those that hold one engine between them."""
+
+    generates_together = True
+
+    def continue_rows(self, request, rows, meter):
+        gather_objects(len(rows))
+        return super().continue_rows(request, rows, meter)
+
+
 COMMON = {"max_completion_length": 12, "micro_batch_tokens": 96, "optimizer": SGD}
 RUNS = {
     "GRPO": partial(GRPO, rewards=[small_tokens, one_question], num_generations=4, loss_type="grpo", **COMMON),
@@ -76,6 +98,13 @@ RUNS = {
     ),
     "GRPO, cached": partial(GRPO, rewards=[small_tokens], num_generations=4, **COMMON),
     "GRPO, cached in part": partial(GRPO, rewards=[small_tokens], num_generations=4, **COMMON),
+    "GRPO, turns": partial(
+        GRPO,
+        rewards=[small_tokens],
+        num_generations=4,
+        environment=OneQuestionGoesOn(),
+        **COMMON | {"max_completion_length": 24},
+    ),
     "PPO": lambda model: PPO(
         model,
         rewards=[small_tokens],
@@ -101,7 +130,16 @@ CACHES = {
         1.5, reuse_policy=BySignal(BoundedShare(0.7, drawn=True), tolerance=0.2)
     ),
 }
-NUM_STEPS = {"GRPO": 3, "GRPO, cached": 3, "GRPO, cached in part": 6, "GRPO, batch deviation": 2, "PPO": 3, "DAPO": 1}
+ENGINES = {"GRPO, turns": lambda: SpeculativeRollout(TogetherEngine())}
+NUM_STEPS = {
+    "GRPO": 3,
+    "GRPO, turns": 3,
+    "GRPO, cached": 3,
+    "GRPO, cached in part": 6,
+    "GRPO, batch deviation": 2,
+    "PPO": 3,
+    "DAPO": 1,
+}
 
 
 class History(L.Callback):
@@ -118,7 +156,7 @@ class History(L.Callback):
 def train(name, model, questions=QUESTIONS, **trainer_options):
     """A run whose every step sees all questions; returns the weights and what the steps reported."""
     history = History()
-    callbacks = [history, *([CACHES[name]()] if name in CACHES else [])]
+    callbacks = [history, *(made[name]() for made in (CACHES, ENGINES) if name in made)]
     trainer = make_trainer(*callbacks, max_epochs=NUM_STEPS[name], **trainer_options)
     module = RUNS[name](model)
     validation = Questions(QUESTIONS[:3])
@@ -211,7 +249,7 @@ def test_ranks_keep_one_policy_and_report_the_same(both_ranks, name):
         assert sorted(question_of(prompt) for prompt in of_first + of_second) == sorted(QUESTIONS)
 
 
-@pytest.mark.parametrize("name", ["GRPO", "GRPO, batch deviation", *CACHES, "PPO"])
+@pytest.mark.parametrize("name", ["GRPO", "GRPO, batch deviation", *CACHES, *ENGINES, "PPO"])
 def test_two_ranks_learn_what_one_learns(both_ranks, model_folder, name):
     """The loss, its normalisation, the advantages, the gradient and every metric are those of all rows together."""
     one, two = train(name, model_folder, devices=1), both_ranks[0][name]
@@ -229,6 +267,8 @@ def test_two_ranks_learn_what_one_learns(both_ranks, model_folder, name):
         assert step["actor/grad_norm"] > 0.1
         assert step["completions/min_length"] < step["completions/mean_length"] < step["completions/max_length"]
     assert any(step["rewards/unscored"] for step in one["steps"])
+    if name in ENGINES:
+        assert all(1 < step["environment/turns"] <= 1.5 for step in one["steps"])
     if name == "GRPO, cached in part":
         assert {metric for metric in two["steps"][-1] if "/offers/" in metric} <= {
             f"prefix_cache/offers/{reason}" for reason in ("informative", "equal", "renewed")

@@ -41,8 +41,24 @@ class TeacherOutput(NamedTuple):
     """[R] float32, nats, of the whole vocabulary of the drafter."""
 
 
+def turn_spans(policy_mask: Tensor) -> list[tuple[int, int]]:
+    """First token and end of each turn of the policy in a response; each is a sample, with all before it as its prompt.
+
+    Args:
+        policy_mask: [R] bool, True on tokens that the policy said.
+
+    Example:
+        >>> turn_spans(torch.tensor([True, True, False, True]))
+        [(0, 2), (3, 4)]
+    """
+    edges = torch.diff(policy_mask.cpu().int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero().squeeze(-1)
+    return [(start, stop) for start, stop in edges.view(-1, 2).tolist()]
+
+
 class TeacherOutputCollector:
     """Keeps a random choice of the rows that the policy computes. A `ForwardObserver` of the scorer.
+
+    Of rows with an environment each turn is a sample.
 
     Args:
         network: the drafter, which says what it needs.
@@ -73,19 +89,22 @@ class TeacherOutputCollector:
             prompt = int(part.prompt_index[output.row])
             prompt_ids = part.prompt_ids[prompt, part.prompt_mask[prompt]].int().cpu()
             response_ids = part.response_ids[output.row, part.response_mask[output.row]].int().cpu()
-            sample = DistillationSample(
-                uid=xxhash.xxh3_64_hexdigest(prompt_ids.numpy().tobytes()),
-                token_ids=torch.cat([prompt_ids, response_ids]),
-                num_prompt_tokens=len(prompt_ids),
-                features=output.features,
-                top_tokens=output.top_tokens,
-                top_logprobs=output.top_logprobs,
-                log_mass=output.log_mass,
-                reward=float(part.rewards[output.row]),
-                weight=1.0,
-                policy_version=part.policy_version,
-            )
-            self._samples.append(sample)
+            token_ids = torch.cat([prompt_ids, response_ids])
+            for start, stop in turn_spans(part.policy_mask[output.row, : len(response_ids)]):
+                context, whole = len(prompt_ids) + start, len(prompt_ids) + stop
+                sample = DistillationSample(
+                    uid=xxhash.xxh3_64_hexdigest(prompt_ids.numpy().tobytes()),
+                    token_ids=token_ids[:whole],
+                    num_prompt_tokens=context,
+                    features=output.features[: whole - 1],
+                    top_tokens=output.top_tokens[start:stop],
+                    top_logprobs=output.top_logprobs[start:stop],
+                    log_mass=output.log_mass[start:stop],
+                    reward=float(part.rewards[output.row]),
+                    weight=1.0,
+                    policy_version=part.policy_version,
+                )
+                self._samples.append(sample)
 
     def pop(self) -> list[DistillationSample]:
         """What was kept since the last call."""

@@ -165,7 +165,7 @@ class DrafterTrainer:
             values = 1 - draft_overlap(*drafted.outcomes).cpu()
             sums = torch.zeros(len(part), dtype=values.dtype).index_add(0, step.rows, values)
             for sample, total in zip(part, sums.tolist(), strict=True):
-                rejected[id(sample)] = total / (sample.num_response_tokens - 1)
+                rejected[id(sample)] = total / max(sample.num_response_tokens - 1, 1)
         return torch.tensor([rejected[id(sample)] for sample in samples])
 
     def _evaluate(self, samples: Sequence[DistillationSample]) -> DrafterEvaluation:

@@ -329,7 +329,7 @@ class VLLMEngine(RolloutEngine):
             self.stop_ids(request),
             request.seeds[row],
             row,
-            len(prefix),
+            num_begun=len(request.begun(row)),
         )
 
     def sleep(self) -> None:

@@ -18,8 +18,8 @@ class Job(NamedTuple):
     """`vllm.SamplingParams`."""
     row: int | None = None
     """The row of the rollout that it generates, for drafters that look tokens up."""
-    num_prefix: int = 0
-    """Tokens at the end of `token_ids` that belong to the response already."""
+    num_begun: int = 0
+    """Tokens at the end of `token_ids` that belong to the present turn already."""
     num_scored: int = 0
     """Tokens at the end of `token_ids` to score; with any, the sampled token is dropped. See `scoring_job`."""
 
@@ -31,7 +31,7 @@ def generation_job(
     stop_token_ids: Collection[int],
     seed: int,
     row: int | None = None,
-    num_prefix: int = 0,
+    num_begun: int = 0,
 ) -> Job:
     """Sample what follows `token_ids`, up to and including a stop token."""
     from vllm import SamplingParams
@@ -51,7 +51,7 @@ def generation_job(
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    return Job(token_ids, params, row, num_prefix)
+    return Job(token_ids, params, row, num_begun)
 
 
 def scoring_job(token_ids: list[int], num_scored: int, read_cache: bool = True) -> Job:

@@ -125,7 +125,7 @@ class _RunningJobs:
         self._inputs.assign_request_id(request)  # a name that no other request has had
         self.requests[request.request_id] = added = _Request(row, job)
         if self._text_end is not None:
-            count = min(job.num_prefix, self._text_end.reach)
+            count = min(job.num_begun, self._text_end.reach)
             added.tail = job.token_ids[len(job.token_ids) - count :]
         if self._speculation is not None and job.row is not None:
             self._speculation.follow(request.request_id, job.row)
