@@ -77,6 +77,7 @@ def test_rollouts_become_rectangles(rollouts):
         "reference_logprobs": close([[nan, nan, 0], [nan, nan, nan], [nan, 0, 0], [nan, nan, 0]]),
         "recorded_logprobs": close([[nan, nan, 0], [nan, nan, nan], [nan, 0, 0], [nan, nan, 0]]),
         "kl_penalty": None,
+        "entropy": None,
         "values": None,
         "returns": None,
         "observation_mask": None,
@@ -141,6 +142,7 @@ def test_selected_rows_bring_their_prompts_and_no_padding_beyond_their_own(exper
         "reference_logprobs": close([[nan, nan, nan], [nan, nan, 0]]),
         "recorded_logprobs": close([[nan, nan, nan], [nan, nan, 0]]),
         "kl_penalty": None,
+        "entropy": None,
         "values": None,
         "returns": None,
         "observation_mask": None,
@@ -204,6 +206,6 @@ def test_moving_copies_every_tensor(full_experience):
     moved = full_experience.to("meta")
     devices = {name: value.device.type for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
     assert set(devices.values()) == {"meta"}
-    assert len(devices) == 16
+    assert len(devices) == 17
     assert isinstance(moved, Experience)
     assert full_experience.prompt_ids.device.type == "cpu"

@@ -30,6 +30,7 @@ def test_batches_carry_every_field_of_their_prompts(make_prompts):
         "answers": ["0", "1"],
         "sources": ["letters", "letters"],
         "columns": [{"n": 0}, {"n": 1}],
+        "messages": [],
         "sampling": sampling,
     }
 
@@ -149,6 +150,7 @@ def test_a_draw_carries_every_field_of_its_prompts(make_prompts):
         "answers": ["0"],
         "sources": ["letters"],
         "columns": [{"n": 0}],
+        "messages": [],
         "sampling": None,
     }
 

@@ -146,9 +146,9 @@ def test_a_stop_string_ends_a_turn_and_is_not_looked_for_in_earlier_ones(colocat
     request.sampling = replace(request.sampling, stop=stop)
     request.text_end = StopStrings(TOKENIZER, stop)
     rollouts = episodes.play(request, colocated.engine, StageTimer(), lambda progress: None)
-    said = [turn for episode in rollouts.episodes for turn in episode.turns]
-    assert all(stop[0] not in turn[:-1] for turn in said)
-    assert sum(turn.endswith(stop[0]) for turn in said) > 2
+    said = [ids for row in range(len(rollouts.episodes)) for observed, ids in segments(rollouts, row) if not observed]
+    assert all(stop[0] not in TOKENIZER.decode(ids[:-1]) for ids in said)
+    assert sum(stop[0] in TOKENIZER.decode(ids[-1:]) for ids in said) > 2
     assert max(len(episode.turns) for episode in rollouts.episodes) == 3
     assert all(
         len(ids) == len(episode.observation_mask)
