@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.callbacks import DrafterPretraining as DrafterPretraining
     from lit_specrl.callbacks import PrefixCache as PrefixCache
     from lit_specrl.callbacks import RolloutCallback as RolloutCallback
+    from lit_specrl.callbacks import RolloutJournal as RolloutJournal
     from lit_specrl.callbacks import RolloutProgressBar as RolloutProgressBar
     from lit_specrl.callbacks import RolloutRecorder as RolloutRecorder
     from lit_specrl.callbacks import RunPlan as RunPlan
@@ -102,6 +103,7 @@ _EXPORTS = {
     "DrafterPretraining": "callbacks",
     "PrefixCache": "callbacks",
     "RolloutCallback": "callbacks",
+    "RolloutJournal": "callbacks",
     "RolloutProgressBar": "callbacks",
     "RolloutRecorder": "callbacks",
     "RunPlan": "callbacks",

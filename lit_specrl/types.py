@@ -125,6 +125,30 @@ class PromptBatch:
 
 
 @dataclass
+class Continuation:
+    """What an engine adds to the prefix of a row."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+
+
+class RowJournal(Protocol):
+    """Keeps the rows that a generation has finished, in case it does not come to its end."""
+
+    def find(self, request: RolloutRequest, rows: Sequence[int]) -> dict[int, Continuation]:
+        """Those of the rows that were finished before; the engine takes them as they are.
+
+        Args:
+            request: what is about to be generated.
+            rows: rows that are not complete.
+        """
+
+    def keep(self, request: RolloutRequest, finished: Mapping[int, Continuation]) -> None:
+        """Receives rows as soon as the engine has finished them."""
+
+
+@dataclass
 class RolloutRequest:
     """What an engine is asked to generate: every prompt G times."""
 
@@ -147,6 +171,8 @@ class RolloutRequest:
     """Row -> its response of the last visit, in which a drafter looks for the next tokens; no part of the new one."""
     expected_lengths: list[int] = field(default_factory=list)
     """[N] or empty: tokens that a row will probably still need; where not all rows fit, the longest start first."""
+    journal: RowJournal | None = None
+    """Is told of finished rows, and knows those of an interrupted run."""
 
     @property
     def num_rows(self) -> int:
