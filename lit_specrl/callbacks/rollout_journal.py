@@ -232,16 +232,21 @@ def _identity(trainer: L.Trainer, module: RLVRModule, request: RolloutRequest) -
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """A number that another set of weights does not have: the bits of each parameter, added up as integers.
+    """Hash of the parameters of this rank, which another set of weights does not have.
 
-    One pass over the weights where they lie, and one copy of a number per parameter to the host. (A parameter whose
-    entries are only permuted has the same; no update does that.)
+    On a GPU the bits of each parameter are added up as integers, so that a number per parameter is copied to the host.
+    (Entries that are only permuted have the same sum there; no update does that.)
     """
-    sums = []
+    digest, sums = xxhash.xxh3_64(), []
     for parameter in model.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        sums.append(local.detach().view(_INTEGERS[local.element_size()]).sum(dtype=torch.int64))
-    return xxhash.xxh3_64_hexdigest(torch.stack(sums).cpu().numpy().tobytes())
+        if local.device.type == "cpu":
+            digest.update(local.detach().reshape(-1).view(torch.uint8).numpy())
+        else:
+            sums.append(local.detach().view(_INTEGERS[local.element_size()]).sum(dtype=torch.int64))
+    if sums:
+        digest.update(torch.stack(sums).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _key(request: RolloutRequest, row: int) -> bytes:

@@ -212,14 +212,14 @@ def test_rows_of_vllm_are_taken_and_the_engine_goes_on(model_folder, tmp_path):
 
 
 def test_validation_is_not_kept_and_old_journals_make_room(model_folder, tmp_path):
-    class Files(RolloutJournal):
-        seen = []
+    seen = []
 
+    class Files(RolloutJournal):
         def on_train_batch_end(self, trainer, *arguments):
-            self.seen.append([path.name[:13] for path in sorted((tmp_path / FOLDER).glob("*"))])
+            seen.append([path.name[:13] for path in sorted((tmp_path / FOLDER).glob("*"))])
 
     fit(grpo(model_folder), questions(tmp_path), Files(max_bytes=0), max_epochs=2, default_root_dir=tmp_path)
-    assert all(len(names) <= 2 for names in Files.seen) and Files.seen[-1][-1] == "step-00000003"
+    assert all(len(names) <= 2 for names in seen) and seen[-1][-1] == "step-00000003"
 
 
 def test_the_fingerprint_tells_the_smallest_change(model_folder):
