@@ -68,6 +68,7 @@ class RolloutJournal(RolloutCallback):
             raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
         self.sync_interval_s, self.max_bytes, self.load_rows = sync_interval_s, max_bytes, load_rows
         self._file: JournalFile | None = None
+        self._closing: JournalFile | None = None
         self._found: dict[bytes, bytes] = {}
         self.is_open = False
         """Whether the file of this step was opened, or could not be."""
@@ -180,8 +181,10 @@ class RolloutJournal(RolloutCallback):
 
     def _close_file(self, wait: bool = False) -> None:
         if self._file is not None:
-            self._file.close(wait)
-            self._file = None
+            self._file.close()
+            self._closing, self._file = self._file, None
+        if wait and self._closing is not None:
+            self._closing.wait()
 
     def _make_room(self, trainer: L.Trainer) -> None:
         """Delete this rank's journals of steps before the last checkpoint but one, and the oldest beyond the limit."""

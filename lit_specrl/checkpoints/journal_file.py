@@ -61,14 +61,14 @@ class JournalFile:
         if self._syncing is None or self._syncing.done():
             self._syncing = self._thread.submit(_sync, self._file)
 
-    def close(self, wait: bool) -> None:
-        """Bring what was written to the disk, and let the file go.
-
-        Args:
-            wait: until that is done.
-        """
+    def close(self) -> None:
+        """Begin to bring what was written to the disk, and let the file go behind it."""
         self._thread.submit(self._end)
-        self._thread.shutdown(wait)
+        self._thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Until a closed file is on the disk."""
+        self._thread.shutdown()
 
     def _end(self) -> None:
         _sync(self._file)

@@ -21,7 +21,8 @@ def write(path, records, identity=IDENTITY):
     found = journal.found
     journal.append(records)
     journal.sync()
-    journal.close(wait=True)
+    journal.close()
+    journal.wait()
     assert journal.num_bytes == path.stat().st_size
     return found
 
