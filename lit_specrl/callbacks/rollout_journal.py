@@ -244,7 +244,7 @@ def fingerprint(model: nn.Module) -> str:
     for parameter in model.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if local.device.type == "cpu":
-            digest.update(local.detach().reshape(-1).view(torch.uint8).numpy())
+            digest.update(local.detach().reshape(-1).view(torch.uint8).numpy().data)
         else:
             sums.append(local.detach().view(_INTEGERS[local.element_size()]).sum(dtype=torch.int64))
     if sums:
