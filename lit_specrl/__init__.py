@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.callbacks import LoggerReport as LoggerReport
     from lit_specrl.callbacks import PrefixCache as PrefixCache
     from lit_specrl.callbacks import RolloutCallback as RolloutCallback
+    from lit_specrl.callbacks import RolloutJournal as RolloutJournal
     from lit_specrl.callbacks import RolloutProgressBar as RolloutProgressBar
     from lit_specrl.callbacks import RolloutRecorder as RolloutRecorder
     from lit_specrl.callbacks import RunPlan as RunPlan
@@ -124,6 +125,7 @@ _EXPORTS = {
     "LoggerReport": "callbacks",
     "PrefixCache": "callbacks",
     "RolloutCallback": "callbacks",
+    "RolloutJournal": "callbacks",
     "RolloutProgressBar": "callbacks",
     "RolloutRecorder": "callbacks",
     "RunPlan": "callbacks",

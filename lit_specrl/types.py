@@ -168,6 +168,30 @@ class TextEnd(Protocol):
 
 
 @dataclass
+class Continuation:
+    """What an engine adds to the prefix of a row."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+
+
+class RowJournal(Protocol):
+    """Keeps the rows that a generation has finished, in case it does not come to its end."""
+
+    def find(self, request: RolloutRequest, rows: Sequence[int]) -> dict[int, Continuation]:
+        """Those of the rows that were finished before; the engine takes them as they are.
+
+        Args:
+            request: what is about to be generated.
+            rows: rows that are not complete.
+        """
+
+    def keep(self, request: RolloutRequest, finished: Mapping[int, Continuation]) -> None:
+        """Receives rows as soon as the engine has finished them."""
+
+
+@dataclass
 class RolloutRequest:
     """What an engine is asked to generate: every prompt G times."""
 
@@ -195,6 +219,8 @@ class RolloutRequest:
     ended: Mapping[int, FinishReason] | None = None
     """Row -> why it has ended in an earlier turn, so that its prefix is the whole response; `None` in a first turn,
     where the prefixes themselves tell."""
+    journal: RowJournal | None = None
+    """Is told of finished rows, and knows those of an interrupted run."""
 
     @property
     def num_rows(self) -> int:

@@ -26,7 +26,10 @@ FLOORS = [  # from bottom to top; a room imports itself and rooms of lower floor
     {"cli.__main__"},
 ]
 MAX_LOOSE_MODULES, MAX_LINES = 10, 400
-LONGER = {"algorithms.rlvr": 600}  # 190 of them are the constructor, which documents 45 arguments
+LONGER = {
+    "algorithms.rlvr": 600,  # 200 of them are the constructor, which documents 45 arguments
+    "types": 430,  # carriers, whose fields are described one by one
+}
 
 
 def name_of(path):

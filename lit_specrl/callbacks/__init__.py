@@ -8,6 +8,7 @@ from lit_specrl.callbacks.logger_report import LoggerReport, TensorBoardReport
 from lit_specrl.callbacks.prefix_cache import PrefixCache
 from lit_specrl.callbacks.progress_bar import RolloutProgressBar
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
+from lit_specrl.callbacks.rollout_journal import RolloutJournal
 from lit_specrl.callbacks.rollout_recorder import RolloutRecorder
 from lit_specrl.callbacks.run_plan import RunPlan
 from lit_specrl.callbacks.run_summary import RunSummary
@@ -21,6 +22,7 @@ __all__ = [
     "LoggerReport",
     "PrefixCache",
     "RolloutCallback",
+    "RolloutJournal",
     "RolloutProgressBar",
     "RolloutRecorder",
     "RunPlan",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,18 +16,10 @@ from torch import Tensor
 from lit_specrl.drafting.drafters import Drafter
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.models.policy import Policy
+from lit_specrl.types import Continuation as Continuation
 from lit_specrl.types import FinishReason, RolloutProgress, RolloutRequest, Rollouts
 
 ProgressListener = Callable[[RolloutProgress], None]
-
-
-@dataclass
-class Continuation:
-    """What an engine adds to the prefix of a row."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
 
 
 class SpeculationControl(Protocol):
@@ -167,12 +159,16 @@ class RolloutEngine(ABC):
         self._end_what_is_known(request)
         self.decode_steps = ()  # also where all rows are complete and none is generated
         rows = [row for row in range(request.num_rows) if self.finish_reason(request, row) is None]
+        taken = {} if request.journal is None else request.journal.find(request, rows)
+        rows = [row for row in rows if row not in taken]
         if request.expected_lengths:
             rows.sort(key=lambda row: -request.expected_lengths[row])
         meter = ProgressMeter(request.num_rows, on_progress)
         meter.advance(0, request.num_rows - len(rows))
+        if request.journal is not None:
+            meter.keep = partial(request.journal.keep, request)
         asks = rows or self.generates_together
-        continued = dict(zip(rows, self.continue_rows(request, rows, meter) if asks else [], strict=True))
+        continued = taken | dict(zip(rows, self.continue_rows(request, rows, meter) if asks else [], strict=True))
         if request.sampling.stop or request.sampling.stop_token_ids:
             continued = {row: self._ended(request, row, found) for row, found in continued.items()}
         responses = [continued.get(row, Continuation()) for row in range(request.num_rows)]
@@ -200,7 +196,7 @@ class RolloutEngine(ABC):
         Args:
             request: what is generated.
             rows: rows that are not complete.
-            meter: counts every token and finished row.
+            meter: counts every token and finished row, and hands finished rows to a journal.
         """
 
     def stop_ids(self, request: RolloutRequest) -> frozenset[int]:
@@ -294,12 +290,23 @@ class ProgressMeter:
         self.num_rows, self.listener, self.interval_s = num_rows, listener, interval_s
         self.rows_done = self.num_tokens = 0
         self.started_at = self.reported_at = time.perf_counter()
+        self.keep: Callable[[Mapping[int, Continuation]], None] | None = None
+        """Receives the rows that have finished, where somebody keeps them."""
 
     @property
     def elapsed_s(self) -> float:
         return time.perf_counter() - self.started_at
 
-    def advance(self, tokens: int, rows: int) -> None:
+    def advance(self, tokens: int, rows: int, finished: Mapping[int, Continuation] | None = None) -> None:
+        """Add to the counts.
+
+        Args:
+            tokens: generated since the last call.
+            rows: finished since then.
+            finished: these rows, if the engine has them; asked for where `keep` is set.
+        """
+        if finished and self.keep is not None:
+            self.keep(finished)
         self.num_tokens += tokens
         self.rows_done += rows
         now = time.perf_counter()

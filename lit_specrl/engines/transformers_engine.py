@@ -65,7 +65,7 @@ class TransformersEngine(RolloutEngine):
         positions = mask.long().sum(-1)  # [n]
         slots = torch.arange(len(rows), device=device)  # response that each cache row belongs to
         active = torch.ones_like(slots, dtype=torch.bool)
-        responses = _Responses(len(rows), max(rooms), device, meter)
+        responses = _Responses(rows, max(rooms), device, meter)
         seen = None if sampling.repetition_penalty == 1 else self._seen_tokens(request, rows, logits)  # [n, V]
         interval = _steps_between_checks(device)
 
@@ -83,7 +83,7 @@ class TransformersEngine(RolloutEngine):
                 if request.text_end is not None:
                     active = active & ~_completes_text(request, rows, responses, slots, active, step + 1, interval)
                 num_active = int(active.sum())
-                responses.report(num_active)
+                responses.report(num_active, slots, active)
                 if num_active == 0:
                     break
                 if self.policy.keeps_cache_by_row and num_active < _COMPACT_BELOW * len(active):
@@ -164,21 +164,23 @@ def _completes_text(
 
 
 class _Responses:
-    """Sampled tokens of n rows on the device, where they stay until all rows have ended.
+    """Sampled tokens of n rows on the device, where they stay until all rows have ended, unless they are kept.
 
     Args:
-        num_rows: n.
+        rows: [n] of the request.
         length: most tokens of a row, R.
         device: of the policy.
         meter: counts tokens and finished rows.
     """
 
-    def __init__(self, num_rows: int, length: int, device: torch.device, meter: ProgressMeter) -> None:
+    def __init__(self, rows: list[int], length: int, device: torch.device, meter: ProgressMeter) -> None:
+        num_rows = len(rows)
         self._token_ids = torch.zeros(num_rows, length, dtype=torch.long, device=device)
         self._logprobs = torch.zeros(num_rows, length, device=device)
         self._lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self._meter, self._num_reported, self._num_active = meter, 0, num_rows
+        self._rows, self._running = rows, set(range(num_rows))
 
     def write(
         self, step: int, slots: Tensor, active: Tensor, tokens: Tensor, logprobs: Tensor, stopped: Tensor
@@ -192,15 +194,24 @@ class _Responses:
         """The latest tokens of the rows `slots` [m] after so many steps, at most `length`."""
         return self._token_ids[slots, max(0, num_steps - length) : num_steps].tolist()
 
-    def report(self, num_active: int) -> None:
-        """Count the tokens, and the rows that have ended, since the last report; `num_active` rows go on."""
+    def report(self, num_active: int, slots: Tensor, active: Tensor) -> None:
+        """Count the tokens, and the rows that have ended, since the last report; `num_active` rows go on, those of
+        `slots` [m] that are `active` [m]."""
         num_tokens = int(self._lengths.sum())
-        self._meter.advance(num_tokens - self._num_reported, self._num_active - num_active)
+        finished = {}
+        if self._meter.keep is not None and num_active < self._num_active:
+            still = set(slots[active].tolist())
+            ended = sorted(self._running - still)
+            self._running = still
+            finished = {self._rows[i]: row for i, row in zip(ended, self.read(ended), strict=True)}
+        self._meter.advance(num_tokens - self._num_reported, self._num_active - num_active, finished)
         self._num_reported, self._num_active = num_tokens, num_active
 
-    def read(self) -> list[Continuation]:
-        """All rows, on the host."""
-        columns = self._token_ids.tolist(), self._logprobs.tolist(), self._lengths.tolist(), self._stopped.tolist()
+    def read(self, indices: list[int] | None = None) -> list[Continuation]:
+        """Rows on the host, all or those at `indices`."""
+        chosen = slice(None) if indices is None else indices
+        tensors = self._token_ids, self._logprobs, self._lengths, self._stopped
+        columns = [tensor[chosen].tolist() for tensor in tensors]
         return [
             Continuation(token_ids[:length], logprobs[:length], "stop" if stopped else "length")
             for token_ids, logprobs, length, stopped in zip(*columns, strict=True)

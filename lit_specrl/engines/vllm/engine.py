@@ -13,7 +13,7 @@ from lit_specrl.drafting.history import RolloutTexts
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine, RowControl
 from lit_specrl.engines.vllm.jobs import Job, filler_job, generation_job, jobs_of_all_ranks, scoring_job
-from lit_specrl.engines.vllm.loop import FinishedRow, run
+from lit_specrl.engines.vllm.loop import run
 from lit_specrl.engines.vllm.plan import rows_at_once, sleep_level
 from lit_specrl.engines.vllm.speculation import Speculation
 from lit_specrl.engines.vllm.startup import build_llm, take_over_sampling
@@ -231,7 +231,7 @@ class VLLMEngine(RolloutEngine):
 
     def continue_rows(self, request: RolloutRequest, rows: list[int], meter: ProgressMeter) -> list[Continuation]:
         self.wake_up()
-        finished: dict[int, FinishedRow] = {}
+        finished: dict[int, Continuation] = {}
         control, steps = self.speculation_control, list[DecodeStep]()
         if self._speculation is not None:
             if control is None:  # whoever decided before has left its last length
@@ -258,13 +258,15 @@ class VLLMEngine(RolloutEngine):
                     steps.append(step.decoding)
                     if control is not None:
                         control.observe(step.decoding)
-                newly = {own[row.row]: row for row in step.finished if row.row in own}
+                newly = {
+                    own[done.row]: Continuation(done.token_ids, done.logprobs, done.finish_reason)
+                    for done in step.finished
+                    if done.row in own
+                }
                 finished |= newly
-                meter.advance(step.num_tokens, len(newly))
+                meter.advance(step.num_tokens, len(newly), newly)
         self.decode_steps = steps
-        return [
-            Continuation(finished[row].token_ids, finished[row].logprobs, finished[row].finish_reason) for row in rows
-        ]
+        return [finished[row] for row in rows]
 
     def generation_jobs(self, request: RolloutRequest) -> list[Job]:
         """What vLLM is asked for the rows of a request without cached responses."""
