@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from lit_specrl.engines.base import RolloutEngine
 from lit_specrl.engines.transformers_engine import TransformersEngine
 from lit_specrl.models.model_files import check_tokenizer
+from lit_specrl.models.model_name import hub_options
 from lit_specrl.models.policy import Policy
 from lit_specrl.models.pretrained import check_model_exists, unreachable_model_message
 from lit_specrl.rewards import RewardSet
@@ -59,7 +60,7 @@ class RolloutWorker:
         check_model_exists(self.model_name)
         check_tokenizer(self.model_name)
         try:
-            return AutoTokenizer.from_pretrained(self.model_name)
+            return AutoTokenizer.from_pretrained(self.model_name, **hub_options(self.model_name))
         except OSError as error:
             raise ValueError(unreachable_model_message(self.model_name)) from error
 
