@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 
 class ModelName(str):
@@ -61,7 +61,14 @@ def code_options(model: str, config: PretrainedConfig) -> dict[str, Any]:
     options = hub_options(model)
     if not options.get("trust_remote_code") or not hasattr(config, "auto_map"):
         return {}
-    return {"trust_remote_code": True, "code_revision": options.get("revision")}
+    code_revision = {"code_revision": options["revision"]} if "revision" in options else {}
+    # transformers 5.19 takes no revision of code that it has read before
+    was_read = type(config).__module__.startswith("transformers_modules") and type(config) in _known_configs()
+    return {"trust_remote_code": True} | ({} if was_read else code_revision)
+
+
+def _known_configs() -> Any:
+    return cast(Any, AutoModelForCausalLM)._model_mapping
 
 
 def full_name(model: str) -> str:

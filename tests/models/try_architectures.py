@@ -24,8 +24,8 @@ PROMPT_LENGTHS = (3, 40, 20, 7)
 
 def largest_difference(name):
     """Between the engine's and the policy's log-probs behind two changes of the weights, in nats."""
+    from architectures import save_family
     from colocated import Colocated, build_engine, policy_logprobs, sampling_logprobs
-    from models.architectures import save_family
 
     prompts = [list(range(10, 10 + length)) for length in PROMPT_LENGTHS]
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def try_family(name):
 def main(names):
     import torch
     import vllm  # noqa: F401
-    from models.architectures import FAMILIES
+    from architectures import FAMILIES
 
     torch.set_num_threads(1)
     for name in names or FAMILIES:

@@ -176,6 +176,9 @@ class VLLMEngine(RolloutEngine):
                 "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, options["max_model_len"]),
                 "block_size": _CPU_BLOCK_SIZE,
             }
+            if not policy.keeps_cache_by_row:
+                # vLLM 0.32 keeps the states of other layers by chunks of a prompt alone
+                options["enable_prefix_caching"] = False
         else:
             self._sleep_level = self._sleep_level_on(policy.device)
             options |= {

@@ -33,6 +33,7 @@ def load_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     else:
         _reload_weights(llm, weights)
         llm.apply_model(repack_tied_head)
+        llm.apply_model(repack_experts)
     _flush(llm)
 
 
@@ -153,3 +154,17 @@ def repack_tied_head(model: Any) -> None:
     head = getattr(model, "lm_head", None)
     if head is not None and getattr(model.config, "tie_word_embeddings", False):
         head.quant_method.process_weights_after_loading(head)
+
+
+def repack_experts(model: Any) -> None:
+    """Pack the experts of a model on a CPU.
+
+    vLLM 0.32 packs them when it loads them for the first time alone; behind a reload it multiplies with what is not
+    packed.
+    """
+    for module in model.modules():
+        if "w13_weight" not in module._parameters:
+            continue
+        experts = getattr(getattr(module.quant_method, "moe_kernel", None), "fused_experts", None)
+        if type(experts).__module__.endswith(".cpu_moe"):
+            experts.process_weights_after_loading(module)

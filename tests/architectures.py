@@ -104,16 +104,21 @@ REFUSED = {
 FAMILIES = {
     **DENSE,
     **MIXTURES,
-    **{f"{name} (hybrid)" if name in DENSE else name: config for name, config in HYBRID.items()},
+    **HYBRID,
     "Qwen3.5 with images": COMPOSITE["Qwen3.5"],
     "Gemma 3 with images": COMPOSITE["Gemma3"],
-    "Granite, logits_scaling 1": lambda: GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=1.0),
+    "Granite without scale": lambda: GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=1.0),
 }
+HYBRID_FAMILIES = {*HYBRID, "Qwen3.5 with images"}
 
 
 def save_family(name, folder):
     """Write a tiny random model of a family, with a tokenizer."""
-    config = FAMILIES[name]()
+    return save_config(FAMILIES[name](), folder)
+
+
+def save_config(config, folder):
+    """As `save_model`; composite models whole."""
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     torch.manual_seed(0)
     auto.from_config(config).save_pretrained(folder)
