@@ -67,7 +67,9 @@ HYBRID = {
     "Qwen3-Next": lambda: Qwen3NextConfig(
         **SHAPE | FOUR_LAYERS, **LINEAR, **EXPERTS, shared_expert_intermediate_size=32
     ),
-    "LFM2": lambda: Lfm2Config(**WITHOUT_HEAD_DIM | FOUR_LAYERS, layer_types=["conv", "full_attention"] * 2),
+    "LFM2": lambda: Lfm2Config(
+        **WITHOUT_HEAD_DIM | FOUR_LAYERS, layer_types=["conv", "full_attention"] * 2, conv_dim=64, block_dim=64
+    ),
     "Falcon-H1": lambda: FalconH1Config(**SHAPE, **MAMBA, lm_head_multiplier=1.0),
 }
 COMPOSITE = {

@@ -17,7 +17,7 @@ from lit_specrl.engines.vllm.jobs import Job, filler_job, generation_job, jobs_o
 from lit_specrl.engines.vllm.loop import FinishedRow, run
 from lit_specrl.engines.vllm.plan import rows_at_once, sleep_level
 from lit_specrl.engines.vllm.speculation import Speculation
-from lit_specrl.engines.vllm.startup import build_llm, startup_failure, take_over_sampling
+from lit_specrl.engines.vllm.startup import STARTUP_ERRORS, build_llm, startup_failure, take_over_sampling
 from lit_specrl.engines.vllm.startup import shutdown as shutdown_llm
 from lit_specrl.engines.vllm.version import check_options, check_version
 from lit_specrl.engines.vllm.weights import adapter_options, load_adapters
@@ -158,6 +158,11 @@ class VLLMEngine(RolloutEngine):
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
         self._on_gpu = policy.device.type == "cuda"
+        if not self._on_gpu and not policy.keeps_cache_by_row:
+            raise RuntimeError(
+                f"vLLM 0.32 on a CPU samples from something else than {type(policy.model).__name__}, whose layers keep a state instead of keys "
+                "and values; use TransformersEngine"
+            )
         self.stop_token_ids = frozenset(stop_token_ids)
         positions = policy.model.config.get_text_config().max_position_embeddings
         # vLLM samples a token after scoring; where drafts might not fit behind the longest row, it drafts token 0
@@ -176,9 +181,6 @@ class VLLMEngine(RolloutEngine):
                 "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, options["max_model_len"]),
                 "block_size": _CPU_BLOCK_SIZE,
             }
-            if not policy.keeps_cache_by_row:
-                # vLLM 0.32 keeps the states of other layers by chunks of a prompt alone
-                options["enable_prefix_caching"] = False
         else:
             self._sleep_level = self._sleep_level_on(policy.device)
             options |= {
@@ -200,14 +202,7 @@ class VLLMEngine(RolloutEngine):
                 self.llm = build_llm(
                     model, self.cpu_kv_cache_gib, self.drafter, **options | self._text_only | self.options
                 )
-            except (
-                RuntimeError,
-                ValueError,
-                AssertionError,
-                NotImplementedError,
-                ImportError,
-                torch.OutOfMemoryError,
-            ) as error:
+            except (*STARTUP_ERRORS, torch.OutOfMemoryError) as error:
                 raise RuntimeError(startup_failure(model, error)) from error
             self._speculation = take_over_sampling(self.llm, self.drafter)
 

@@ -27,6 +27,9 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+STARTUP_ERRORS = (RuntimeError, ValueError, AssertionError, AttributeError, KeyError, TypeError, ImportError)
+"""What vLLM raises where it does not know a model, or has no room for it."""
+
 _KEPT_ENGINES: list[Any] = []  # see `shutdown`
 
 
@@ -80,7 +83,7 @@ def startup_failure(model: str, error: BaseException) -> str:
     about_model = any(word in reason for word in ("rchitecture", "not supported", "not support", "rust_remote_code"))
     advice = (
         "use TransformersEngine, which generates with the policy itself"
-        if about_model or isinstance(error, ImportError | NotImplementedError)
+        if about_model or isinstance(error, ImportError | NotImplementedError | AttributeError | KeyError | TypeError)
         else "where memory is short, change gpu_memory_utilization, cpu_kv_cache_gib, max_num_seqs or max_model_len; "
         "TransformersEngine generates without vLLM"
     )
