@@ -50,6 +50,7 @@ from lit_specrl.experience import Experience, padded_experience
 from lit_specrl.losses import ImportanceSampling, KLCoefficient, KLPenalty, TokenLoss, named_loss
 from lit_specrl.metrics import RolloutStatistics
 from lit_specrl.models.critic import Critic, build_models
+from lit_specrl.models.model_name import ModelName, hub_options
 from lit_specrl.models.policy import Policy
 from lit_specrl.models.scorer import Scorer
 from lit_specrl.precision import warn_if_slow
@@ -121,6 +122,8 @@ class RLVRModule(L.LightningModule):
         max_skipped_updates: successive updates with a non-finite gradient after which the run stops.
         optimizer: makes the optimizer from the policy's parameters.
         lr_scheduler: makes the learning rate schedule; stepped once per step. `None` keeps the rate constant.
+        revision: branch, tag or commit of the policy on the hub; `None` for the main branch.
+        trust_remote_code: run the modelling code that the policy's repository or folder brings along.
         lora: train low-rank adapters alone: arguments of peft's `LoraConfig`, such as
             `{r: 16, target_modules: all-linear}`. The reference is then the policy without its adapters.
         dtype: dtype of the policy's weights.
@@ -175,6 +178,8 @@ class RLVRModule(L.LightningModule):
         max_skipped_updates: int = 3,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
         lora: dict[str, Any] | None = None,
         dtype: str = "float32",
         attn_implementation: str | None = None,
@@ -212,7 +217,7 @@ class RLVRModule(L.LightningModule):
         if max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
 
-        self.model_name, self.lora = model, lora
+        self.model_name, self.lora = ModelName(model, revision, trust_remote_code), lora
         self.model_options: dict[str, Any] = {
             "dtype": dtype,
             "attn_implementation": attn_implementation,
@@ -246,7 +251,7 @@ class RLVRModule(L.LightningModule):
         self.policy: Policy | None = None
         self.timer = StageTimer(partial(self._hook, "on_stage_start"), partial(self._hook, "on_stage_progress"))
         self.report = StepReport(self.timer)
-        self.worker = RolloutWorker(model, RewardSet(list(rewards)), seed, self.timer, self._hook)
+        self.worker = RolloutWorker(self.model_name, RewardSet(list(rewards)), seed, self.timer, self._hook)
         self.worker.skip_special_tokens = skip_special_tokens
         self.worker.environment, self.worker.max_turns = environment, max_turns
         check_environment(environment, self.worker.rewards)
@@ -501,7 +506,8 @@ class RLVRModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rlvr"] = {
-            "model": self.model_name,
+            "model": str(self.model_name),
+            "hub_options": hub_options(self.model_name),
             "lora": self.lora,
             "step": self.step,
             "policy_version": self.policy_version,

@@ -10,7 +10,6 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from transformers import AutoConfig
 
 from lit_specrl.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lit_specrl.engines.base import RolloutEngine
@@ -73,7 +72,7 @@ def check_run(
         ValueError: the model cannot be had, or is not whole.
         MisconfigurationException: module, trainer and data do not fit.
     """
-    check_model_exists(model)
+    positions = check_model_exists(model).get_text_config().max_position_embeddings
     check_weights(model)
     if isinstance(trainer.strategy, ModelParallelStrategy) and not (engine and engine.takes_sharded_weights):
         name = "TransformersEngine" if engine is None else type(engine).__name__
@@ -81,7 +80,6 @@ def check_run(
             f"{name} cannot generate with sharded weights; add SpeculativeRollout(engine=VLLMEngine()), or use "
             "strategy='ddp'"
         )
-    positions = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
     if max_length is not None and max_length > positions:
         raise MisconfigurationException(
             f"prompts and responses of up to {max_length} tokens do not fit the {positions} positions of {model}; lower "

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.progress import track
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.drafter_distillation import default_optimizer
@@ -29,7 +29,7 @@ from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterT
 from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
 from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network
 from lit_specrl.experience import Experience, observation_mask_of, padded_rows
-from lit_specrl.models.pretrained import load_pretrained
+from lit_specrl.models.pretrained import check_model_exists, load_pretrained
 from lit_specrl.types import PromptBatch, check_at_least_one
 
 
@@ -110,7 +110,7 @@ class DrafterPretraining(RolloutCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = require_rlvr_module(self, pl_module)
-        (self.drafter or Eagle3Drafter()).check(AutoConfig.from_pretrained(module.model_name))
+        (self.drafter or Eagle3Drafter()).check(check_model_exists(module.model_name))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
         responses = list(self._responses(trainer, pl_module))

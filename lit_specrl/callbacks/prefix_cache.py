@@ -25,6 +25,7 @@ from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.engines.episodes import prompt_of
 from lit_specrl.experience import Experience
 from lit_specrl.metrics import merge
+from lit_specrl.models.model_name import full_name
 from lit_specrl.prefix_cache.acceptance import AcceptanceRule, acceptance_rule
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 from lit_specrl.prefix_cache.reuse import ReuseRound
@@ -318,7 +319,7 @@ class PrefixCache(RolloutCallback):
         """Write each rank's cache into a file beside the checkpoints."""
         module = require_rlvr_module(self, pl_module)
         checkpoint["prefix_cache"] = self._files.save(trainer, self.store, self._identity(module), module.step) | {
-            "model": module.model_name,
+            "model": full_name(module.model_name),
             "max_completion_length": module.sampling.max_completion_length,
             "rewards": module.worker.scored_by,
             "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
@@ -361,7 +362,9 @@ class PrefixCache(RolloutCallback):
             )
         if has_other_rewards or state["max_completion_length"] != module.sampling.max_completion_length:
             self.store.put([replace(row, reward=None, reward_values=None) for row in self.store])
-        if state["model"] != module.model_name:  # the policy is the checkpoint's, but the reference may be another one
+        if state["model"] != full_name(
+            module.model_name
+        ):  # the policy is the checkpoint's, but the reference may be another one
             self.store.put([replace(row, reference_logprobs=None) for row in self.store])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]

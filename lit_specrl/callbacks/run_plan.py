@@ -19,6 +19,7 @@ from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of,
 from lit_specrl.engines import TransformersEngine
 from lit_specrl.experience import Experience
 from lit_specrl.models.memory import ModelSize, device_memory, model_size, training_memory
+from lit_specrl.models.model_name import full_name
 from lit_specrl.precision import fast_dtype
 from lit_specrl.types import Rollouts
 
@@ -102,9 +103,7 @@ def _policy(module: RLVRModule, size: ModelSize) -> str:
     trained = (
         "" if size.num_trained == size.num_parameters else f", {size.num_trained / 1e6:,.1f} M of them trained (LoRA)"
     )
-    return (
-        f"{module.model_name}, {size.num_parameters / 1e6:,.1f} M parameters, {module.model_options['dtype']}{trained}"
-    )
+    return f"{full_name(module.model_name)}, {size.num_parameters / 1e6:,.1f} M parameters, {module.model_options['dtype']}{trained}"
 
 
 def _arithmetic(trainer: L.Trainer, module: RLVRModule) -> dict[str, str]:

@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from transformers import AutoConfig
 
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.algorithms.run_checks import max_rows_of_run
@@ -23,6 +22,7 @@ from lit_specrl.engines import RolloutEngine, TransformersEngine, VLLMEngine
 from lit_specrl.engines.vllm.version import installed_version
 from lit_specrl.experience import Experience
 from lit_specrl.models.memory import model_size
+from lit_specrl.models.pretrained import check_model_exists
 from lit_specrl.types import Rollouts
 
 
@@ -95,7 +95,7 @@ class SpeculativeRollout(RolloutCallback):
         if self.drafter is not None:
             self._check_drafter(trainer, self.drafter)
             _check_sampling(trainer, module)
-            self.drafter.check(AutoConfig.from_pretrained(module.model_name))
+            self.drafter.check(check_model_exists(module.model_name))
         module.engine, self.engine.drafter = self.engine, self.drafter
         device = trainer.strategy.root_device
         data = getattr(trainer, "datamodule", None)

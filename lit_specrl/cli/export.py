@@ -13,6 +13,7 @@ def export_checkpoint(
     dtype: Literal["float32", "bfloat16"] = "float32",
     adapter_only: bool = False,
     drafter: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the policy of a checkpoint, with its tokenizer, as a HuggingFace folder.
 
@@ -25,6 +26,8 @@ def export_checkpoint(
         adapter_only: of a run with `lora`, write the adapters for peft instead of the model that they are merged into.
         drafter: a folder for the drafter that `DrafterDistillation` has trained, as `Eagle3Drafter` or `DraftModel` and
             vLLM load it; must not exist either. `None` leaves it out.
+        trust_remote_code: run the modelling code that the model brings along, as the run did; not taken from the
+            checkpoint, which may be somebody else's.
 
     Raises:
         ImportError: the run had `lora`, and peft is missing.
@@ -32,4 +35,4 @@ def export_checkpoint(
     """
     from lit_specrl.cli.exported_policy import write_policy  # imports torch, which the help need not wait for
 
-    return write_policy(checkpoint, folder, model, dtype, adapter_only, drafter)
+    return write_policy(checkpoint, folder, model, dtype, adapter_only, drafter, trust_remote_code)

@@ -10,7 +10,6 @@ import torch
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -23,14 +22,21 @@ from lit_specrl.checkpoints.integrity import OF_ALL_RANKS, check_checkpoint, nam
 from lit_specrl.drafting import DraftModel, Eagle3Drafter
 from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config
+from lit_specrl.models.model_name import ModelName, code_options, hub_options
 from lit_specrl.models.policy import named_weights
-from lit_specrl.models.pretrained import unreachable_model_message
+from lit_specrl.models.pretrained import check_model_exists, unreachable_model_message
 
 _PREFIX = "policy.model."
 
 
 def write_policy(
-    checkpoint: str, folder: str, model: str | None, dtype: str, adapter_only: bool, drafter: str | None
+    checkpoint: str,
+    folder: str,
+    model: str | None,
+    dtype: str,
+    adapter_only: bool,
+    drafter: str | None,
+    trust_remote_code: bool,
 ) -> Path:
     """What `export_checkpoint` does, with its arguments."""
     source, target = Path(checkpoint), Path(folder)
@@ -39,29 +45,31 @@ def write_policy(
             raise ValueError(f"{new} exists already; export into a new folder")
     content, state = _read(source)
     run = content.get("rlvr", {})
-    model, lora = model or run["model"], run.get("lora")  # earlier checkpoints do not know `lora`
+    lora = run.get("lora")  # earlier checkpoints do not know it, nor a revision
+    revision = None if model else run.get("hub_options", {}).get("revision")
+    model = ModelName(model or run["model"], revision, trust_remote_code)
     network = None if drafter is None else _drafter(source, content, model)
     if adapter_only and lora is None:
         raise ValueError(f"{source} holds no adapters: the run had no lora; export without adapter_only")
     try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        config = check_model_exists(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, **hub_options(model))
     except OSError as error:
         raise ValueError(unreachable_model_message(model)) from error
     try:
         if lora is None:
-            policy = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            policy = _random_model(model, config, getattr(torch, dtype))
             policy.load_state_dict(state)
         elif adapter_only:
-            policy = _cast_adapters(_with_adapters(config, lora, state), getattr(torch, dtype))
+            policy = _cast_adapters(_with_adapters(model, config, lora, state), getattr(torch, dtype))
         else:
-            policy = _merged(_with_adapters(config, lora, state), getattr(torch, dtype))
+            policy = _merged(model, _with_adapters(model, config, lora, state), getattr(torch, dtype))
     except RuntimeError as error:
         raise ValueError(
             f"the weights of {source} do not fit the architecture of {model}: {_some_lines(error)}; give the run's own by --model"
         ) from error
     with suppress(OSError):  # many base models come without a generation config
-        policy.generation_config = GenerationConfig.from_pretrained(model)
+        policy.generation_config = GenerationConfig.from_pretrained(model, revision=revision or "main")
     with atomic_folder(target) as partial:
         policy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -120,10 +128,16 @@ def _drafter(source: Path, content: dict[str, Any], model: str) -> DraftNetwork:
     return network
 
 
-def _with_adapters(config: PreTrainedConfig, lora: dict[str, Any], state: dict[str, torch.Tensor]) -> PreTrainedModel:
+def _random_model(model: str, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **code_options(model, config))
+
+
+def _with_adapters(
+    name: str, config: PreTrainedConfig, lora: dict[str, Any], state: dict[str, torch.Tensor]
+) -> PreTrainedModel:
     """The model of a run with adapters; its weights are those of the checkpoint's file, in no second copy."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = _random_model(name, config)
     add_adapters(model, lora_config(lora))
     model.load_state_dict(state, assign=True)
     model.tie_weights()
@@ -137,10 +151,10 @@ def _cast_adapters(adapted: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
     return adapted
 
 
-def _merged(adapted: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def _merged(name: str, adapted: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The same function without adapters."""
-    model = AutoModelForCausalLM.from_config(adapted.config, dtype=dtype)
+    model = _random_model(name, adapted.config, dtype)
     weights = dict(model.named_parameters())
-    for name, weight in named_weights(adapted):
-        weights[name].data.copy_(weight)
+    for layer, weight in named_weights(adapted):
+        weights[layer].data.copy_(weight)
     return model

@@ -88,7 +88,7 @@ def build_head(policy: PreTrainedModel, model: str, vocabulary: Tensor | None = 
                 algorithm="eagle3",
                 proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_drafted)],
                 default_proposal_method="greedy",
-                verifier=VerifierConfig(name_or_path=model, architectures=list(policy.config.architectures or [])),
+                verifier=VerifierConfig(name_or_path=str(model), architectures=list(policy.config.architectures or [])),
             ),
         )
     ).float()

@@ -18,6 +18,7 @@ from lit_specrl.engines.stop_strings import StopStrings
 from lit_specrl.engines.transformers_engine import TransformersEngine
 from lit_specrl.environments import Environment
 from lit_specrl.models.model_files import check_tokenizer
+from lit_specrl.models.model_name import hub_options
 from lit_specrl.models.policy import Policy
 from lit_specrl.models.pretrained import check_model_exists, unreachable_model_message
 from lit_specrl.rewards import RewardSet
@@ -75,7 +76,7 @@ class RolloutWorker:
         check_model_exists(self.model_name)
         check_tokenizer(self.model_name)
         try:
-            return AutoTokenizer.from_pretrained(self.model_name)
+            return AutoTokenizer.from_pretrained(self.model_name, **hub_options(self.model_name))
         except OSError as error:
             raise ValueError(unreachable_model_message(self.model_name)) from error
 

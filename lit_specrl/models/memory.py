@@ -7,9 +7,11 @@ import os
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lit_specrl.models.lora import add_adapters, lora_config
+from lit_specrl.models.model_name import code_options
+from lit_specrl.models.pretrained import check_model_exists
 
 _FLOAT32 = 4  # bytes; of adapters, whatever the weights are
 
@@ -33,9 +35,9 @@ def model_size(model: str, lora: dict[str, Any] | None = None) -> ModelSize:
         >>> model_size("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
         ModelSize(num_parameters=134515008, num_trained=134515008)
     """
-    config = AutoConfig.from_pretrained(model)
+    config = check_model_exists(model)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config)
+        network = AutoModelForCausalLM.from_config(config, **code_options(model, config))
         if lora is not None:
             add_adapters(network, lora_config(lora))
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]

@@ -7,7 +7,9 @@ import struct
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from lit_specrl.models.model_name import hub_options
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _INDEX = "model.safetensors.index.json"
@@ -19,13 +21,14 @@ def is_out_of_reach(name_or_path: str) -> bool:
     """Whether a model is neither a local folder nor cached, and the hub does not answer, or does not know it."""
     if Path(name_or_path).is_dir():
         return False
+    revision = hub_options(name_or_path).get("revision")
     try:
-        if isinstance(try_to_load_from_cache(name_or_path, "config.json"), str):
+        if isinstance(try_to_load_from_cache(name_or_path, "config.json", revision=revision), str):
             return False
         if constants.HF_HUB_OFFLINE:
             return True
-        HfApi().model_info(name_or_path, timeout=_ANSWER_S)
-    except RepositoryNotFoundError:
+        HfApi().model_info(name_or_path, revision=revision, timeout=_ANSWER_S)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
         return True
     except HfHubHTTPError:  # it answers; transformers knows the rest
         return False

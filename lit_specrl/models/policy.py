@@ -20,6 +20,7 @@ from lit_specrl.models.logprobs import token_logprobs
 from lit_specrl.models.lora import adapted_layers, add_adapters, lora_config, merged_weight
 from lit_specrl.models.policy_check import check_logprobs
 from lit_specrl.models.pretrained import disable_dropout, load_pretrained
+from lit_specrl.models.saved_names import saved_weights
 
 ObserveStates = Callable[[HiddenStates, Tensor], None]
 """Called inside a forward pass with its hidden states and the rows of the output head, [V, H]."""
@@ -201,12 +202,12 @@ class Policy(nn.Module):
             self.model.enable_adapters()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights under their transformers names, one whole tensor at a time (shards are gathered as they are asked
-        for).
+        """Weights as `save_pretrained` writes them, one whole tensor at a time (shards are gathered as they are asked
+        for); a layer at a time where its experts are one tensor.
 
         Adapters are merged into the weights that they adapt.
         """
-        return named_weights(self.model)
+        return saved_weights(self.model, named_weights(self.model))
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write the model in the transformers format; where there are adapters, these alone in the format of peft."""
@@ -214,7 +215,7 @@ class Policy(nn.Module):
 
 
 def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """As `Policy.named_weights`, of a model that computes nothing."""
+    """Weights under their names in the model, one whole tensor at a time, with adapters merged into them."""
     adapted = adapted_layers(model)
     for name, parameter in model.named_parameters():
         path, _, leaf = name.partition(".base_layer.")

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lit_specrl.models.model_files import check_weights, is_out_of_reach
+from lit_specrl.models.model_name import hub_options
 
 
 def load_pretrained(
@@ -23,6 +24,7 @@ def load_pretrained(
 
     Args:
         auto_class: `AutoModelForCausalLM`, or `AutoModel` for the backbone alone.
+        name_or_path: a `ModelName` where a revision is meant, or code of the model may run.
 
     Raises:
         ValueError: the model can neither be found locally nor fetched.
@@ -30,7 +32,7 @@ def load_pretrained(
     config = check_model_exists(name_or_path)
     if hasattr(config.get_text_config(), "attention_dropout"):
         config.get_text_config().attention_dropout = 0.0
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": config}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": config} | hub_options(name_or_path)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     check_weights(name_or_path)
@@ -46,6 +48,12 @@ def load_pretrained(
 
 
 def unreachable_model_message(name_or_path: str) -> str:
+    revision = hub_options(name_or_path).get("revision")
+    if revision is not None:
+        return (
+            f"the hub does not deliver revision {revision!r} of model {name_or_path!r} now; check the spelling, or fetch it where "
+            f"there is a network with `hf download {name_or_path} --revision {revision}`"
+        )
     return (
         f"model {name_or_path!r} is neither a folder in the transformers format (with config.json) nor a model that "
         "the hub delivers now; check the spelling, pass a local folder, or fetch it where there is a network with "
@@ -62,8 +70,12 @@ def check_model_exists(name_or_path: str) -> PretrainedConfig:
     if is_out_of_reach(name_or_path):
         raise ValueError(unreachable_model_message(name_or_path))
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        return AutoConfig.from_pretrained(name_or_path, **{"trust_remote_code": False} | hub_options(name_or_path))
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {name_or_path!r} comes with modelling code of its own; read it, and let it run with trust_remote_code: true"
+            ) from error
         if (Path(name_or_path) / "config.json").is_file():
             raise ValueError(
                 f"the configuration of model {name_or_path!r} cannot be used: {_first_line(error)}"

@@ -1,81 +1,37 @@
 """Kinds of models: right, or refused with a sentence, when the policy is built."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from rows import PROMPT_INDEX, PROMPTS, RESPONSES, gradients, padded, row_logprobs
-from tiny_models import SHAPE, build_tokenizer, save_model
-from training import History, arithmetic, grpo, make_trainer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    CohereConfig,
-    FalconH1Config,
-    Gemma2Config,
-    Gemma3Config,
-    GraniteConfig,
-    Lfm2Config,
-    LlamaConfig,
-    PhiConfig,
-    Qwen3_5Config,
-    Qwen3_5TextConfig,
-    Qwen3MoeConfig,
-    Qwen3NextConfig,
+from architectures import (
+    COMPOSITE,
+    EXPERTS,
+    FAMILIES,
+    HYBRID,
+    HYBRID_FAMILIES,
+    REFUSED,
+    WITHOUT_HEAD_DIM,
+    save_config,
+    save_family,
 )
+from colocated import Colocated, policy_logprobs, sampling_logprobs
+from rows import PROMPT_INDEX, PROMPTS, RESPONSES, gradients, padded, row_logprobs
+from safetensors.torch import load_file
+from tiny_models import SHAPE, save_model
+from training import History, arithmetic, grpo, make_trainer
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3MoeConfig
 
 from lit_specrl import PPO
+from lit_specrl.drafting.eagle3 import check_architecture
+from lit_specrl.engines import TransformersEngine
 from lit_specrl.models.critic import SeparateCritic
 from lit_specrl.models.policy import Policy
+from lit_specrl.models.pretrained import check_model_exists
 
-WITHOUT_HEAD_DIM = {name: value for name, value in SHAPE.items() if name != "head_dim"}
-FOUR_LAYERS = {"num_hidden_layers": 4}
-LINEAR = {
-    "linear_num_value_heads": 2,
-    "linear_num_key_heads": 1,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
-
-HYBRID = {
-    "Qwen3.5": lambda: Qwen3_5TextConfig(**SHAPE | FOUR_LAYERS, **LINEAR),
-    "Qwen3-Next": lambda: Qwen3NextConfig(
-        **SHAPE | FOUR_LAYERS, **LINEAR, **EXPERTS, shared_expert_intermediate_size=32
-    ),
-    "LFM2": lambda: Lfm2Config(**WITHOUT_HEAD_DIM | FOUR_LAYERS, layer_types=["conv", "full_attention"] * 2),
-    "Falcon-H1": lambda: FalconH1Config(**SHAPE, **MAMBA, lm_head_multiplier=1.0),
-}
-COMPOSITE = {
-    "Qwen3.5": lambda: Qwen3_5Config(
-        text_config={**SHAPE, **FOUR_LAYERS, **LINEAR},
-        vision_config={
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 16,
-        },
-    ),
-    "Gemma3": lambda: Gemma3Config(
-        text_config=dict(SHAPE),
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-    ),
-}
-REFUSED = {
-    "Gemma2": (lambda: Gemma2Config(**SHAPE, final_logit_softcapping=2.0), "final_logit_softcapping"),
-    "Granite": (lambda: GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=8.0), "logits_scaling"),
-    "Cohere": (lambda: CohereConfig(**WITHOUT_HEAD_DIM, logit_scale=0.5), "logit_scale"),
-    "Falcon-H1": (lambda: FalconH1Config(**SHAPE, **MAMBA, lm_head_multiplier=0.4), "lm_head_multiplier"),
-    "Phi": (lambda: PhiConfig(**WITHOUT_HEAD_DIM | {"num_key_value_heads": 2}), "a head with bias"),
-}
+ATTENTION = ["q_proj", "v_proj"]
+LORA = {"Mixtral": ATTENTION, "Qwen3-MoE": ATTENTION, "Qwen3-Next": ATTENTION, "Falcon-H1": ATTENTION}
+"""What can be adapted where `all-linear` is refused: routers and packed experts are no linear layers."""
 
 
 def random_model(config):
@@ -130,21 +86,18 @@ def test_mixtures_of_experts_share_prompts():
     torch.testing.assert_close(gradients(policy, padded(), True), gradients(policy, padded(), False))
 
 
-def saved(kind, name, folder):
-    if kind == "hybrid":
-        return save_model(folder, HYBRID[name]())
-    torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(COMPOSITE[name]()).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize(
     ("kind", "name"), [*[("hybrid", name) for name in HYBRID], *[("composite", name) for name in COMPOSITE]]
 )
 def test_it_trains_on_the_logprobs_that_it_samples_with(kind, name, tmp_path):
     """Prompts of unequal length, several rows a prompt, responses that end at different tokens."""
-    module, history = grpo(saved(kind, name, tmp_path / "model"), max_completion_length=24), History()
+    module, history = (
+        grpo(
+            save_config((HYBRID if kind == "hybrid" else COMPOSITE)[name](), tmp_path / "model"),
+            max_completion_length=24,
+        ),
+        History(),
+    )
     make_trainer(history, default_root_dir=tmp_path, limit_train_batches=2).fit(module, datamodule=arithmetic())
     assert module.policy_version == 2
     for metrics in history.steps.values():
@@ -162,3 +115,51 @@ def test_a_critic_whose_cache_cannot_be_repeated_reads_whole_rows(tiny_model, tm
     make_trainer(default_root_dir=tmp_path, limit_train_batches=1).fit(module, datamodule=arithmetic())
     assert module.policy.can_share_prompts
     assert module.policy_version == 1
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """Name and folder of a tiny model of each family of the table in docs/guides/models.md."""
+    return request.param, save_family(request.param, tmp_path_factory.mktemp("family"))
+
+
+def test_weights_go_by_the_names_and_in_the_pieces_of_the_models_files(family):
+    """Engines read a model's files: experts one by one, the text part of a composite model under a longer name."""
+    _, folder = family
+    written = {name: weight for file in Path(folder).glob("*.safetensors") for name, weight in load_file(file).items()}
+    handed_over = dict(Policy.build(folder).named_weights())
+    assert not set(handed_over) - set(written)
+    assert all("visual" in name for name in set(written) - set(handed_over))
+    torch.testing.assert_close(handed_over, {name: written[name] for name in handed_over}, rtol=0, atol=0)
+
+
+def test_transformers_engine_samples_with_the_policy(family):
+    _, folder = family
+    engine = Colocated(TransformersEngine(), folder)
+    engine.policy.eval()
+    engine.sync()
+    rollouts = engine.generate(PROMPTS, group=2)
+    expected = policy_logprobs(engine.policy, rollouts, 1.0)
+    torch.testing.assert_close(sampling_logprobs(rollouts), expected, rtol=0, atol=1e-3)
+    shares = "images" not in family[0] or "Gemma" in family[0]
+    assert engine.policy.can_share_prompts == (shares and family[0] not in HYBRID_FAMILIES)
+
+
+def test_adapters_get_gradients(family):
+    name, folder = family
+    if name in LORA:
+        with pytest.raises(ValueError, match=r"target_modules"):
+            Policy.build(folder, lora={"r": 4, "target_modules": "all-linear"})
+    policy = Policy.build(folder, lora={"r": 4, "target_modules": LORA.get(name, "all-linear")})
+    policy(*padded()).logprobs.sum().backward()
+    assert any(weight.grad is not None and weight.grad.any() for weight in policy.parameters())
+
+
+def test_a_head_can_be_built_for_the_kinds_that_the_table_names(family):
+    name, folder = family
+    config = check_model_exists(folder).get_text_config()
+    config.num_hidden_layers = 4
+    if name in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+        return check_architecture(config)
+    with pytest.raises(ValueError, match="an EAGLE-3 head can be built for"):
+        check_architecture(config)

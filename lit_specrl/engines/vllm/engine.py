@@ -12,11 +12,12 @@ from torch import Tensor
 from lit_specrl.drafting.history import RolloutTexts
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines.base import Continuation, ProgressMeter, RolloutEngine, RowControl
+from lit_specrl.engines.vllm.composite import text_options, text_weights
 from lit_specrl.engines.vllm.jobs import Job, filler_job, generation_job, jobs_of_all_ranks, scoring_job
 from lit_specrl.engines.vllm.loop import run
 from lit_specrl.engines.vllm.plan import rows_at_once, sleep_level
 from lit_specrl.engines.vllm.speculation import Speculation
-from lit_specrl.engines.vllm.startup import build_llm, take_over_sampling
+from lit_specrl.engines.vllm.startup import STARTUP_ERRORS, build_llm, startup_failure, take_over_sampling
 from lit_specrl.engines.vllm.startup import shutdown as shutdown_llm
 from lit_specrl.engines.vllm.version import check_options, check_version
 from lit_specrl.engines.vllm.weights import adapter_options, load_adapters
@@ -117,6 +118,7 @@ class VLLMEngine(RolloutEngine):
         self._speculation: Speculation | None = None
         self._drafter_fingerprint: str | None = None
         self._adapter: Any = None  # what requests name, where adapters are not merged
+        self._text_only = dict[str, Any]()  # options of vLLM for a composite policy
         self._asleep = False
         self._on_gpu = False
         self._sleep_level = 0
@@ -156,6 +158,11 @@ class VLLMEngine(RolloutEngine):
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
         self._on_gpu = policy.device.type == "cuda"
+        if not self._on_gpu and not policy.keeps_cache_by_row:
+            raise RuntimeError(
+                f"vLLM 0.32 on a CPU samples from something else than {type(policy.model).__name__}, whose layers keep a state instead of keys "
+                "and values; use TransformersEngine"
+            )
         self.stop_token_ids = frozenset(stop_token_ids)
         positions = policy.model.config.get_text_config().max_position_embeddings
         # vLLM samples a token after scoring; where drafts might not fit behind the longest row, it drafts token 0
@@ -186,18 +193,17 @@ class VLLMEngine(RolloutEngine):
             options["async_scheduling"] = False
         if not self.merge_adapters:
             options |= adapter_options(adapter_ranks(policy.model))
+        self._text_only = text_options(model)
         self._max_model_len: int = options["max_model_len"]
         if self.drafter is not None:
             self.drafter.prepare(model)
         with torch.autocast(policy.device.type, enabled=False):
             try:
-                self.llm = build_llm(model, self.cpu_kv_cache_gib, self.drafter, **options | self.options)
-            except (RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError) as error:
-                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                raise RuntimeError(
-                    f"vLLM does not start with {model!r}: {reason}; where memory is short, change gpu_memory_utilization, cpu_kv_cache_gib, "
-                    "max_num_seqs or max_model_len"
-                ) from error
+                self.llm = build_llm(
+                    model, self.cpu_kv_cache_gib, self.drafter, **options | self._text_only | self.options
+                )
+            except (*STARTUP_ERRORS, torch.OutOfMemoryError) as error:
+                raise RuntimeError(startup_failure(model, error)) from error
             self._speculation = take_over_sampling(self.llm, self.drafter)
 
     def load_policy(self, policy: Policy, version: int) -> None:
@@ -211,7 +217,7 @@ class VLLMEngine(RolloutEngine):
         if not self.merge_adapters:
             raise RuntimeError("with merge_adapters=False the engine takes adapters, not weights; call load_policy")
         self.wake_up()
-        load_llm_weights(self.llm, weights)
+        load_llm_weights(self.llm, text_weights(weights) if self._text_only else weights)
         self.policy_version = version
 
     def load_drafter_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -17,6 +17,7 @@ from lit_specrl.engines.vllm.sampler import CPUSampler, RejectionCounter, score_
 from lit_specrl.engines.vllm.speculation import Speculation
 from lit_specrl.engines.vllm.startup_log import told_by_vllm
 from lit_specrl.engines.vllm.version import check_version
+from lit_specrl.models.model_name import hub_options
 
 # Read by vLLM when it is imported or started. In one process, weights are handed over by reference.
 _ENVIRONMENT = {
@@ -26,6 +27,9 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+STARTUP_ERRORS = (RuntimeError, ValueError, AssertionError, AttributeError, KeyError, TypeError, ImportError)
+"""What vLLM raises where it does not know a model, or has no room for it."""
+
 _KEPT_ENGINES: list[Any] = []  # see `shutdown`
 
 
@@ -33,7 +37,7 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
     """Construct a `vllm.LLM` in this process, with empty weights.
 
     Args:
-        model: hub name or folder; only its configuration is read.
+        model: hub name or folder, maybe a `ModelName`; only its configuration is read.
         cpu_kv_cache_gib: size of the key-value cache on a machine without GPU, in GiB.
         drafter: proposes tokens; `None` for an engine that cannot speculate.
         options: arguments of `vllm.LLM`, `max_num_seqs` among them.
@@ -61,13 +65,29 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
         "generation_config": "vllm",  # sampling is decided by the request alone
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
         "enable_prefix_caching": True,
-    }
+    } | hub_options(model)
     folder = _meeting_folder()
     configure_logging_if_needed(LoggingConfig())  # otherwise the first engine does, and takes our listener away
     with told_by_vllm(rank_zero_info):
-        llm: Any = LLM(model=model, **(own_options | options | _speculative_options(drafter, options)))
+        llm: Any = LLM(model=str(model), **(own_options | options | _speculative_options(drafter, options)))
     llm.meeting_folder = folder
     return llm
+
+
+def startup_failure(model: str, error: BaseException) -> str:
+    """What to say of an engine that does not start: vLLM's reason, and the way out."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # pydantic puts a count before the reason
+    reason = lines[1] if len(lines) > 1 and "validation error" in lines[0] else "".join(lines[:1])
+    reason = reason.partition(" [type=")[0]
+    about_model = any(word in reason for word in ("rchitecture", "not supported", "not support", "rust_remote_code"))
+    advice = (
+        "use TransformersEngine, which generates with the policy itself"
+        if about_model or isinstance(error, ImportError | NotImplementedError | AttributeError | KeyError | TypeError)
+        else "where memory is short, change gpu_memory_utilization, cpu_kv_cache_gib, max_num_seqs or max_model_len; "
+        "TransformersEngine generates without vLLM"
+    )
+    return f"vLLM does not start with {model!r}: {type(error).__name__}: {reason}; {advice}"
 
 
 def _meeting_folder() -> ProcessFolder:

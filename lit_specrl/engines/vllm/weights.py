@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ def load_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     if is_plain:
         llm.apply_model(lambda model: _copy_weights(model, weights))
     else:
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        _reload_weights(llm, weights)
         llm.apply_model(repack_tied_head)
+        llm.apply_model(repack_experts)
     _flush(llm)
 
 
@@ -46,10 +47,37 @@ def has_plain_weights(model: Any) -> bool:
     )
 
 
+def _reload_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """vLLM 0.32 tells its log alone of parameters that it leaves as they were: behind a start, at random."""
+    [names] = llm.apply_model(lambda model: [name for name, _ in model.named_parameters()])
+    loaded = set[str]()
+
+    def loading(model: Any) -> None:
+        own = model.load_weights
+        model.load_weights = lambda weights: loaded.update(found := own(weights)) or found
+
+    llm.apply_model(loading)
+    try:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+    finally:
+        llm.apply_model(lambda model: delattr(model, "load_weights"))
+    _check_loaded(names, loaded)
+
+
 @torch.no_grad()
 def _copy_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     loaded = set(model.load_weights(iter(weights)))
-    missing = sorted(name for name, _ in model.named_parameters() if name not in loaded)
+    _check_loaded([name for name, _ in model.named_parameters()], loaded)
+
+
+def _check_loaded(names: Iterable[str], loaded: Collection[str]) -> None:
+    """Refuse to generate with parameters that the policy has not given.
+
+    Args:
+        names: of the engine's parameters, without adapters.
+        loaded: those that were loaded.
+    """
+    missing = sorted(name for name in names if name not in loaded)
     if missing:
         raise RuntimeError(
             f"the policy has no weights for {len(missing)} parameters of the engine, such as {missing[0]}; is the engine's "
@@ -126,3 +154,17 @@ def repack_tied_head(model: Any) -> None:
     head = getattr(model, "lm_head", None)
     if head is not None and getattr(model.config, "tie_word_embeddings", False):
         head.quant_method.process_weights_after_loading(head)
+
+
+def repack_experts(model: Any) -> None:
+    """Pack the experts of a model on a CPU.
+
+    vLLM 0.32 packs them when it loads them for the first time alone; behind a reload it multiplies with what is not
+    packed.
+    """
+    for module in model.modules():
+        if "w13_weight" not in module._parameters:
+            continue
+        experts = getattr(getattr(module.quant_method, "moe_kernel", None), "fused_experts", None)
+        if type(experts).__module__.endswith(".cpu_moe"):
+            experts.process_weights_after_loading(module)
