@@ -22,8 +22,8 @@ FinishReason = Literal["stop", "length", "turns"]
 """Why a row ended: a token that ends it, the limit of its tokens, or that of its turns."""
 
 
-def check_at_least_one(**counts: int) -> None:
-    """Refuse counts below 1, by the names that the user typed.
+def check_at_least_one(**counts: int | None) -> None:
+    """Refuse counts below 1, by the names that the user typed; `None` is no count.
 
     Raises:
         ValueError: the first one.
@@ -32,7 +32,7 @@ def check_at_least_one(**counts: int) -> None:
         >>> check_at_least_one(num_passes=6)
     """
     for name, count in counts.items():
-        if count < 1:
+        if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
 

@@ -208,7 +208,7 @@ class RLVRModule(L.LightningModule):
         check_at_least_one(
             num_iterations=num_iterations,
             num_minibatches=num_minibatches,
-            micro_batch_tokens=1 if micro_batch_tokens is None else micro_batch_tokens,
+            micro_batch_tokens=micro_batch_tokens,
             max_skipped_updates=max_skipped_updates,
             max_turns=max_turns,
         )
@@ -216,7 +216,6 @@ class RLVRModule(L.LightningModule):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
-
         self.model_name, self.lora = ModelName(model, revision, trust_remote_code), lora
         self.model_options: dict[str, Any] = {
             "dtype": dtype,
@@ -239,8 +238,7 @@ class RLVRModule(L.LightningModule):
         self.objective = Objective(
             loss_type, importance_sampling, kl.estimator, entropy_coef, off_policy_mask_threshold
         )
-        self.top_entropy = TopEntropy(top_entropy_quantile)
-        self.reference = MovingReference(kl, beta, lora)
+        self.top_entropy, self.reference = TopEntropy(top_entropy_quantile), MovingReference(kl, beta, lora)
         self.kl_coefficient = KLCoefficient(beta, kl.target, kl.horizon)
         self.kl_in_reward = kl.in_reward and beta > 0
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
@@ -252,8 +250,8 @@ class RLVRModule(L.LightningModule):
         self.timer = StageTimer(partial(self._hook, "on_stage_start"), partial(self._hook, "on_stage_progress"))
         self.report = StepReport(self.timer)
         self.worker = RolloutWorker(self.model_name, RewardSet(list(rewards)), seed, self.timer, self._hook)
-        self.worker.skip_special_tokens = skip_special_tokens
         self.worker.environment, self.worker.max_turns = environment, max_turns
+        self.worker.skip_special_tokens = skip_special_tokens
         check_environment(environment, self.worker.rewards)
         names = ", ".join(f"{reward.weight:g} {reward.name}" for reward in self.worker.rewards.rewards)
         self.settings = hyperparameters({"algorithm": type(self).__name__} | arguments | {"rewards": names})

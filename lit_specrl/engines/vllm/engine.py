@@ -25,7 +25,7 @@ from lit_specrl.engines.vllm.weights import load_weights as load_llm_weights
 from lit_specrl.models.lora import adapter_ranks, named_adapters
 from lit_specrl.models.policy import Policy
 from lit_specrl.precision import fast_dtype, warn_if_slow
-from lit_specrl.types import RolloutRequest
+from lit_specrl.types import RolloutRequest, check_at_least_one
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _CPU_BATCHED_TOKENS = 4096  # prompt tokens of one engine step on a CPU
@@ -88,11 +88,9 @@ class VLLMEngine(RolloutEngine):
                 "sleep_level=2 would drop the weights under the adapters, which merge_adapters=False hands over no more; "
                 "use sleep_level=1"
             )
-        if tensor_parallel_size < 1:
-            raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
-        for name, value in {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least_one(
+            tensor_parallel_size=tensor_parallel_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+        )
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization is a fraction of the GPU's memory and must lie in (0, 1], got {gpu_memory_utilization}"
