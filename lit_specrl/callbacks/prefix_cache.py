@@ -360,9 +360,8 @@ class PrefixCache(RolloutCallback):
             )
         if has_other_rewards or state["max_completion_length"] != module.sampling.max_completion_length:
             self.store.put([replace(row, reward=None, reward_values=None) for row in self.store])
-        if state["model"] != full_name(
-            module.model_name
-        ):  # the policy is the checkpoint's, but the reference may be another one
+        # the policy is the checkpoint's, but the reference may be another one
+        if state["model"] != full_name(module.model_name):
             self.store.put([replace(row, reference_logprobs=None) for row in self.store])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
