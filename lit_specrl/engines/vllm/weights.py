@@ -54,7 +54,13 @@ def _reload_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
     def loading(model: Any) -> None:
         own = model.load_weights
-        model.load_weights = lambda weights: loaded.update(found := own(weights)) or found
+
+        def load(weights: Iterable[tuple[str, Tensor]]) -> Any:
+            found = own(weights)
+            loaded.update(found)
+            return found
+
+        model.load_weights = load
 
     llm.apply_model(loading)
     try:
@@ -165,6 +171,6 @@ def repack_experts(model: Any) -> None:
     for module in model.modules():
         if "w13_weight" not in module._parameters:
             continue
-        experts = getattr(getattr(module.quant_method, "moe_kernel", None), "fused_experts", None)
+        experts: Any = getattr(getattr(module.quant_method, "moe_kernel", None), "fused_experts", None)
         if type(experts).__module__.endswith(".cpu_moe"):
             experts.process_weights_after_loading(module)
