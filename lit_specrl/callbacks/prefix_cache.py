@@ -356,15 +356,10 @@ class PrefixCache(RolloutCallback):
         self.store = RolloutStore.merge(stores, self.store.max_bytes)
         has_other_rewards = state.get("rewards") != module.worker.scored_by
         if has_other_rewards:
-            rank_zero_info(
-                "the rewards, or their settings, are not those of the checkpoint: kept responses are scored again when they "
-                "are reused"
-            )
+            rank_zero_info("rewards or their settings are not those of the checkpoint: reused rows are scored again")
         if has_other_rewards or state["max_completion_length"] != module.sampling.max_completion_length:
             self.store.put([replace(row, reward=None, reward_values=None) for row in self.store])
-        if state["model"] != full_name(
-            module.model_name
-        ):  # the policy is the checkpoint's, but the reference may be another one
+        if state["model"] != full_name(module.model_name):  # the policy is the checkpoint's, the reference another one
             self.store.put([replace(row, reference_logprobs=None) for row in self.store])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]

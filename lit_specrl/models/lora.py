@@ -83,7 +83,7 @@ def add_adapters(model: PreTrainedModel, config: Any) -> None:
         if not isinstance(layer.base_layer, nn.Linear) or layer is model.get_output_embeddings():
             raise ValueError(
                 f"lora adapts linear layers below the head, but its target_modules mean {name} "
-                f"({type(layer.base_layer).__name__}) too; name projections, or use 'all-linear'"
+                f"({type(layer.base_layer).__name__}) too; name projections, such as [q_proj, v_proj]"
             )
     for parameter in model.parameters():
         if parameter.requires_grad:

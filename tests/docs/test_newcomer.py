@@ -93,7 +93,7 @@ def test_interrupted_resumed_and_exported(tiny_model, folder):
     arguments = step("lit-specrl fit --config task.yaml --config reward.yaml --config configs/trainer/", tiny_model)
     first = fit(arguments, *WITHOUT_VLLM, "--trainer.max_steps", "13")
     assert first.model.policy_version == 13
-    second = fit(arguments, *WITHOUT_VLLM)  # from the checkpoint of the tenth update
+    second = fit(arguments, *WITHOUT_VLLM)  # from the checkpoint of the last update
     assert second.model.policy_version == 20 and second.trainer.current_epoch == 10
 
     export = step("lit-specrl export", tiny_model)

@@ -14,19 +14,25 @@ from lit_specrl.models.pretrained import check_model_exists
 _PART = "language_model."
 
 
-def text_options(model: str) -> dict[str, Any]:
+def text_options(model: str, merge_adapters: bool = True) -> dict[str, Any]:
     """Arguments of `vllm.LLM` with which it builds the text part of a composite model; none for other models.
 
     What reads images would take memory, wait for weights, and need the packages that prepare images.
 
     Args:
         model: hub name or folder, maybe a `ModelName`.
+        merge_adapters: as of `VLLMEngine`.
+
+    Raises:
+        ValueError: adapters are not merged, so that vLLM would read the weights of the text part itself.
     """
     config = check_model_exists(model)
     text = config.get_text_config()
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)
     if text is config or architecture is None:
         return {}
+    if not merge_adapters:
+        raise ValueError(f"merge_adapters=False is not for composite models such as {model!r}; leave it out")
 
     def text_part(config: PretrainedConfig) -> PretrainedConfig:
         part = config.get_text_config()

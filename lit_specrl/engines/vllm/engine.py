@@ -191,7 +191,7 @@ class VLLMEngine(RolloutEngine):
             options["async_scheduling"] = False
         if not self.merge_adapters:
             options |= adapter_options(adapter_ranks(policy.model))
-        self._text_only = text_options(model)
+        self._text_only = text_options(model, self.merge_adapters)
         self._max_model_len: int = options["max_model_len"]
         if self.drafter is not None:
             self.drafter.prepare(model)

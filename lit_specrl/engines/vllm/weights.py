@@ -55,7 +55,7 @@ def _reload_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     def loading(model: Any) -> None:
         own = model.load_weights
 
-        def load(weights: Any) -> Any:
+        def load(weights: Iterable[tuple[str, Tensor]]) -> Any:
             found = own(weights)
             loaded.update(found)
             return found
