@@ -20,7 +20,7 @@ _OF_LEVELS = {
     "trainer": "lightning.pytorch.trainer.trainer.Trainer",
     "plan": "lit_specrl.callbacks.run_plan.RunPlan",
     "progress_bar": "lit_specrl.callbacks.progress_bar.RolloutProgressBar",
-    "tensorboard": "lit_specrl.callbacks.tensorboard_report.TensorBoardReport",
+    "tensorboard": "lit_specrl.callbacks.logger_report.LoggerReport",
     "completions": "lit_specrl.callbacks.completion_writer.CompletionWriter",
 }
 _OF_EVERY_RUN = tuple(_OF_LEVELS)[1:]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from lit_specrl.rewards.base import (
-    Reward,
-)  # torch and transformers where they are used: processes of checkers come here
+# torch and transformers are imported where they are used: the processes of checkers come here, too
+from lit_specrl.rewards.base import Reward
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 

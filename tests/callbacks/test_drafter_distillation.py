@@ -23,7 +23,7 @@ from lit_specrl.callbacks import (
     RolloutCallback,
     SpeculativeRollout,
 )
-from lit_specrl.callbacks.tensorboard_report import layout_for
+from lit_specrl.callbacks.logger_report import layout_for
 from lit_specrl.drafting import DraftModel, Eagle3Drafter, NGramDrafter
 from lit_specrl.drafting.distillation.buffer import DistillationSample
 from lit_specrl.drafting.distillation.samples import cut, is_held_out
