@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from lit_specrl.distributed.collectives import gather_objects
+from lit_specrl.engines.episodes import prompt_of
 from lit_specrl.types import Rollouts
 
 
 def pass_rates(rollouts: Rollouts) -> dict[str, float]:
-    """Mean of the first reward over the rows of each prompt, by uid; without prompts that it does not apply to.
+    """Mean of the first reward over the rows of each prompt, by its uid in the data; without prompts that it does not
+    apply to.
 
     Args:
         rollouts: N scored rows.
@@ -18,7 +20,8 @@ def pass_rates(rollouts: Rollouts) -> dict[str, float]:
     first = next(iter(rollouts.rewards.values()), [])
     for row, value in enumerate(first):
         if value is not None:
-            values.setdefault(rollouts.prompts.uids[rollouts.request.prompt_index(row)], []).append(value)
+            uid = prompt_of(rollouts.prompts.uids[rollouts.request.prompt_index(row)])
+            values.setdefault(uid, []).append(value)
     return {uid: sum(found) / len(found) for uid, found in values.items()}
 
 

@@ -8,6 +8,7 @@ import pytest
 from training import EveryStep, History, grpo, make_trainer
 
 from lit_specrl import PromptDataModule
+from lit_specrl.algorithms.pass_rates import pass_rates
 from lit_specrl.data import (
     Curriculum,
     FileSource,
@@ -20,7 +21,7 @@ from lit_specrl.data import (
     SkipSolved,
 )
 from lit_specrl.data.schedule import ScheduledPrompt
-from lit_specrl.types import PromptBatch
+from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
 
 def prompts_of(**sizes):
@@ -300,3 +301,13 @@ def test_a_run_learns_by_its_schedule_and_goes_on_with_it(model_folder, numbers,
     assert again == {step: seen[step] for step in again}
     own, loader = fit(Odd(), "own", 4)
     assert {number[uid] % 2 for batch in own.values() for uid in batch} == {1}
+
+
+def test_pass_rates_are_of_the_prompts_in_the_data():
+    """Also of those to which an environment has added its first words, and without rows that no reward applies to."""
+    prompts = batch_of(prompts_of(a=3))
+    prompts.uids[1] += "+0123456789abcdef"
+    request = RolloutRequest(prompts, SamplingConfig(2), seeds=list(range(6)), policy_version=0)
+    rollouts = Rollouts(request, [[1]] * 6, [[-0.1]] * 6, ["stop"] * 6, policy_version=0, elapsed_s=0.1)
+    rollouts.rewards = {"first": [1.0, 0.0, 1.0, 1.0, None, None], "second": [0.0] * 6}
+    assert pass_rates(rollouts) == {"a0": 0.5, "a1": 1.0}
