@@ -20,9 +20,9 @@ PAGE = (HERE.parent / "results.md").read_text("utf-8")
 COLOURS = ["#3056a0", "#c4622d", "#4c8c4a", "#8a5a9e", "#7a7a7a"]
 
 
-def rows(heading: str) -> list[list[str]]:
-    """Cells of the table whose first line begins with the heading."""
-    lines = PAGE[PAGE.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
+def rows(heading: str, occurrence: int = 0) -> list[list[str]]:
+    """Cells of the table whose first line begins with the heading, which may stand above several."""
+    lines = PAGE.split(f"| {heading} |")[occurrence + 1].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
 
 
@@ -55,7 +55,7 @@ def reuse_cost() -> None:
     for index, row in enumerate(table):
         low, high = (float(bound) for bound in re.search(r"\(([-+.\d]+) to ([-+.\d]+)\)", row[4]).groups())
         saved, middle = number(row[2]), number(row[4])
-        colour = plt.get_cmap("tab10")(index)
+        colour = plt.get_cmap("tab20")(index)
         plt.errorbar(saved, middle, [[middle - low], [high - middle]], fmt="o", color=colour, capsize=3)
         plt.plot([], [], "o", color=colour, label=row[0].replace("`", ""))
     plt.axhline(0, color="#bbbbbb", linewidth=1)
@@ -83,6 +83,41 @@ def long_sums_scores() -> None:
         axis.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("held-out score (128 sums)")
     save("long_sums_scores")
+
+
+def drain() -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+    points = ["1", "4", "16", "32", "drain"]
+    for axis, title, occurrence in zip(
+        axes, ("n-grams, an untrained policy", "history, a trained policy"), (0, 1), strict=True
+    ):
+        _, *drafting, scheduler = rows("active requests | 1", occurrence)
+        for row, colour in zip(drafting, COLOURS, strict=False):
+            axis.plot(
+                points, [number(cell) for cell in row[1:]], "o-", markersize=3, color=colour, label=row[0].split(",")[0]
+            )
+        axis.plot(points[-1:], [number(scheduler[-1])], "*", markersize=9, color=COLOURS[3], label="AdaptiveScheduler")
+        axis.axhline(1, color="#bbbbbb", linewidth=1)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("active requests, and a drain from 32 to 1")
+    axes[0].set_ylabel("speed, without a drafter = 1")
+    axes[1].legend(frameon=False, fontsize=8)
+    figure.suptitle("Speculation by the number of active requests (two CPU cores)", fontsize=10)
+    save("drain")
+
+
+def reuse_stages() -> None:
+    table = rows("| tokens generated | generation and verification | whole run")
+    plt.figure(figsize=(6.5, 2.4))
+    rollout = [number(row[2]) for row in table]
+    rest = [number(row[3]) - seconds for row, seconds in zip(table, rollout, strict=True)]
+    names = [row[0].split(" (")[0] for row in table]
+    plt.barh(names, rollout, color=COLOURS[0], label="generation and verification")
+    plt.barh(names, rest, left=rollout, color=COLOURS[1], label="all else")
+    plt.gca().invert_yaxis()
+    plt.xlabel("seconds of 40 steps on long sums, seed 0 (two CPU cores)")
+    plt.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    save("reuse_stages")
 
 
 def distillation() -> None:
@@ -166,5 +201,7 @@ if __name__ == "__main__":
     quickstart_stages()
     reuse_cost()
     reuse_by_step()
+    reuse_stages()
     long_sums_scores()
+    drain()
     distillation()
