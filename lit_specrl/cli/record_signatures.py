@@ -11,6 +11,7 @@ import collections.abc
 import inspect
 import json
 import pathlib
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -168,5 +169,6 @@ def _in_lines(content: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    RECORD.write_text(_in_lines(record()), "utf-8")
-    print(f"{RECORD} written")
+    target = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else RECORD
+    target.write_text(_in_lines(record()), "utf-8")
+    print(f"{target} written")
