@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from typing import Any
 
 from lit_specrl.environments.base import Environment, Observation
 from lit_specrl.rewards.exact_number import parse_exact
@@ -37,9 +36,6 @@ class CalculatorEnvironment(Environment):
         if not self._pattern.groups:
             raise ValueError(f"pattern must have a group around what to compute, such as 'calc:(.*)', got {pattern!r}")
         self.pattern, self.error, self.role = pattern, error, role
-
-    def reset(self, row: dict[str, Any]) -> str | None:
-        return None
 
     def step(self, text: str) -> Observation | str | None:
         calls = list(self._pattern.finditer(text))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_specrl.losses.aggregation import Aggregation
-from lit_specrl.losses.ratio import at_least_float32, bounded_exp, log_ratio
+from lit_specrl.losses.ratio import bounded_exp, log_ratio, masked_terms
 from lit_specrl.masking import masked_mean
 
 Surrogate = Literal["clip", "cispo"]
@@ -182,9 +182,7 @@ class PolicyLoss(TokenLoss):
     def __call__(
         self, policy_logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, loss_mask: Tensor
     ) -> tuple[Tensor, ClipStatistics]:
-        policy_logprobs = at_least_float32(policy_logprobs).masked_fill(~loss_mask, 0)
-        advantages = at_least_float32(advantages).masked_fill(~loss_mask, 0)
-        old_logprobs = policy_logprobs.detach() if old_logprobs is None else old_logprobs.detach()
+        policy_logprobs, old_logprobs, advantages = masked_terms(policy_logprobs, old_logprobs, advantages, loss_mask)
 
         ratio = self._ratio(policy_logprobs, old_logprobs, loss_mask)  # [N, R]
         per_token_loss = self.per_token_loss(ratio, advantages, policy_logprobs)

@@ -33,3 +33,22 @@ def log_ratio(numerator_logprobs: Tensor, denominator_logprobs: Tensor, mask: Te
 def bounded_exp(exponent: Tensor) -> Tensor:
     """exp, with the exponent held within ±`MAX_LOG_RATIO`; beyond, the gradient is 0."""
     return exponent.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def masked_terms(
+    policy_logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a loss is made of, in float32 or wider, with policy and advantages 0 where `mask` is False.
+
+    Args:
+        policy_logprobs: [N, R] nats, with gradient.
+        old_logprobs: [N, R] nats; `None` for those of the policy itself.
+        advantages: [N, R].
+        mask: [N, R] bool, True on tokens that count.
+
+    Returns:
+        Log-probs of the policy, old log-probs without gradient, and advantages, each [N, R].
+    """
+    policy_logprobs = at_least_float32(policy_logprobs).masked_fill(~mask, 0)
+    old_logprobs = policy_logprobs.detach() if old_logprobs is None else old_logprobs.detach()
+    return policy_logprobs, old_logprobs, at_least_float32(advantages).masked_fill(~mask, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_specrl.losses.aggregation import Aggregation
 from lit_specrl.losses.policy_loss import ClipStatistics, TokenLoss
-from lit_specrl.losses.ratio import MAX_LOG_RATIO, at_least_float32, bounded_exp, log_ratio
+from lit_specrl.losses.ratio import MAX_LOG_RATIO, bounded_exp, log_ratio, masked_terms
 
 _LOWEST_LOG_WEIGHT = math.log(1e-8)
 
@@ -22,9 +22,7 @@ class SoftGate(TokenLoss):
     def __call__(
         self, policy_logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, loss_mask: Tensor
     ) -> tuple[Tensor, ClipStatistics]:
-        policy_logprobs = at_least_float32(policy_logprobs).masked_fill(~loss_mask, 0)
-        advantages = at_least_float32(advantages).masked_fill(~loss_mask, 0)
-        old_logprobs = policy_logprobs.detach() if old_logprobs is None else old_logprobs.detach()
+        policy_logprobs, old_logprobs, advantages = masked_terms(policy_logprobs, old_logprobs, advantages, loss_mask)
         token_log_ratio = log_ratio(policy_logprobs, old_logprobs, loss_mask)
         nothing = torch.zeros((), dtype=torch.long, device=loss_mask.device)
         return self.gated(token_log_ratio, advantages, policy_logprobs), ClipStatistics(
