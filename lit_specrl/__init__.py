@@ -14,10 +14,16 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.algorithms import GRPO as GRPO
     from lit_specrl.algorithms import PPO as PPO
     from lit_specrl.algorithms.advantage_estimators import GAE as GAE
+    from lit_specrl.algorithms.advantage_estimators import GDPO as GDPO
+    from lit_specrl.algorithms.advantage_estimators import OPO as OPO
     from lit_specrl.algorithms.advantage_estimators import AdvantageEstimator as AdvantageEstimator
     from lit_specrl.algorithms.advantage_estimators import GroupAdvantages as GroupAdvantages
     from lit_specrl.algorithms.advantage_estimators import LeaveOneOut as LeaveOneOut
+    from lit_specrl.algorithms.advantage_estimators import PassAtK as PassAtK
+    from lit_specrl.algorithms.advantage_estimators import ReinforcePlusPlus as ReinforcePlusPlus
+    from lit_specrl.algorithms.advantage_estimators import ReinforcePlusPlusBaseline as ReinforcePlusPlusBaseline
     from lit_specrl.algorithms.dynamic_sampling import DynamicSampling as DynamicSampling
+    from lit_specrl.algorithms.entropy_bonus import EntropyTarget as EntropyTarget
     from lit_specrl.algorithms.rlvr import RLVRModule as RLVRModule
     from lit_specrl.callbacks import AdaptiveScheduler as AdaptiveScheduler
     from lit_specrl.callbacks import CompletionWriter as CompletionWriter
@@ -87,8 +93,14 @@ _EXPORTS = {
     "PPO": "algorithms",
     "AdvantageEstimator": "algorithms.advantage_estimators",
     "GAE": "algorithms.advantage_estimators",
+    "GDPO": "algorithms.advantage_estimators",
+    "OPO": "algorithms.advantage_estimators",
     "GroupAdvantages": "algorithms.advantage_estimators",
     "LeaveOneOut": "algorithms.advantage_estimators",
+    "PassAtK": "algorithms.advantage_estimators",
+    "ReinforcePlusPlus": "algorithms.advantage_estimators",
+    "ReinforcePlusPlusBaseline": "algorithms.advantage_estimators",
+    "EntropyTarget": "algorithms.entropy_bonus",
     "DynamicSampling": "algorithms.dynamic_sampling",
     "KLPenalty": "losses",
     "PolicyLoss": "losses",

@@ -85,6 +85,92 @@ def leave_one_out_advantages(
     return _zero_where_unscored(advantages).flatten().to(rewards.dtype)  # [N]
 
 
+def length_weighted_advantages(rewards: Tensor, lengths: Tensor, num_generations: int) -> Tensor:
+    """Reward minus the mean of its group, in which each row counts by its length.
+
+    OPO (Hao et al. 2025, arXiv 2505.23585, equation 7): the baseline of least variance, if the gradient of a row grows
+    with its length. As in verl, whose lone row keeps its reward; here it has advantage 0.
+
+    Args:
+        rewards: [N]; NaN where a row could not be scored.
+        lengths: [N] response tokens.
+        num_generations: rows per group, G; divides N.
+
+    Returns:
+        Advantages [N].
+
+    Example:
+        >>> length_weighted_advantages(torch.tensor([0.0, 1.0]), torch.tensor([30, 10]), num_generations=2)
+        tensor([-0.2500,  0.7500])
+    """
+    grouped = _groups(rewards, num_generations)  # [B, G]
+    weights = lengths.view(grouped.shape).double().masked_fill(grouped.isnan(), 0)
+    baseline = (grouped.nan_to_num() * weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+    baseline = torch.where(baseline.isnan(), grouped, baseline)  # all empty: nothing to learn from
+    return _zero_where_unscored(grouped - baseline).flatten().to(rewards.dtype)  # [N]
+
+
+def pass_at_k_advantages(
+    rewards: Tensor, num_generations: int, scale_rewards: ScaleRewards = "group", epsilon: float = 1e-4
+) -> Tensor:
+    """Lead of the best row of each group over the second; 0 for all others.
+
+    Tang et al. 2025, arXiv 2503.19595: the leave-one-out gradient of the best reward of G samples. As verl's
+    "grpo_passk", but for its `epsilon` of 1e-6.
+
+    Args:
+        rewards: [N]; NaN where a row could not be scored.
+        num_generations: rows per group, G; divides N.
+        scale_rewards: whose deviation divides: "group", "batch" (all rows) or "none".
+        epsilon: added to the deviation.
+
+    Returns:
+        Advantages [N].
+
+    Example:
+        >>> pass_at_k_advantages(torch.tensor([0.0, 1.0, 0.25]), num_generations=3, scale_rewards="none")
+        tensor([0.0000, 0.7500, 0.0000])
+    """
+    grouped = _groups(rewards, num_generations)  # [B, G]
+    best, where = grouped.nan_to_num(-torch.inf).sort(-1, descending=True)
+    lead = torch.zeros_like(grouped)
+    if num_generations > 1:
+        first = (best[:, :1] - best[:, 1:2]).nan_to_num(0.0, posinf=0.0)  # nothing to lead without a second row
+        lead.scatter_(-1, where[:, :1], first)
+    if scale_rewards != "none":
+        std = _nanstd(grouped if scale_rewards == "group" else grouped.flatten())
+        lead = lead / (std + epsilon)
+    return _zero_where_unscored(lead).flatten().to(rewards.dtype)  # [N]
+
+
+def decoupled_advantages(scores: Tensor, weights: Tensor, num_generations: int, epsilon: float = 1e-4) -> Tensor:
+    """Group advantages of each reward for itself, then added up, and brought to deviation 1 over the batch.
+
+    GDPO (Liu et al. 2026, arXiv 2601.05242): a reward of small spread counts as much as one of large spread. Numbers
+    are those of TRL's `multi_objective_aggregation="normalize_then_sum"`.
+
+    Args:
+        scores: [N, K] unweighted, of K rewards; NaN where one does not apply.
+        weights: [K].
+        num_generations: rows per group, G; divides N.
+        epsilon: added to each deviation.
+
+    Returns:
+        Advantages [N].
+
+    Example: the second reward has a tenth of the spread of the first::
+
+        >>> scores = torch.tensor([[0.0, 0.1], [1.0, 0.0]])
+        >>> decoupled_advantages(scores, torch.tensor([1.0, 2.0]), num_generations=2)
+        tensor([ 0.7070, -0.7070])
+    """
+    parts = [group_advantages(column, num_generations, epsilon=epsilon) for column in scores.double().unbind(-1)]
+    total = (torch.stack(parts, -1) * weights).sum(-1)  # [N]
+    total = total.masked_fill(scores.isnan().all(-1), torch.nan)
+    whole = (total - total.nanmean()) / (_nanstd(total) + epsilon)
+    return _zero_where_unscored(whole).to(scores.dtype)
+
+
 def frac_reward_zero_std(rewards: Tensor, num_generations: int) -> Tensor:
     """Fraction of groups whose scored rewards are all equal, so that GRPO learns nothing from them.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -130,6 +130,10 @@ class Experience:
     """[N, R] float32, the critic's target; `None` without a critic."""
     observation_mask: Tensor | None = None
     """[N, R] bool, True on response tokens that an environment wrote; `None` without an environment."""
+    scores: Tensor | None = None
+    """[N, K] float32, of each reward function for itself, unweighted; NaN where it does not apply."""
+    score_weights: Tensor | None = None
+    """[K] float32, weights of the reward functions."""
 
     @property
     def num_rows(self) -> int:
@@ -204,6 +208,7 @@ class Experience:
             prompt_mask=self.prompt_mask[prompts, first_column:],
             prompt_index=prompt_index,
             rewards=self.rewards[rows],
+            scores=None if self.scores is None else self.scores[rows],
         )
         part.layout = layout
         return part
@@ -281,26 +286,34 @@ def padded_rows(
     return experience
 
 
-def padded_experience(rollouts: Rollouts, mask_truncated_completions: bool = False) -> Experience:
+def padded_experience(
+    rollouts: Rollouts, mask_truncated_completions: bool = False, weights: Mapping[str, float] | None = None
+) -> Experience:
     """Pad rollouts, with the log-probs that are known of them; advantages are zero until they are estimated.
 
     Args:
         rollouts: N scored rows.
         mask_truncated_completions: leave rows that were cut at a limit, of tokens or turns, out of the loss.
+        weights: of the reward functions, by name; with them go the scores of each.
     """
     owners = [rollouts.request.prompt_index(row) for row in range(rollouts.num_rows)]
     experience = padded_rows(rollouts.prompts.prompt_ids, owners, rollouts.response_ids, rollouts.policy_version)
     experience.sampling_logprobs, _ = pad_right(rollouts.sampling_logprobs, dtype=torch.float32)  # [N, R]
     experience.recorded_logprobs = _known_logprobs(rollouts, "policy_logprobs", experience.response_mask)
     experience.reference_logprobs = _known_logprobs(rollouts, "reference_logprobs", experience.response_mask)
-    experience.rewards = torch.tensor(
-        [torch.nan if reward is None else reward for reward in rollouts.total_rewards], dtype=torch.float32
-    )
+    experience.rewards = _with_nan(rollouts.total_rewards)
+    if weights is not None:
+        experience.scores = torch.stack([_with_nan(rollouts.rewards[name]) for name in weights], -1)
+        experience.score_weights = torch.tensor(list(weights.values()), dtype=torch.float32)
     experience.observation_mask = observation_mask_of(rollouts)
     experience.loss_mask = experience.policy_mask
     if mask_truncated_completions:
         experience.loss_mask = experience.loss_mask & ~torch.tensor(rollouts.truncated)[:, None]
     return experience
+
+
+def _with_nan(values: Sequence[float | None]) -> Tensor:
+    return torch.tensor([torch.nan if value is None else value for value in values], dtype=torch.float32)
 
 
 def observation_mask_of(rollouts: Rollouts) -> Tensor | None:

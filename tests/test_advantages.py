@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from lit_specrl.advantages import (
+    decoupled_advantages,
     frac_reward_zero_std,
     generalized_advantages,
     group_advantages,
     leave_one_out_advantages,
+    length_weighted_advantages,
+    pass_at_k_advantages,
     rewards_at_last_token,
 )
 
@@ -59,6 +62,45 @@ def test_leave_one_out_advantages_can_be_normalised_over_the_batch():
     torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0, -3.0, 3.0]) / (std + 1e-4))
 
 
+def test_a_row_weighs_by_its_length_in_the_baseline():
+    rewards, lengths = torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([30, 10, 0, 0])
+    assert length_weighted_advantages(rewards, lengths, 2).tolist() == [-0.25, 0.75, 0, 0]
+    assert length_weighted_advantages(torch.tensor([0.0, torch.nan, 1.0]), torch.tensor([1, 5, 3]), 3).tolist() == [
+        -0.75,
+        0,
+        0.25,
+    ]
+    assert length_weighted_advantages(torch.tensor([2.0, torch.nan]), torch.tensor([1, 5]), 1).tolist() == [0, 0]
+
+
+def test_only_the_best_row_has_an_advantage():
+    rewards = torch.tensor([0.0, 4.0, 1.0, 2.0, 2.0, 0.0, torch.nan, torch.nan, 5.0])
+    assert pass_at_k_advantages(rewards, 3, "none").tolist() == [0, 3, 0, 0, 0, 0, 0, 0, 0]
+    assert pass_at_k_advantages(torch.tensor([1.0, 2.0]), 1).tolist() == [0, 0]
+    scaled = pass_at_k_advantages(REWARDS, 2)
+    torch.testing.assert_close(scaled, torch.tensor([0.0, 2.0, 0.0, 0.0]) / (2**0.5 + 1e-4))
+    by_batch = pass_at_k_advantages(REWARDS, 2, "batch")
+    torch.testing.assert_close(by_batch, torch.tensor([0.0, 2.0, 0.0, 0.0]) / ((2 / 3) ** 0.5 + 1e-4))
+
+
+def test_rewards_compared_for_themselves_do_not_drown_one_another():
+    """The second reward has a hundredth of the spread. Summed first, it would turn no sign."""
+    scores = torch.tensor([[0.0, 0.01], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    advantages = decoupled_advantages(scores, torch.tensor([1.0, 1.5]), 2)
+    assert advantages.sign().tolist() == [1, -1, 1, -1]
+    assert advantages.std().item() == pytest.approx(1, abs=1e-3)
+    assert group_advantages(scores @ torch.tensor([1.0, 1.5]), 2).sign().tolist() == [-1, 1, 1, -1]
+
+
+def test_of_a_single_reward_decoupled_advantages_are_those_of_the_group():
+    rewards = torch.tensor([0.0, 1.0, 1.0, 1.0, torch.nan, 0.0, 1.0, 0.0])
+    advantages = decoupled_advantages(rewards[:, None], torch.ones(1), 4)
+    grouped = group_advantages(rewards, 4)
+    ratio = advantages[grouped != 0] / grouped[grouped != 0]
+    assert advantages[4] == 0
+    assert ratio.std() < 1e-3
+
+
 def test_fraction_of_groups_without_spread():
     assert frac_reward_zero_std(REWARDS, 2).item() == 0.5
     assert frac_reward_zero_std(torch.full((8,), 0.3), 8).item() == 1
@@ -66,7 +108,9 @@ def test_fraction_of_groups_without_spread():
     assert frac_reward_zero_std(REWARDS, 1).item() == 1
 
 
-@pytest.mark.parametrize("function", [group_advantages, leave_one_out_advantages, frac_reward_zero_std])
+@pytest.mark.parametrize(
+    "function", [group_advantages, leave_one_out_advantages, frac_reward_zero_std, pass_at_k_advantages]
+)
 def test_rows_that_do_not_form_groups_are_refused(function):
     with pytest.raises(ValueError, match="whole groups of num_generations=3 rows, got 4 rows"):
         function(REWARDS, 3)

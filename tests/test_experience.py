@@ -81,6 +81,8 @@ def test_rollouts_become_rectangles(rollouts):
         "values": None,
         "returns": None,
         "observation_mask": None,
+        "scores": None,
+        "score_weights": None,
     }
     assert experience.num_rows == 4
     assert experience.prompt_lengths.tolist() == [2, 2, 3, 3]
@@ -146,6 +148,8 @@ def test_selected_rows_bring_their_prompts_and_no_padding_beyond_their_own(exper
         "values": None,
         "returns": None,
         "observation_mask": None,
+        "scores": None,
+        "score_weights": None,
     }
     last = experience.select([3, 0])
     assert last.prompt_ids.tolist() == [[0, 5, 6], [7, 8, 9]]
@@ -156,8 +160,8 @@ def test_selected_rows_bring_their_prompts_and_no_padding_beyond_their_own(exper
 @pytest.fixture
 def full_experience(experience):
     """With every optional field filled in."""
-    optional = [field.name for field in fields(Experience) if field.default is None]
-    return replace(experience, **{name: torch.rand(4, 3) for name in optional})
+    optional = {field.name: torch.rand(4, 3) for field in fields(Experience) if field.default is None}
+    return replace(experience, **optional | {"scores": torch.rand(4, 2), "score_weights": torch.rand(2)})
 
 
 def test_all_fields_of_rows_by_tokens_are_selected_and_cut(full_experience):
@@ -167,6 +171,15 @@ def test_all_fields_of_rows_by_tokens_are_selected_and_cut(full_experience):
     part = full_experience.select([3, 0])
     for name in Experience.TOKEN_FIELDS:
         assert getattr(part, name).tolist() == getattr(full_experience, name)[[3, 0], :2].tolist(), name
+    assert part.scores.tolist() == full_experience.scores[[3, 0]].tolist()
+
+
+def test_scores_of_each_reward_come_with_their_weights(rollouts):
+    rollouts.rewards = {"a": [1.0, None, 0.5, 0.0], "b": [None, 2.0, 3.0, 4.0]}
+    experience = padded_experience(rollouts, weights={"b": 0.5, "a": 1.0})
+    expected = torch.tensor([[nan, 1.0], [2.0, nan], [3.0, 0.5], [4.0, 0.0]])
+    torch.testing.assert_close(experience.scores, expected, equal_nan=True)
+    assert experience.score_weights.tolist() == [0.5, 1.0]
 
 
 def test_rows_are_selected_where_prompts_and_responses_have_the_same_shape():
@@ -206,6 +219,6 @@ def test_moving_copies_every_tensor(full_experience):
     moved = full_experience.to("meta")
     devices = {name: value.device.type for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
     assert set(devices.values()) == {"meta"}
-    assert len(devices) == 17
+    assert len(devices) == 19
     assert isinstance(moved, Experience)
     assert full_experience.prompt_ids.device.type == "cpu"

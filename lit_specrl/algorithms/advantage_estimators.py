@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lit_specrl.advantages import (
     ScaleRewards,
+    decoupled_advantages,
     generalized_advantages,
     group_advantages,
     leave_one_out_advantages,
+    length_weighted_advantages,
+    pass_at_k_advantages,
     rewards_at_last_token,
 )
 from lit_specrl.distributed.collectives import gather_rows, sum_over_ranks
@@ -30,6 +35,8 @@ class AdvantageEstimator(ABC):
 
     needs_critic: bool = False
     """Whether `experience.values` are wanted; the module then must have a critic, and otherwise none."""
+    takes_kl_in_reward: bool = True
+    """Whether a KL penalty that is taken from the reward reaches the advantages."""
     min_generations: int = 1
     """Fewest rollouts per prompt."""
 
@@ -57,13 +64,53 @@ class GroupAdvantages(AdvantageEstimator):
     min_generations = 2
 
     def __init__(self, scale_rewards: ScaleRewards = "group") -> None:
-        if scale_rewards not in ("group", "batch", "none"):
-            raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}")
+        _check_scale(scale_rewards)
         self.scale_rewards: ScaleRewards = scale_rewards
 
     def __call__(self, experience: Experience, num_generations: int) -> Tensor:
         everyone, own = gather_rows(experience.row_rewards)
         return group_advantages(everyone, num_generations, self.scale_rewards)[own]
+
+
+class PassAtK(AdvantageEstimator):
+    """The lead of the best response of a group over the second, see `pass_at_k_advantages`.
+
+    Args:
+        scale_rewards: divide by the standard deviation of the "group", of the "batch" of all ranks, or not ("none").
+    """
+
+    min_generations = 2
+
+    def __init__(self, scale_rewards: ScaleRewards = "group") -> None:
+        _check_scale(scale_rewards)
+        self.scale_rewards: ScaleRewards = scale_rewards
+
+    def __call__(self, experience: Experience, num_generations: int) -> Tensor:
+        everyone, own = gather_rows(experience.row_rewards)
+        return pass_at_k_advantages(everyone, num_generations, self.scale_rewards)[own]
+
+
+class OPO(AdvantageEstimator):
+    """The reward minus the length-weighted mean of its group, see `length_weighted_advantages`."""
+
+    min_generations = 2
+
+    def __call__(self, experience: Experience, num_generations: int) -> Tensor:
+        lengths = experience.policy_mask.sum(-1)
+        return length_weighted_advantages(experience.row_rewards, lengths, num_generations)
+
+
+class GDPO(AdvantageEstimator):
+    """Each reward compared within its group for itself, see `decoupled_advantages`. Takes no KL penalty from the
+    reward: it would be one more reward, without a weight."""
+
+    min_generations = 2
+    takes_kl_in_reward = False
+
+    def __call__(self, experience: Experience, num_generations: int) -> Tensor:
+        assert experience.scores is not None and experience.score_weights is not None
+        everyone, own = gather_rows(experience.scores)
+        return decoupled_advantages(everyone, experience.score_weights, num_generations)[own]
 
 
 class LeaveOneOut(AdvantageEstimator):
@@ -105,21 +152,80 @@ class GAE(AdvantageEstimator):
 
     def __call__(self, experience: Experience, num_generations: int) -> Tensor:
         assert experience.values is not None
-        mask = experience.policy_mask
-        experience.loss_mask = experience.loss_mask & ~experience.rewards.isnan()[:, None]
-        token_rewards = rewards_at_last_token(experience.rewards.nan_to_num(), mask)  # [N, R]
-        if experience.kl_penalty is not None:
-            token_rewards = token_rewards - experience.kl_penalty
         advantages, experience.returns = generalized_advantages(
-            token_rewards, experience.values, mask, self.gamma, self.lam
+            _token_rewards(experience), experience.values, experience.policy_mask, self.gamma, self.lam
         )
-        if self.whiten:
-            advantages = masked_whiten(advantages, experience.loss_mask, add_up=sum_over_ranks)
-        return advantages
+        return _whitened(advantages, experience) if self.whiten else advantages
+
+
+class ReinforcePlusPlus(AdvantageEstimator):
+    """REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): the rewards that are still to come at each token, whitened.
+
+    As verl's "reinforce_plus_plus". Compares a response with those of all prompts of the step, so that one rollout per
+    prompt is enough. A KL penalty in the reward (`KLPenalty("k1", in_reward=True)`, as in the paper) counts token by
+    token.
+
+    Args:
+        gamma: discount per token.
+
+    Raises:
+        ValueError: `gamma` is not in [0, 1].
+    """
+
+    def __init__(self, gamma: float = 1.0) -> None:
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+        self.gamma = gamma
+
+    def __call__(self, experience: Experience, num_generations: int) -> Tensor:
+        token_rewards = _token_rewards(experience)
+        returns, _ = generalized_advantages(  # against a critic that expects nothing
+            token_rewards, torch.zeros_like(token_rewards), experience.policy_mask, self.gamma
+        )
+        return _whitened(returns, experience)
+
+
+class ReinforcePlusPlusBaseline(AdvantageEstimator):
+    """REINFORCE++ with the mean of the group as baseline (arXiv 2501.03262), whitened over the tokens of the step.
+
+    As verl's "reinforce_plus_plus_baseline".
+    """
+
+    min_generations = 2
+
+    def __call__(self, experience: Experience, num_generations: int) -> Tensor:
+        advantages = group_advantages(experience.row_rewards, num_generations, "none")
+        _leave_out_unscored(experience)
+        return _whitened(advantages[:, None].expand(experience.loss_mask.shape), experience)
+
+
+def _token_rewards(experience: Experience) -> Tensor:
+    """Reward received after each token, [N, R]; leaves rows without a score out of the loss."""
+    _leave_out_unscored(experience)
+    token_rewards = rewards_at_last_token(experience.rewards.nan_to_num(), experience.policy_mask)
+    return token_rewards if experience.kl_penalty is None else token_rewards - experience.kl_penalty
+
+
+def _leave_out_unscored(experience: Experience) -> None:
+    experience.loss_mask = experience.loss_mask & ~experience.rewards.isnan()[:, None]
+
+
+def _whitened(advantages: Tensor, experience: Experience) -> Tensor:
+    """Of mean 0 and variance 1 over the loss tokens of all ranks."""
+    return masked_whiten(advantages, experience.loss_mask, add_up=sum_over_ranks)
+
+
+def _check_scale(scale_rewards: str) -> None:
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}")
 
 
 def resolve_estimator(
-    estimator: str | AdvantageEstimator, scale_rewards: ScaleRewards, num_generations: int, has_critic: bool
+    estimator: str | AdvantageEstimator,
+    scale_rewards: ScaleRewards,
+    num_generations: int,
+    has_critic: bool,
+    kl_in_reward: bool,
 ) -> AdvantageEstimator:
     """The estimator of a name, checked against the run; arguments as those of `RLVRModule`.
 
@@ -127,32 +233,48 @@ def resolve_estimator(
         ValueError: an unknown name, or settings that do not go together.
     """
     name = repr(estimator) if isinstance(estimator, str) else type(estimator).__name__
-    if scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}")
+    _check_scale(scale_rewards)
     if isinstance(estimator, str):
         estimator = _named(estimator, scale_rewards)
     if estimator.needs_critic != has_critic:
         raise ValueError(
             f"advantage_estimator={name} {'needs a' if not has_critic else 'does not use its'} critic; 'gae' goes "
-            "with critic=SeparateCritic() or SharedTrunkCritic(), 'grpo' and 'rloo' without"
+            "with critic=SeparateCritic() or SharedTrunkCritic(), the others, such as 'grpo' and 'rloo', without"
         )
     if num_generations < estimator.min_generations:
         raise ValueError(
             f"advantage_estimator={name} compares the rollouts of a prompt, got num_generations={num_generations}; "
-            "use at least 2, or 'gae' with a critic"
+            "use at least 2, or 'reinforce_plus_plus', or 'gae' with a critic"
         )
-    if name == "'rloo'" and scale_rewards == "group":
-        raise ValueError("advantage_estimator='rloo' takes scale_rewards='none' or 'batch', got 'group'")
+    if kl_in_reward and not estimator.takes_kl_in_reward:
+        raise ValueError(
+            f"advantage_estimator={name} takes no KL penalty from the reward; leave in_reward out of kl, and the penalty "
+            "goes into the loss"
+        )
     return estimator
 
 
+_ESTIMATORS: dict[str, tuple[tuple[ScaleRewards, ...], Callable[[ScaleRewards], AdvantageEstimator]]] = {
+    "grpo": (("group", "batch", "none"), GroupAdvantages),
+    "rloo": (("none", "batch"), lambda scale: LeaveOneOut(normalize=scale == "batch")),
+    "gae": (("group", "batch", "none"), lambda _: GAE()),
+    "reinforce_plus_plus": (("group", "batch"), lambda _: ReinforcePlusPlus()),
+    "reinforce_plus_plus_baseline": (("group", "batch"), lambda _: ReinforcePlusPlusBaseline()),
+    "opo": (("group", "none"), lambda _: OPO()),
+    "grpo_passk": (("group", "batch", "none"), PassAtK),
+    "gdpo": (("group",), lambda _: GDPO()),
+}
+"""By name: the values of `scale_rewards` that say what it does, the default besides, and how to make it."""
+
+
 def _named(name: str, scale_rewards: ScaleRewards) -> AdvantageEstimator:
-    if name == "grpo":
-        return GroupAdvantages(scale_rewards)
-    if name == "rloo":
-        return LeaveOneOut(normalize=scale_rewards == "batch")
-    if name == "gae":
-        return GAE()
-    raise ValueError(
-        f"advantage_estimator must be 'grpo', 'rloo', 'gae' or an AdvantageEstimator by class_path, got {name!r}"
-    )
+    if name not in _ESTIMATORS:
+        names = ", ".join(map(repr, _ESTIMATORS))
+        raise ValueError(
+            f"advantage_estimator must be one of {names}, or an AdvantageEstimator by class_path, got {name!r}"
+        )
+    scales, make = _ESTIMATORS[name]
+    if scale_rewards not in scales:
+        allowed = " or ".join(map(repr, scales))
+        raise ValueError(f"advantage_estimator={name!r} takes scale_rewards={allowed}, got {scale_rewards!r}")
+    return make(scale_rewards)

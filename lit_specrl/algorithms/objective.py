@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from lit_specrl.algorithms.entropy_bonus import EntropyCoefficient
 from lit_specrl.experience import Experience
-from lit_specrl.losses import ImportanceSampling, KLEstimator, TokenLoss, kl_penalty
+from lit_specrl.losses import ImportanceSampling, KLPenalty, TokenLoss, kl_penalty
+from lit_specrl.losses.ratio import bounded_exp, log_ratio
 from lit_specrl.masking import masked_mean, masked_sum
 from lit_specrl.metrics import UpdateStatistics
 from lit_specrl.models.policy import TokenStatistics
@@ -22,25 +23,23 @@ class Objective:
         policy_loss: the surrogate.
         importance_sampling: correction of the difference between the engine's and the policy's log-probs; `None` for
             none.
-        kl_estimator: of the penalty.
-        entropy_coef: weight of the entropy of each token's distribution; positive keeps the policy diverse.
+        kl: how the penalty is taken.
+        entropy: weight of the entropy of each token's distribution; positive keeps the policy diverse.
         off_policy_mask_threshold: most nats per token, in the mean of a row, that the policy may have moved away from
             what sampled it; a row of negative advantage beyond it is left out of the surrogate (DeepSeek-V3.2, 2025,
             arXiv 2512.02556, and TRL). `None` leaves out none.
 
     Raises:
-        ValueError: `entropy_coef` is not finite, or `off_policy_mask_threshold` is negative.
+        ValueError: `off_policy_mask_threshold` is negative.
     """
 
     policy_loss: TokenLoss
     importance_sampling: ImportanceSampling | None
-    kl_estimator: KLEstimator
-    entropy_coef: float = 0.0
+    kl: KLPenalty
+    entropy: EntropyCoefficient
     off_policy_mask_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.entropy_coef):
-            raise ValueError(f"entropy_coef must be a finite number, got {self.entropy_coef}; use 0.0 for no bonus")
         if self.off_policy_mask_threshold is not None and not self.off_policy_mask_threshold >= 0:
             raise ValueError(
                 f"off_policy_mask_threshold must not be negative, got {self.off_policy_mask_threshold}; leave it out to"
@@ -74,12 +73,14 @@ class Objective:
             per_token_loss = per_token_loss * correction
         kl_sum = None
         if part.reference_logprobs is not None:
-            kl = kl_penalty(logprobs, part.reference_logprobs, mask, self.kl_estimator)  # [n, R]
+            kl = kl_penalty(logprobs, part.reference_logprobs, mask, self.kl.estimator)  # [n, R]
             kl_sum = masked_sum(kl.detach(), mask)
+            if self.kl.bias_correction:
+                kl = kl * bounded_exp(log_ratio(logprobs, old_logprobs, mask))
             if kl_coef:
                 per_token_loss = per_token_loss + kl_coef * kl
-        if self.entropy_coef:
-            per_token_loss = per_token_loss - self.entropy_coef * statistics.entropy * mask
+        if self.entropy.value:
+            per_token_loss = per_token_loss - self.entropy.value * statistics.entropy * mask
         return per_token_loss, UpdateStatistics(
             entropy_sum=masked_sum(statistics.entropy.detach(), mask),
             kl_sum=kl_sum,

@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_specrl.advantages import ScaleRewards
 from lit_specrl.algorithms.advantage_estimators import AdvantageEstimator, resolve_estimator
 from lit_specrl.algorithms.dynamic_sampling import DynamicSampling, PromptStream, groups_with_spread
+from lit_specrl.algorithms.entropy_bonus import EntropyCoefficient, EntropyTarget
 from lit_specrl.algorithms.entropy_mask import TopEntropy
 from lit_specrl.algorithms.evaluator import Evaluator, prediction_records, source_names
 from lit_specrl.algorithms.gradient_step import GradientStep
@@ -95,13 +96,14 @@ class RLVRModule(L.LightningModule):
         clip_ratio_c: largest multiple of its advantage that a token with negative advantage may cost (dual clip, c);
             `None` for no bound.
         advantage_estimator: "grpo" compares with the mean of the group, "rloo" with the mean of the others in it, "gae"
-            with a critic; or an estimator by `class_path`, such as `GAE` with its numbers.
-        scale_rewards: "grpo" and "rloo" divide advantages by the standard deviation of the "group", of the "batch", or
-            not ("none"). "rloo" knows no "group".
+            with a critic; "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "grpo_passk" and "gdpo" are in
+            `lit_specrl.algorithms.advantage_estimators`; or one by `class_path`, such as `GAE` with its numbers.
+        scale_rewards: "grpo", "grpo_passk" and "rloo" divide advantages by the standard deviation of the "group", of
+            the "batch", or not ("none"). "rloo" knows no "group".
         beta: weight of the KL penalty towards the initial policy; 0 loads no reference model.
         kl: how the penalty is taken.
         entropy_coef: weight of a bonus for the entropy of the policy at each token, in the loss (verl's
-            `entropy_coeff`); averaged as the loss is.
+            `entropy_coeff`); averaged as the loss is. An `EntropyTarget` adapts it.
         top_entropy_quantile: share of the tokens, those of the highest entropy, that the surrogate learns from. Below 1
             it costs a forward pass.
         off_policy_mask_threshold: rows of negative advantage from whose sampling the policy has moved further, in nats
@@ -163,7 +165,7 @@ class RLVRModule(L.LightningModule):
         scale_rewards: ScaleRewards = "group",
         beta: float = 0.0,
         kl: KLPenalty = KLPenalty(),
-        entropy_coef: float = 0.0,
+        entropy_coef: float | EntropyTarget = 0.0,
         top_entropy_quantile: float = 1.0,
         off_policy_mask_threshold: float | None = None,
         importance_sampling: ImportanceSampling | None = ImportanceSampling(),
@@ -228,19 +230,19 @@ class RLVRModule(L.LightningModule):
         self.mask_truncated_completions = mask_truncated_completions
         self.dynamic_sampling = DynamicSampling() if dynamic_sampling is True else dynamic_sampling or None
         self.critic = critic
+        self.kl_in_reward = kl.in_reward and beta > 0
         self.advantage_estimator = resolve_estimator(
-            advantage_estimator, scale_rewards, num_generations, critic is not None
+            advantage_estimator, scale_rewards, num_generations, critic is not None, self.kl_in_reward
         )
         if dynamic_sampling and num_generations < 2:
             raise ValueError(f"dynamic_sampling compares rows of a group, got num_generations={num_generations}")
         if isinstance(loss_type, str):
             loss_type = named_loss(loss_type, epsilon, epsilon_high, delta, clip_ratio_c)
         self.objective = Objective(
-            loss_type, importance_sampling, kl.estimator, entropy_coef, off_policy_mask_threshold
+            loss_type, importance_sampling, kl, EntropyCoefficient(entropy_coef), off_policy_mask_threshold
         )
         self.top_entropy, self.reference = TopEntropy(top_entropy_quantile), MovingReference(kl, beta, lora)
         self.kl_coefficient = KLCoefficient(beta, kl.target, kl.horizon)
-        self.kl_in_reward = kl.in_reward and beta > 0
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.step = 0
         """Training steps done."""
@@ -273,7 +275,8 @@ class RLVRModule(L.LightningModule):
             rollouts = self.fill_up(rollouts)
         self.size_micro_batches()
         with self.timer("experience"):
-            experience = padded_experience(rollouts, self.mask_truncated_completions).to(self.device)
+            experience = padded_experience(rollouts, self.mask_truncated_completions, self.rewards.weights)
+            experience = experience.to(self.device)
         if self.dynamic_sampling:
             experience.keep_only(groups_with_spread(experience.rewards, self.sampling.num_generations))
         self.add_old_logprobs(experience)
@@ -341,7 +344,7 @@ class RLVRModule(L.LightningModule):
         """Advantages, and with a critic returns."""
         if self.kl_in_reward:
             experience.kl_penalty, metrics = kl_in_reward(
-                experience, self.kl_coefficient, self.objective.kl_estimator
+                experience, self.kl_coefficient, self.objective.kl.estimator
             )  # [N, R]
             self.step_metrics |= metrics
         advantages = self.advantage_estimator(experience, self.sampling.num_generations)
@@ -511,6 +514,7 @@ class RLVRModule(L.LightningModule):
             "policy_version": self.policy_version,
             "skipped_updates": [self._policy_step.num_skipped, self._critic_step.num_skipped],
             "kl_coefficient": self.kl_coefficient.value,
+            "entropy_coefficient": self.objective.entropy.state_dict(),
             **self.reference.state_dict(self.scorer),
         }
 
@@ -527,6 +531,7 @@ class RLVRModule(L.LightningModule):
         self._policy_step.num_skipped, self._critic_step.num_skipped = state["skipped_updates"]
         if self.kl_coefficient.target is not None:
             self.kl_coefficient.value = state["kl_coefficient"]
+        self.objective.entropy.load_state_dict(state.get("entropy_coefficient", self.objective.entropy.state_dict()))
         self.reference.load_state_dict(self.scorer, state)
 
     # ------------------------------------------------------------------------------------------- what callbacks may use

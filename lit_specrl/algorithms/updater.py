@@ -128,6 +128,14 @@ class Updater:
                     real_tokens=micro_batch.num_real_tokens,
                 )
         self.report.updates += update
+        self._adapt_entropy_bonus(update)
+
+    def _adapt_entropy_bonus(self, update: UpdateStatistics) -> None:
+        entropy = self.objective.entropy
+        if entropy.target is not None:
+            self.report.metrics["entropy_coef"] = entropy.value
+            found = sum_over_ranks(torch.stack([update.entropy_sum, update.num_tokens]).float())
+            entropy.update(float(found[0] / found[1]))
 
     def update_critic(self, experience: Experience, optimizer: Any, step: int) -> None:
         """One optimizer step of a critic with passes of its own; nothing for others."""
@@ -163,7 +171,7 @@ class Updater:
         shares_passes = self.critic is not None and self.critic.updates_with_policy
         if self.warms_up(step) and not shares_passes:
             return []
-        every_row_matters = kl_coef > 0 or shares_passes or self.objective.entropy_coef != 0
+        every_row_matters = kl_coef > 0 or shares_passes or self.objective.entropy.is_on
         return rows_with_gradient(experience, every_row_matters=every_row_matters)
 
     def _token_weights(self, experience: Experience, aggregation: Aggregation) -> Tensor:

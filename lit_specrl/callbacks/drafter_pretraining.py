@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ class DrafterPretraining(RolloutCallback):
 
     def _responses(self, trainer: L.Trainer, pl_module: RLVRModule) -> Iterator[Experience]:
         if self.rollouts is not None:
-            yield from _read(self.rollouts, pl_module.tokenizer, self.num_rollouts, trainer)
+            yield from _read(self.rollouts, pl_module, self.num_rollouts, trainer)
             return
         loader: Iterable[PromptBatch] = trainer.train_dataloader  # type: ignore[assignment]
         batches = chain.from_iterable(repeat(loader))
@@ -191,7 +191,7 @@ class DrafterPretraining(RolloutCallback):
             yield experience
 
 
-def _read(path: str, tokenizer: Any, num_rollouts: int, trainer: L.Trainer) -> Iterator[Experience]:
+def _read(path: str, pl_module: RLVRModule, num_rollouts: int, trainer: L.Trainer) -> Iterator[Experience]:
     """This rank's share of the responses of a file, 32 at a time; shares are equal, for sharded ranks read them
     together."""
     with open(path, encoding="utf-8") as lines:
@@ -201,11 +201,13 @@ def _read(path: str, tokenizer: Any, num_rollouts: int, trainer: L.Trainer) -> I
         raise MisconfigurationException(
             f"{path} holds {len(records)} responses, at least one for each of {trainer.world_size} ranks is needed"
         )
+    tokenizer, stop_strings = pl_module.tokenizer, pl_module.sampling.stop_strings
     own = records[trainer.global_rank :: trainer.world_size][:size]
     for start in range(0, len(own), 32):
         part = own[start : start + 32]
         prompts = _prompt_ids([record["prompt"] for record in part], tokenizer, trainer)
-        yield padded_rows(prompts, list(range(len(part))), [_response(record, tokenizer) for record in part])
+        responses = [_response(record, tokenizer, stop_strings) for record in part]
+        yield padded_rows(prompts, list(range(len(part))), responses)
 
 
 def _prompt_ids(texts: list[str], tokenizer: Any, trainer: L.Trainer) -> list[list[int]]:
@@ -229,11 +231,14 @@ def _record(path: str, number: int, line: str) -> dict[str, Any]:
     return record
 
 
-def _response(record: dict[str, Any], tokenizer: Any) -> list[int]:
+def _response(record: dict[str, Any], tokenizer: Any, stop_strings: Sequence[str]) -> list[int]:
+    """Token ids of a response; a text that ended by itself ends with end-of-text, unless a stop string ended it."""
     if "completion_ids" in record:
         return list(record["completion_ids"])
-    token_ids = list(tokenizer(record["completion"], add_special_tokens=False).input_ids)
-    return token_ids if record.get("finish_reason") == "length" else [*token_ids, tokenizer.eos_token_id]
+    text: str = record["completion"]
+    token_ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    is_cut = record.get("finish_reason", "stop") != "stop" or text.endswith(tuple(stop_strings))
+    return token_ids if is_cut else [*token_ids, tokenizer.eos_token_id]
 
 
 def _tracked(values: Iterable[Any], title: str, trainer: L.Trainer) -> Iterable[Any]:

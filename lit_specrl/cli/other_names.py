@@ -20,7 +20,12 @@ OTHER_NAMES = {
     "max_prompt_length": "data.init_args.max_prompt_length",
     "steps_per_generation": "num_minibatches, the updates of one pass over the rollouts",
     "vf_coef": "critic: {class_path: SharedTrunkCritic, init_args: {coefficient: ...}}",
+    "multi_objective_aggregation": "advantage_estimator: gdpo",
+    "use_bias_correction_kl": "kl: {bias_correction: ...}",
+    "use_adaptive_entropy": "entropy_coef: {target: ...}",
+    "entropy_target": "entropy_coef: {target: ...}",
     # of verl
+    "norm_adv_by_std_in_grpo": "scale_rewards",
     "kl_coef": "beta",
     "kl_loss_coef": "beta",
     "clip_ratio": "epsilon",

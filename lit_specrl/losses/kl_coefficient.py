@@ -22,9 +22,13 @@ class KLPenalty:
             TRL's `ref_model_sync_steps`; 1 with a small `mixup_alpha` is an exponential moving average.
         mixup_alpha: share of the policy's weights in the moved reference (TRL's `ref_model_mixup_alpha`; Gorbatovski
             et al. 2024, arXiv 2404.09656); 1 copies the policy.
+        bias_correction: multiply the penalty in the loss by the token's probability ratio, with its gradient. The
+            gradient of k3 is then that of the divergence, without bias (DeepSeek-V3.2, 2025, arXiv 2512.02556; TRL's
+            `use_bias_correction_kl`).
 
     Raises:
-        ValueError: an unknown estimator, a target of a penalty in the loss, or a number out of its range.
+        ValueError: an unknown estimator, a target of a penalty in the loss, a correction of one in the reward, or a
+            number out of its range.
     """
 
     estimator: KLEstimator = "k3"
@@ -33,6 +37,7 @@ class KLPenalty:
     horizon: int = 10_000
     sync_steps: int | None = None
     mixup_alpha: float = 0.6
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         if self.estimator not in get_args(KLEstimator):
@@ -41,6 +46,8 @@ class KLPenalty:
             )
         if self.target is not None and not self.in_reward:
             raise ValueError(f"target={self.target} adapts a KL penalty in the reward; set in_reward=True")
+        if self.bias_correction and self.in_reward:
+            raise ValueError("bias_correction mends the gradient of a penalty in the loss; leave it or in_reward out")
         if self.sync_steps is not None and self.sync_steps < 1:
             raise ValueError(
                 f"sync_steps must be at least 1, got {self.sync_steps}; leave it out for a fixed reference"

@@ -7,7 +7,7 @@ import inspect
 import math
 import threading
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -102,11 +102,16 @@ class RewardSet:
         scores = self._evaluate(prompts, completions, columns)
         return self._add_up([_checked(*pair, len(completions)) for pair in zip(self.rewards, scores, strict=True)])
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each reward, by its name."""
+        return {reward.name: reward.weight for reward in self.rewards}
+
     def total(self, values: Sequence[float | None]) -> float | None:
         """Weighted sum of the rewards of one row, in the order of `rewards`; `None` where none applies."""
         if all(value is None for value in values):
             return None
-        return _weighted_sum([reward.weight for reward in self.rewards], values)
+        return _weighted_sum(self.weights.values(), values)
 
     def identity(self) -> str:
         """Return a line per reward that names it and what makes its numbers, see `Reward.identity`; weights are no part
@@ -151,7 +156,7 @@ class RewardSet:
 
     def _add_up(self, checked: list[_Checked]) -> RewardScores:
         values = [column.values for column in checked]
-        weights = [reward.weight for reward in self.rewards]
+        weights = self.weights.values()
         metrics: dict[str, float] = {}
         for reward, column in zip(self.rewards, checked, strict=True):
             counters = {**reward.counters, "nonfinite": column.num_nonfinite}
@@ -167,7 +172,7 @@ class RewardSet:
         )
 
 
-def _weighted_sum(weights: Sequence[float], row: Sequence[float | None]) -> float:
+def _weighted_sum(weights: Iterable[float], row: Sequence[float | None]) -> float:
     return sum((weight * score for weight, score in zip(weights, row, strict=True) if score is not None), start=0.0)
 
 

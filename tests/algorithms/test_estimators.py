@@ -8,12 +8,24 @@ import torch
 from training import QUESTIONS, EveryStep, make_trainer, small_tokens
 from transformers import AutoModelForCausalLM
 
-from lit_specrl import GAE, GRPO, KLPenalty, PromptDataModule, RLVRModule, SeparateCritic, SharedTrunkCritic
+from lit_specrl import (
+    GAE,
+    GRPO,
+    EntropyTarget,
+    KLPenalty,
+    PassAtK,
+    PromptDataModule,
+    ReinforcePlusPlus,
+    RLVRModule,
+    SeparateCritic,
+    SharedTrunkCritic,
+)
 from lit_specrl.callbacks import RolloutCallback
 from lit_specrl.data.order import even_chunks
 from lit_specrl.losses import LOSS_TYPES, KLCoefficient, PolicyLoss
 from lit_specrl.models.micro_batches import MicroBatch
 from lit_specrl.models.policy import Policy
+from lit_specrl.rewards import RewardFunction
 
 NUM_GENERATIONS, MAX_LENGTH = 3, 8
 SGD = torch.optim.SGD
@@ -116,7 +128,16 @@ def over_batch_deviation(groups):
     return [value / (deviation(whole) + 1e-4) for value in centred(groups)]
 
 
+def lead(group):
+    best, second = sorted(group, reverse=True)[:2]
+    return [(value == best) * (best - second) / (deviation(group) + 1e-4) for value in group]
+
+
 ESTIMATORS = {
+    "pass@k": (
+        {"advantage_estimator": "grpo_passk"},
+        lambda groups: [value for group in groups for value in lead(group)],
+    ),
     "RLOO": ({"advantage_estimator": "rloo", "scale_rewards": "none"}, rloo_advantages),
     "RLOO, normalized": (
         {"advantage_estimator": "rloo", "scale_rewards": "batch"},
@@ -160,15 +181,97 @@ def test_a_step_follows_the_formula_of_the_estimator(model_folder, data_file, ca
     assert spy.metrics[0]["reward"] == pytest.approx(mean(small_tokens(spy.rollouts.response_ids)))
 
 
+def second_reward(completion_ids, **_):
+    """Of a hundredth of the spread of `small_tokens`."""
+    return [len(set(row)) / 100 for row in completion_ids]
+
+
+def whitened(rows):
+    values = torch.cat(rows)
+    return [(row - values.mean()) * torch.rsqrt(values.var() + 1e-8) for row in rows]
+
+
+def by_token(spy):
+    """Of REINFORCE++: the reward less 0.2 times what is still to come of the KL."""
+    rows = [row[mask] for row, mask in zip(spy.experience.kl_penalty, spy.experience.response_mask, strict=True)]
+    to_come = [row.flip(0).cumsum(0).flip(0) for row in rows]
+    return whitened([reward - kl for reward, kl in zip(small_tokens(spy.rollouts.response_ids), to_come, strict=True)])
+
+
+def by_group(spy):
+    groups = [
+        small_tokens(spy.rollouts.response_ids)[start : start + NUM_GENERATIONS]
+        for start in range(0, spy.rollouts.num_rows, NUM_GENERATIONS)
+    ]
+    lengths = map(len, spy.rollouts.response_ids)
+    return whitened([torch.full((length,), value) for value, length in zip(centred(groups), lengths, strict=True)])
+
+
+def weighed_by_length(spy):
+    rewards, lengths = small_tokens(spy.rollouts.response_ids), list(map(len, spy.rollouts.response_ids))
+    rows = []
+    for start in range(0, spy.rollouts.num_rows, NUM_GENERATIONS):
+        group = slice(start, start + NUM_GENERATIONS)
+        pairs = list(zip(rewards[group], lengths[group], strict=True))
+        baseline = sum(reward * length for reward, length in pairs) / sum(lengths[group])
+        rows += [torch.full((length,), reward - baseline) for reward, length in pairs]
+    return rows
+
+
+def each_reward_for_itself(spy):
+    total = torch.zeros(spy.rollouts.num_rows)
+    for values, weight in zip(spy.rollouts.rewards.values(), (1.0, 3.0), strict=True):
+        groups = torch.tensor(values).view(-1, NUM_GENERATIONS)
+        total += weight * ((groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + 1e-4)).flatten()
+    rows = total / (total.std() + 1e-4)
+    return [row.expand(length) for row, length in zip(rows, map(len, spy.rollouts.response_ids), strict=True)]
+
+
+KL_IN_REWARD = {"beta": 0.2, "kl": KLPenalty("k1", in_reward=True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("reinforce_plus_plus", KL_IN_REWARD, by_token),
+        ("reinforce_plus_plus_baseline", {}, by_group),
+        ("opo", {}, weighed_by_length),
+        ("gdpo", {}, each_reward_for_itself),
+    ],
+)
+def test_advantages_of_a_step_by_token(model_folder, data_file, name, options, expected):
+    module = grpo(model_folder, advantage_estimator=name, **options)
+    if name == "gdpo":
+        rewards = [RewardFunction(small_tokens), RewardFunction(second_reward, weight=3.0)]
+        module = GRPO(
+            model_folder, rewards, advantage_estimator=name, num_generations=NUM_GENERATIONS, max_completion_length=8
+        )
+    spy = fit(module, data_file)
+    experience = spy.experience
+    assert experience.advantages.std() > 0.1
+    found = [row[mask] for row, mask in zip(experience.advantages, experience.response_mask, strict=True)]
+    torch.testing.assert_close(found, [row.float() for row in expected(spy)], rtol=1e-4, atol=1e-5)
+    assert not experience.advantages[~experience.response_mask].any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (
             {"advantage_estimator": "ppo"},
-            "advantage_estimator must be 'grpo', 'rloo', 'gae' or an AdvantageEstimator by class_path, got 'ppo'",
+            "advantage_estimator must be one of 'grpo', 'rloo', 'gae', .*'gdpo', or .* by class_path, got 'ppo'",
+        ),
+        (
+            {"advantage_estimator": "gdpo", "beta": 0.1, "kl": KLPenalty(in_reward=True)},
+            "'gdpo' takes no KL penalty from the reward; leave in_reward out of kl",
+        ),
+        ({"advantage_estimator": "opo", "scale_rewards": "batch"}, "'opo' takes scale_rewards='group' or 'none', got"),
+        (
+            {"advantage_estimator": "opo", "num_generations": 1},
+            "'opo' compares the rollouts .* or 'reinforce_plus_plus'",
         ),
         ({"advantage_estimator": "gae"}, r"'gae' needs a critic; 'gae' goes with critic=SeparateCritic\(\)"),
-        ({"critic": SeparateCritic()}, "'grpo' does not use its critic; 'gae' goes with critic=.* and 'rloo' without"),
+        ({"critic": SeparateCritic()}, "'grpo' does not use its critic; 'gae' goes with critic=.* and 'rloo', without"),
         (
             {"advantage_estimator": "rloo", "scale_rewards": "none", "critic": SharedTrunkCritic()},
             "'rloo' does not use its critic",
@@ -176,11 +279,11 @@ def test_a_step_follows_the_formula_of_the_estimator(model_folder, data_file, ca
         ({"advantage_estimator": GAE()}, r"advantage_estimator=GAE needs a critic"),
         (
             {"num_generations": 1},
-            "'grpo' compares the rollouts .*, got num_generations=1; use at least 2, or 'gae' with",
+            "'grpo' compares the rollouts .*, got num_generations=1; use at least 2, or .*'gae' with",
         ),
         (
             {"num_generations": 1, "advantage_estimator": "rloo", "scale_rewards": "none"},
-            "'rloo' compares the rollouts of a prompt, got num_generations=1; use at least 2, or 'gae' with a critic",
+            "'rloo' compares the rollouts of a prompt, got num_generations=1; use at least 2, or .*'gae' with a critic",
         ),
         ({"advantage_estimator": "rloo"}, "'rloo' takes scale_rewards='none' or 'batch', got 'group'"),
         ({"scale_rewards": "row"}, "scale_rewards must be 'group', 'batch' or 'none', got 'row'"),
@@ -201,6 +304,14 @@ def test_settings_that_do_not_go_together_are_refused(options, message):
         (partial(GAE, gamma=1.1), r"gamma must lie in \[0, 1\], got 1.1"),
         (partial(GAE, lam=-0.1), r"lam must lie in \[0, 1\], got -0.1"),
         (partial(KLPenalty, target=0.1), "target=0.1 adapts a KL penalty in the reward; set in_reward=True"),
+        (
+            partial(KLPenalty, bias_correction=True, in_reward=True),
+            "bias_correction mends .* leave it or in_reward out",
+        ),
+        (partial(ReinforcePlusPlus, gamma=2.0), r"gamma must lie in \[0, 1\], got 2.0"),
+        (partial(PassAtK, "row"), "scale_rewards must be 'group', 'batch' or 'none', got 'row'"),
+        (partial(EntropyTarget, target=0.0), "target and delta must be positive, got 0.0"),
+        (partial(EntropyTarget, initial=2.0), "0 <= minimum <= initial <= maximum, got minimum=0.0, initial=2.0"),
         (partial(KLPenalty, "k9"), "the KL estimator must be one of k1, .*, got 'k9'"),
     ],
 )

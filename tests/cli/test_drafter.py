@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lit_specrl.callbacks.drafter_pretraining import _response
 from lit_specrl.cli.drafter import pretraining_configuration
 from lit_specrl.cli.main import COMMANDS
 from lit_specrl.drafting.distillation.trainer import DrafterTrainer
@@ -65,6 +66,24 @@ def config(model, tmp_path):
 
 
 SMALL = ["--num_rollouts=16", "--num_passes=2", "--num_speculative_tokens=2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "ends"),
+    [
+        ({}, True),
+        ({"finish_reason": "stop"}, True),
+        ({"finish_reason": "length"}, False),
+        ({"finish_reason": "turns"}, False),
+        ({"completion": "4</s>"}, False),
+    ],
+)
+def test_a_response_ends_with_end_of_text_where_it_ended_by_itself(model_folder, more, ends):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    record = {"prompt": "2 + 2", "completion": "44"} | more
+    token_ids = _response(record, tokenizer, ["</s>", "\n"])
+    assert (token_ids[-1] == tokenizer.eos_token_id) == ends
+    assert token_ids[: len(token_ids) - ends] == tokenizer(record["completion"], add_special_tokens=False).input_ids
 
 
 def test_a_new_head_learns_from_what_the_policy_says(config, model, tmp_path, capsys):

@@ -228,7 +228,7 @@ CONFIGURATION = {
     "an estimator that there is not": (
         FIT,
         model(advantage_estimator="grpoo"),
-        "advantage_estimator must be 'grpo', 'rloo', 'gae' or an AdvantageEstimator by class_path, got 'grpoo'",
+        "advantage_estimator must be one of 'grpo', 'rloo', 'gae', 'reinforce_plus_plus'",
     ),
     "a loss that there is not": (FIT, model(loss_type="grpoo"), "loss_type must be one of grpo, dapo"),
     "another value that is none of several": (FIT, data(overlong="cut"), "overlong must be one of drop, raise"),

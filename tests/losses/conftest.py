@@ -27,6 +27,10 @@ def _tensors_for_lists(entries):
 
 
 def _tensor(value):
-    if any(entry is None for entry in value):
-        value = [torch.nan if entry is None else entry for entry in value]
-    return torch.tensor(value)
+    return torch.tensor(_with_nan(value))
+
+
+def _with_nan(value):
+    if isinstance(value, list):
+        return [_with_nan(entry) for entry in value]
+    return torch.nan if value is None else value

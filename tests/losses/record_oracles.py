@@ -67,6 +67,10 @@ def make_inputs() -> dict:
         "rewards": torch.tensor([0.0, 1.0, 1.0, 0.25, 1.0, 1.0, 1.0, 1.0]),
         "ragged_rewards": torch.tensor([0.0, torch.nan, 1.0, 0.25, torch.nan, torch.nan, torch.nan, 1.0]),
     }
+    second = torch.tensor([0.1, 0.3, torch.nan, 0.2, 0.2, 0.2, torch.nan, 0.3])
+    third = torch.tensor([1.0, torch.nan, torch.nan, 0.0, 1.0, 1.0, torch.nan, 0.0])
+    inputs["scores"] = torch.stack([inputs["ragged_rewards"], second, third], -1)
+    inputs["score_weights"] = torch.tensor([1.0, 0.5, 2.0])
     return {name: tensor.mul(1e4).round().div(1e4) for name, tensor in inputs.items()}
 
 
@@ -111,7 +115,7 @@ def trl_loss(
         current_gradient_accumulation_steps=num_micro_batches,
         args=SimpleNamespace(
             delta=settings["delta"],
-            use_bias_correction_kl=False,
+            use_bias_correction_kl=settings.get("use_bias_correction_kl", False),
             steps_per_generation=num_micro_batches,
             **{name: value for name, value in settings.items() if name.startswith(("sapo", "vespo"))},
         ),
@@ -192,10 +196,10 @@ def trl_scored(trainer_class, inputs: dict, rewards: torch.Tensor, **settings) -
         vllm_importance_sampling_clip_min=settings.get("clip_min"),
         scale_rewards=settings.get("scale_rewards", "group"),
         normalize_advantages=settings.get("normalize_advantages", False),
-        multi_objective_aggregation="sum_then_normalize",
-        reward_weights=torch.ones(1),
-        reward_funcs=[None],
-        reward_func_names=["reward"],
+        multi_objective_aggregation="sum_then_normalize" if rewards.dim() == 1 else "normalize_then_sum",
+        reward_weights=torch.ones(1) if rewards.dim() == 1 else inputs["score_weights"],
+        reward_funcs=[None] * (1 if rewards.dim() == 1 else 3),
+        reward_func_names=["reward", "second", "third"][: 1 if rewards.dim() == 1 else 3],
         reward_clip_range=None,
         log_multimodal=False,
         _metrics={"train": defaultdict(list)},
@@ -204,7 +208,7 @@ def trl_scored(trainer_class, inputs: dict, rewards: torch.Tensor, **settings) -
         _pending_metrics=defaultdict(list),
         _is_vlm=False,
         _generate=lambda prompts: generated if is_grpo else (*generated[:2], ["text"] * 8),
-        _calculate_rewards=lambda *args: rewards[:, None],
+        _calculate_rewards=lambda *args: rewards.view(8, -1),
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (inputs["old_logprobs"], None, None),
     )
     output = trainer_class._generate_and_score_completions(trainer, [{"prompt": "?"}] * 8)
@@ -218,6 +222,10 @@ def trl_oracles(inputs: dict) -> dict:
         "grpo": trl_loss(inputs),
         "grpo on policy": trl_loss(inputs, with_old_logprobs=False),
         "grpo with kl": trl_loss(inputs, beta=0.1),
+        "grpo with corrected kl": trl_loss(inputs, beta=0.1, use_bias_correction_kl=True),
+        "grpo on policy with corrected kl": trl_loss(
+            inputs, beta=0.1, use_bias_correction_kl=True, with_old_logprobs=False
+        ),
         "grpo with importance and kl": trl_loss(inputs, beta=0.1, importance_ratio=token_ratio),
         "grpo two-sided": trl_loss(inputs, epsilon_high=0.28, delta=1.5),
         "dapo": trl_loss(inputs, loss_type="dapo", epsilon_high=0.28),
@@ -267,6 +275,7 @@ def trl_oracles(inputs: dict) -> dict:
         "advantages": advantages,
         "frac_reward_zero_std": zero_std,
         "leave_one_out": leave_one_out,
+        "decoupled": trl_scored(GRPOTrainer, inputs, inputs["scores"])[0]["advantages"],
         "importance": importance,
     }
 
@@ -362,8 +371,27 @@ def verl_oracles(inputs: dict) -> dict:
         )
         for gamma, lam in ((1.0, 1.0), (0.9, 0.8))
     }
+    at_the_end = torch.zeros(8, 6)
+    for row, length in enumerate(LENGTHS):
+        at_the_end[row, max(0, length - 1)] = inputs["rewards"][row]
+    estimated = {
+        "opo": core_algos.compute_opo_outcome_advantage(row_rewards, mask, index)[0],
+        "passk": core_algos.compute_grpo_passk_outcome_advantage(
+            row_rewards, ones, index, config={"norm_adv_by_std_in_grpo": True}
+        )[0],
+        "passk without scale": core_algos.compute_grpo_passk_outcome_advantage(
+            row_rewards, ones, index, config={"norm_adv_by_std_in_grpo": False}
+        )[0],
+        "reinforce_plus_plus": core_algos.compute_reinforce_plus_plus_outcome_advantage(
+            at_the_end + inputs["token_rewards"], mask, SimpleNamespace(gamma=0.9)
+        )[0],
+        "reinforce_plus_plus_baseline": core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(
+            row_rewards, mask, index
+        )[0],
+    }
     return {
         "losses": losses,
+        "estimators": estimated,
         "kl": {estimator: verl_kl(inputs, estimator) for estimator in estimators},
         "value_loss": {str(c): verl_value_loss(inputs, c) for c in (0.5, 0.1)},
         "explained_variance": verl_explained_variance(inputs),

@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from lit_specrl.advantages import (
+    decoupled_advantages,
     frac_reward_zero_std,
     generalized_advantages,
     group_advantages,
     leave_one_out_advantages,
+    pass_at_k_advantages,
 )
+from lit_specrl.algorithms.advantage_estimators import OPO, ReinforcePlusPlus, ReinforcePlusPlusBaseline
+from lit_specrl.algorithms.entropy_bonus import EntropyCoefficient
 from lit_specrl.algorithms.entropy_mask import TopEntropy
-from lit_specrl.algorithms.objective import is_on_policy
+from lit_specrl.algorithms.objective import Objective, is_on_policy
+from lit_specrl.experience import padded_rows
 from lit_specrl.losses import (
     ImportanceSampling,
+    KLPenalty,
     PolicyLoss,
     kl_penalty,
     named_loss,
@@ -22,8 +28,9 @@ from lit_specrl.losses import (
     token_weights,
     value_loss,
 )
-from lit_specrl.masking import masked_mean, masked_whiten
+from lit_specrl.masking import masked_whiten
 from lit_specrl.metrics import ValueStatistics
+from lit_specrl.models.policy import TokenStatistics
 
 MAX_COMPLETION_LENGTH = 7
 
@@ -46,6 +53,8 @@ TRL_LOSSES = {
     "grpo": ("grpo", {}),
     "grpo on policy": ("grpo", {}),
     "grpo with kl": ("grpo", {}),
+    "grpo with corrected kl": ("grpo", {}),
+    "grpo on policy with corrected kl": ("grpo", {}),
     "grpo with importance and kl": ("grpo", {}),
     "grpo two-sided": ("grpo", {"epsilon_high": 0.28, "delta": 1.5}),
     "dapo": ("dapo", {"epsilon_high": 0.28}),
@@ -63,16 +72,19 @@ def test_policy_losses_are_those_of_trl(case, oracles, inputs, loss_mask):
     expected = oracles["trl"]["losses"][case]
     policy_loss, aggregation = policy_loss_of(loss_type, **settings)
     policy_logprobs = inputs["policy_logprobs"].clone().requires_grad_()
-    old_logprobs = None if "on policy" in case else inputs["old_logprobs"]
-    advantages = inputs["row_advantages"][:, None].expand(8, 6)
+    part = experience_of(inputs)
+    part.advantages = inputs["row_advantages"][:, None].expand(8, 6)
+    part.old_logprobs = None if "on policy" in case else inputs["old_logprobs"]
+    part.reference_logprobs = inputs["reference_logprobs"] if "kl" in case else None
+    objective = Objective(policy_loss, None, KLPenalty(bias_correction="corrected" in case), EntropyCoefficient(0.0))
 
-    per_token_loss, clipped = policy_loss(policy_logprobs, old_logprobs, advantages, loss_mask)
-    if "importance" in case:
-        per_token_loss = per_token_loss * oracle_token_weights(inputs, loss_mask)
-    if "kl" in case:
-        kl = kl_penalty(policy_logprobs, inputs["reference_logprobs"], loss_mask)
-        assert_equal(masked_mean(kl, loss_mask), expected["kl"])
-        per_token_loss = per_token_loss + 0.1 * kl
+    statistics = TokenStatistics(policy_logprobs, torch.zeros(8, 6))
+    per_token_loss, found = objective(statistics, part, kl_coef=0.1)
+    if "importance" in case:  # TRL leaves the penalty out of it
+        surrogate, _ = policy_loss(policy_logprobs, part.old_logprobs, part.advantages, loss_mask)
+        per_token_loss = per_token_loss + surrogate * (oracle_token_weights(inputs, loss_mask) - 1)
+    if "kl" in case and "corrected" not in case:  # there TRL tells the weighted one
+        assert_equal(found.kl_sum / loss_mask.sum(), expected["kl"])
     weights = token_weights(loss_mask, aggregation, max_completion_length=MAX_COMPLETION_LENGTH)
     loss = (per_token_loss * weights).sum()
     loss.backward()
@@ -80,11 +92,18 @@ def test_policy_losses_are_those_of_trl(case, oracles, inputs, loss_mask):
     assert_equal(loss, expected["loss"])
     assert_equal(policy_logprobs.grad, expected["gradient"])
     if loss_type == "cispo":
-        assert_equal(clipped.high_mean, expected["cispo_clip_ratio"])
+        assert_equal(found.clipped.high_mean, expected["cispo_clip_ratio"])
     else:
-        assert_equal(clipped.low_mean, expected["clip_ratio/low_mean"])
-        assert_equal(clipped.high_mean, expected["clip_ratio/high_mean"])
-        assert_equal(clipped.region_mean, expected["clip_ratio/region_mean"])
+        assert_equal(found.clipped.low_mean, expected["clip_ratio/low_mean"])
+        assert_equal(found.clipped.high_mean, expected["clip_ratio/high_mean"])
+        assert_equal(found.clipped.region_mean, expected["clip_ratio/region_mean"])
+
+
+def experience_of(inputs):
+    lengths = inputs["lengths"].int().tolist()
+    experience = padded_rows([[1], [1]], [0] * 4 + [1] * 4, [[5] * length for length in lengths])
+    experience.rewards = inputs["rewards"]
+    return experience
 
 
 def summed(policy_loss, inputs, loss_mask, change=lambda logprobs, advantages: (advantages, 1)):
@@ -220,6 +239,34 @@ def test_advantages_are_those_of_verl(oracles, inputs):
     assert_equal(group_advantages(inputs["rewards"], 4, epsilon=1e-6), expected["group_advantages"]["True"])
     assert_equal(group_advantages(inputs["rewards"], 4, "none"), expected["group_advantages"]["False"])
     assert_equal(leave_one_out_advantages(inputs["rewards"], 4), expected["leave_one_out"])
+
+
+def test_decoupled_advantages_are_those_of_trl(oracles, inputs):
+    advantages = decoupled_advantages(inputs["scores"], inputs["score_weights"], 4)
+    assert_equal(advantages, oracles["trl"]["decoupled"])
+
+
+def test_best_rows_are_those_of_verl(oracles, inputs):
+    scaled = pass_at_k_advantages(inputs["rewards"], 4, epsilon=1e-6)
+    assert_equal(scaled, oracles["verl"]["estimators"]["passk"][:, 0])
+    plain = pass_at_k_advantages(inputs["rewards"], 4, "none")
+    assert_equal(plain, oracles["verl"]["estimators"]["passk without scale"][:, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("opo", OPO()),
+        ("reinforce_plus_plus", ReinforcePlusPlus(gamma=0.9)),
+        ("reinforce_plus_plus_baseline", ReinforcePlusPlusBaseline()),
+    ],
+)
+def test_estimators_are_those_of_verl(name, estimator, oracles, inputs, loss_mask):
+    experience = experience_of(inputs)
+    if name == "reinforce_plus_plus":
+        experience.kl_penalty = -inputs["token_rewards"].masked_fill(~loss_mask, 0)
+    advantages = estimator(experience, 4).view(8, -1).expand(8, 6)
+    assert_equal(advantages[loss_mask], oracles["verl"]["estimators"][name][loss_mask])
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 1.0), (0.9, 0.8)])
