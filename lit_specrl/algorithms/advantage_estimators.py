@@ -248,8 +248,8 @@ def resolve_estimator(
         )
     if kl_in_reward and not estimator.takes_kl_in_reward:
         raise ValueError(
-            f"advantage_estimator={name} takes no KL penalty from the reward; leave in_reward out of kl, and the penalty "
-            "goes into the loss"
+            f"advantage_estimator={name} takes no KL penalty from the reward; leave in_reward out of kl, and the "
+            "penalty goes into the loss"
         )
     return estimator
 

@@ -42,8 +42,8 @@ def _message(name: str, scored: set[float | None]) -> str:
     else:
         found = f"gave all rows the same value (now {next(iter(scored))})"
         look_at = (
-            "answer_format and the prompt template, which must lead the model to write its answer there, and the columns that "
-            "the reward reads; a few rows of the log of completions show it"
+            "answer_format and the prompt template, which must lead the model to write its answer there, and the "
+            "columns that the reward reads; a few rows of the log of completions show it"
         )
     name = name.replace("{", "{{").replace("}", "}}")
     return f"reward '{name}' {found} in {{num_steps}} steps in a row: nothing is learned from it. Look at {look_at}."

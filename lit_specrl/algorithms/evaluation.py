@@ -146,8 +146,8 @@ class AccuracyMeter(Metric):
             raise ValueError(f"unknown source {source!r}; expected one of {self.sources}")
         if not len(correct) == len(answers) == self.num_generations:
             raise ValueError(
-                f"expected num_generations={self.num_generations} responses for each prompt, got {len(correct)} values and"
-                f" {len(answers)} answers"
+                f"expected num_generations={self.num_generations} responses for each prompt, got {len(correct)} values "
+                f"and {len(answers)} answers"
             )
         num_correct = sum(value >= CORRECT for value in correct)
         passes = [pass_at_k(self.num_generations, num_correct, k) for k in self.pass_ks]

@@ -58,8 +58,8 @@ class GradientStep:
             rank_zero_warn(f"step {step}: {self.name} gradient norm is {norm_value}, the update was skipped")
             if self.num_skipped >= self.max_skipped_updates:
                 raise RuntimeError(
-                    f"{self.num_skipped} successive updates had a non-finite gradient; lower the learning rate, or look "
-                    "for rewards and log-probs that are not finite"
+                    f"{self.num_skipped} successive updates had a non-finite gradient; lower the learning rate, or "
+                    "look for rewards and log-probs that are not finite"
                 )
         return is_finite, {
             f"{self.name}/grad_norm": norm_value,

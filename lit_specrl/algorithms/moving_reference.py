@@ -36,8 +36,8 @@ class MovingReference:
             )
         if self.is_on and lora is not None:
             raise ValueError(
-                f"KLPenalty(sync_steps={kl.sync_steps}) moves a reference of its own, but with lora the reference is the"
-                " policy without adapters; leave one of the two out"
+                f"KLPenalty(sync_steps={kl.sync_steps}) moves a reference of its own, but with lora the reference is "
+                "the policy without adapters; leave one of the two out"
             )
 
     @property
@@ -58,8 +58,8 @@ class MovingReference:
         """Raise `MisconfigurationException` where checkpoints have no place for the reference."""
         if self.is_on and is_sharded:
             raise MisconfigurationException(
-                "KLPenalty(sync_steps=...) keeps the reference in checkpoints, which sharded ones have no place for yet;"
-                " train with another strategy, or with a fixed reference"
+                "KLPenalty(sync_steps=...) keeps the reference in checkpoints, which sharded ones have no place for "
+                "yet; train with another strategy, or with a fixed reference"
             )
 
     def state_dict(self, scorer: Scorer) -> dict[str, Any]:

@@ -46,8 +46,9 @@ def check_environment(environment: Environment | None, rewards: RewardSet) -> No
     """
     if environment is not None and not isinstance(environment, Environment):
         raise TypeError(
-            f"environment must be an Environment, got {environment!r}; give an instance, such as CalculatorEnvironment(), which "
-            "is copied for each row. A class with TRL's reset and tools goes into ToolEnvironment(environment_factory=...)"
+            f"environment must be an Environment, got {environment!r}; give an instance, such as "
+            "CalculatorEnvironment(), which is copied for each row. A class with TRL's reset and tools goes into "
+            "ToolEnvironment(environment_factory=...)"
         )
     needing = [reward.name for reward in rewards.rewards if isinstance(reward, EnvironmentReward)]
     if environment is None and needing:
@@ -82,13 +83,13 @@ def check_run(
         )
     if max_length is not None and max_length > positions:
         raise MisconfigurationException(
-            f"prompts and responses of up to {max_length} tokens do not fit the {positions} positions of {model}; lower "
-            "max_prompt_length or max_completion_length"
+            f"prompts and responses of up to {max_length} tokens do not fit the {positions} positions of {model}; "
+            "lower max_prompt_length or max_completion_length"
         )
     if trainer.precision == "16-mixed":
         raise MisconfigurationException(
-            "precision='16-mixed' scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' or "
-            "'32-true'"
+            "precision='16-mixed' scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' "
+            "or '32-true'"
         )
     batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     if batch_size is not None and batch_size // trainer.world_size % num_minibatches:

@@ -61,8 +61,9 @@ def bench_engine(
         finally:
             bench.engine.shutdown()
     notes = [
-        "Ratios are those of this library over the way of the row. Processor time is that of all threads of the process. Host time leaves out what passes inside vLLM's model "
-        "runner: it is scheduling, bookkeeping and outputs, for each row and step.",
+        "Ratios are those of this library over the way of the row. Processor time is that of all threads of the "
+        "process. Host time leaves out what passes inside vLLM's model runner: it is scheduling, bookkeeping and "
+        "outputs, for each row and step.",
     ]
     if device == "cpu":
         notes.append("Engines on a CPU do not sleep.")

@@ -216,8 +216,8 @@ def _check_positions(policy: Policy, length_pairs: list[tuple[int, int]]) -> Non
         longest = prompt_length + _response_bounds(response_length)[1]
         if longest > positions:
             raise ValueError(
-                f"--lengths {prompt_length}/{response_length}: rows of up to {longest} tokens do not fit the {positions} "
-                "positions of the model"
+                f"--lengths {prompt_length}/{response_length}: rows of up to {longest} tokens do not fit the "
+                f"{positions} positions of the model"
             )
 
 

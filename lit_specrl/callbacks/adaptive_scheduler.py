@@ -61,7 +61,8 @@ class AdaptiveScheduler(RolloutCallback):
         owners = callbacks_of(trainer, SpeculativeRollout)
         if not owners or owners[0].drafter is None:
             raise MisconfigurationException(
-                "AdaptiveScheduler needs something to schedule; give SpeculativeRollout a drafter, such as NGramDrafter()"
+                "AdaptiveScheduler needs something to schedule; give SpeculativeRollout a drafter, such as "
+                "NGramDrafter()"
             )
         self.engine = owners[0].engine
         if self.schedule is None:
@@ -122,7 +123,7 @@ class AdaptiveScheduler(RolloutCallback):
 def _message(is_off: bool) -> str:
     if is_off:
         return (
-            "AdaptiveScheduler has switched speculation off: at no number of active requests does the drafter save more time than it takes. It "
-            "goes on again when the drafter gets better"
+            "AdaptiveScheduler has switched speculation off: at no number of active requests does the drafter save "
+            "more time than it takes. It goes on again when the drafter gets better"
         )
     return "AdaptiveScheduler has switched speculation on: the drafter pays"

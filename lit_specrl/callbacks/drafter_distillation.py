@@ -183,8 +183,8 @@ class DrafterDistillation(RolloutCallback):
         drafter = owners[0].drafter if owners else None
         if drafter is None or type(drafter).network is Drafter.network:
             raise MisconfigurationException(
-                "DrafterDistillation needs a drafter that can learn; give SpeculativeRollout an Eagle3Drafter() or a DraftModel, got "
-                f"{type(drafter).__name__ if drafter else 'none'}"
+                "DrafterDistillation needs a drafter that can learn; give SpeculativeRollout an Eagle3Drafter() or a "
+                f"DraftModel, got {type(drafter).__name__ if drafter else 'none'}"
             )
         self.drafter = drafter
 

@@ -99,7 +99,8 @@ class DrafterPretraining(RolloutCallback):
             raise ValueError(f"kl_warmup must lie in [0, 1], got {kl_warmup}")
         if rollouts is not None and not Path(rollouts).is_file():
             raise ValueError(
-                f"rollouts: there is no file {rollouts!r}; give a JSONL file, or leave it out to let the policy generate"
+                f"rollouts: there is no file {rollouts!r}; give a JSONL file, or leave it out to let the policy "
+                "generate"
             )
         self.output, self.drafter, self.num_rollouts, self.rollouts = output, drafter, num_rollouts, rollouts
         self.vocabulary_size, self.num_speculative_tokens = vocabulary_size, num_speculative_tokens
@@ -126,8 +127,9 @@ class DrafterPretraining(RolloutCallback):
         if trainer.is_global_zero:
             network.save(self.output)
             print(
-                f"The drafter is in {self.output}. Of drafts of {self.num_speculative_tokens} tokens, {_describe(before)} before the training and {_describe(after)} after it, "
-                f"on {after.num_drafts} places of responses that it has not seen."
+                f"The drafter is in {self.output}. Of drafts of {self.num_speculative_tokens} tokens, "
+                f"{_describe(before)} before the training and {_describe(after)} after it, on {after.num_drafts} "
+                "places of responses that it has not seen."
             )
             if buffer.num_evicted:
                 print(f"{buffer.num_evicted} responses did not fit into max_bytes={self.max_bytes} and were left out.")

@@ -186,12 +186,14 @@ class PrefixCache(RolloutCallback):
         require_only_one(self, trainer)
         if self.verifier == "engine" and sampling.temperature != 1:
             raise MisconfigurationException(
-                f"verifier='engine' scores at temperature 1, rollouts are sampled at {sampling.temperature}; use verifier='policy'"
+                f"verifier='engine' scores at temperature 1, rollouts are sampled at {sampling.temperature}; use "
+                "verifier='policy'"
             )
         if sampling.is_truncated and self.rule.needs_logprobs and not self.rule.allows_truncated_sampling:
             raise MisconfigurationException(
-                f"PrefixCache compares log-probs of the whole softmax, but rollouts are sampled with {sampling.departure}; use "
-                "top_p=1.0, min_p=0.0 and repetition_penalty=1.0 without top_k, or acceptance='off'"
+                "PrefixCache compares log-probs of the whole softmax, but rollouts are sampled with "
+                f"{sampling.departure}; use top_p=1.0, min_p=0.0 and repetition_penalty=1.0 without top_k, or "
+                "acceptance='off'"
             )
 
     def on_train_batch_start(
@@ -271,8 +273,8 @@ class PrefixCache(RolloutCallback):
         self._rewards = []
         if reward_outruns_accuracy(self._validations):
             rank_zero_warn(
-                "training reward rises while validation accuracy falls: the reused rollouts may flatter the policy. Lower "
-                "lenience, set drift_bound, or compare with fresh rollouts by control_fraction"
+                "training reward rises while validation accuracy falls: the reused rollouts may flatter the policy. "
+                "Lower lenience, set drift_bound, or compare with fresh rollouts by control_fraction"
             )
             self._validations = []
 

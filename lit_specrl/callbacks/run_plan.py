@@ -120,8 +120,9 @@ def _arithmetic(trainer: L.Trainer, module: RLVRModule) -> dict[str, str]:
     updates = module.num_iterations * module.num_minibatches
     per_rank = "" if trainer.world_size == 1 else f" ({rollouts // trainer.world_size} a rank)"
     rows["a step"] = (
-        f"{batch_size} prompts x {sampling.num_generations} = {rollouts} rollouts{per_rank}; {module.num_iterations} passes x "
-        f"{module.num_minibatches} minibatches = {updates} updates of {rollouts // module.num_minibatches} rollouts"
+        f"{batch_size} prompts x {sampling.num_generations} = {rollouts} rollouts{per_rank}; {module.num_iterations} "
+        f"passes x {module.num_minibatches} minibatches = {updates} updates of {rollouts // module.num_minibatches} "
+        "rollouts"
     )
     num_steps = _num_steps(trainer, data)
     if num_steps is not None:

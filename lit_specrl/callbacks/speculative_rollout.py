@@ -108,15 +108,15 @@ class SpeculativeRollout(RolloutCallback):
     def _check_drafter(self, trainer: L.Trainer, drafter: Drafter) -> None:
         if not self.engine.can_speculate:
             raise MisconfigurationException(
-                f"this {type(self.engine).__name__} cannot speculate; use SpeculativeRollout(engine=VLLMEngine(), drafter=...), with "
-                "tensor_parallel_size=1, or leave the drafter out"
+                f"this {type(self.engine).__name__} cannot speculate; use SpeculativeRollout(engine=VLLMEngine(), "
+                "drafter=...), with tensor_parallel_size=1, or leave the drafter out"
             )
         caches = callbacks_of(trainer, PrefixCache)
         if drafter.needs_past_responses and not caches:
             raise MisconfigurationException(
-                f"{type(drafter).__name__} looks for tokens in the responses that a PrefixCache keeps, and with siblings=False "
-                "nowhere else; add PrefixCache(), PrefixCache(acceptance='off') to draft from them without reusing them, "
-                "or set siblings=True"
+                f"{type(drafter).__name__} looks for tokens in the responses that a PrefixCache keeps, and with "
+                "siblings=False nowhere else; add PrefixCache(), PrefixCache(acceptance='off') to draft from them "
+                "without reusing them, or set siblings=True"
             )
 
     def on_rollout_end(self, trainer: L.Trainer, pl_module: RLVRModule, rollouts: Rollouts) -> None:

@@ -67,8 +67,8 @@ def telling_of_a_full_disk(path: Path, written: Path) -> Iterator[None]:
         free = shutil.disk_usage(path.parent).free / 2**30
         raise OSError(
             number,
-            f"{path} could not be written: {os.strerror(number)} ({free:.1f} GiB are free). What was saved before is untouched; make room, then "
-            "resume from the latest checkpoint",
+            f"{path} could not be written: {os.strerror(number)} ({free:.1f} GiB are free). What was saved before is "
+            "untouched; make room, then resume from the latest checkpoint",
         ) from error
 
 

@@ -44,8 +44,9 @@ def loadable(content: Any, path: str = "") -> Any:
         _load_alone(content)
     except Exception as error:  # whatever pickle meets in somebody's class
         raise TypeError(
-            f"{path or 'the checkpoint'} holds a {kind.__module__}.{kind.__qualname__}, with which the checkpoint could not be loaded again. "
-            f"Checkpoints hold tensors, strings, numbers, None and lists, tuples, sets or dicts of them: {_advice(content)}"
+            f"{path or 'the checkpoint'} holds a {kind.__module__}.{kind.__qualname__}, with which the checkpoint "
+            "could not be loaded again. Checkpoints hold tensors, strings, numbers, None and lists, tuples, sets or "
+            f"dicts of them: {_advice(content)}"
         ) from error
     return content
 

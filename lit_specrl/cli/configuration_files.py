@@ -93,7 +93,8 @@ def read_configuration(file: str) -> dict[str, Any]:
         )
     if not isinstance(settings, dict):
         raise ConfigurationError(
-            f"{file} must be a mapping with the keys model, data and trainer, got {in_short(settings)}; see recipes/quickstart.yaml",
+            f"{file} must be a mapping with the keys model, data and trainer, got {in_short(settings)}; see "
+            "recipes/quickstart.yaml",
             file,
         )
     return settings

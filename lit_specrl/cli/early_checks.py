@@ -39,7 +39,8 @@ def check_settings(settings: Any) -> None:
 def _check_precision(precision: Any) -> None:
     if str(precision) in ("16", "16-mixed"):
         raise ConfigurationError(
-            f"precision={precision} scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' or '32-true'",
+            f"precision={precision} scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' "
+            "or '32-true'",
             "trainer.precision",
         )
 
@@ -56,7 +57,8 @@ def _check_devices(accelerator: Any, devices: Any) -> None:
     num_gpus = torch.cuda.device_count()
     if accelerator in ("gpu", "cuda") and not num_gpus:
         raise ConfigurationError(
-            f"accelerator={accelerator} needs a GPU, and torch {torch.__version__} sees none; use accelerator: cpu, or auto",
+            f"accelerator={accelerator} needs a GPU, and torch {torch.__version__} sees none; use accelerator: cpu, or "
+            "auto",
             "trainer.accelerator",
         )
     count = int(devices) if str(devices).lstrip("-").isdecimal() else None
@@ -83,7 +85,8 @@ def _check_writable(folder: str | None) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigurationError(
-            f"the output folder {path} cannot be written: {reason}; make it writable, make room, or take another default_root_dir",
+            f"the output folder {path} cannot be written: {reason}; make it writable, make room, or take another "
+            "default_root_dir",
             "trainer.default_root_dir",
         ) from error
 

@@ -21,6 +21,6 @@ def check_torchvision() -> None:
         import_module("torchvision")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise ImportError(
-            f"the installed torchvision does not fit torch {metadata.version('torch')} ({error}), and transformers cannot "
-            "load models beside it; lit_specrl needs neither: pip uninstall -y torchvision torchaudio torchcodec"
+            f"the installed torchvision does not fit torch {metadata.version('torch')} ({error}), and transformers "
+            "cannot load models beside it; lit_specrl needs neither: pip uninstall -y torchvision torchaudio torchcodec"
         ) from error

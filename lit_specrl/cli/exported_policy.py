@@ -66,7 +66,8 @@ def write_policy(
             policy = _merged(model, _with_adapters(model, config, lora, state), getattr(torch, dtype))
     except RuntimeError as error:
         raise ValueError(
-            f"the weights of {source} do not fit the architecture of {model}: {_some_lines(error)}; give the run's own by --model"
+            f"the weights of {source} do not fit the architecture of {model}: {_some_lines(error)}; give the run's own "
+            "by --model"
         ) from error
     with suppress(OSError):  # many base models come without a generation config
         policy.generation_config = GenerationConfig.from_pretrained(model, revision=revision or "main")

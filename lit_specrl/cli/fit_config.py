@@ -38,7 +38,8 @@ def fit_configuration(arguments: Sequence[str]) -> Configuration:
     configuration: Configuration = yaml.safe_load(printed.getvalue())
     if configuration["ckpt_path"] in ("last", "best", "hpc"):
         raise ValueError(
-            f"--ckpt_path {configuration['ckpt_path']}: the runs would begin where others have stopped; give a file or leave it out"
+            f"--ckpt_path {configuration['ckpt_path']}: the runs would begin where others have stopped; give a file or "
+            "leave it out"
         )
     callbacks = configuration["trainer"]["callbacks"] or []
     configuration["trainer"]["callbacks"] = callbacks if isinstance(callbacks, list) else [callbacks]

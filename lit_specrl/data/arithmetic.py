@@ -68,8 +68,9 @@ class ArithmeticSource(PromptSource):
         chosen = [terms for terms in candidates if split_of(terms) == self.split][: self.num_prompts]
         if len(chosen) < self.num_prompts:
             raise ValueError(
-                f"num_prompts={self.num_prompts} but the {self.split} split of {self.num_terms} terms up to {self.max_term}"
-                f" has only {len(chosen)} distinct questions; ask for fewer, or raise num_terms or max_term"
+                f"num_prompts={self.num_prompts} but the {self.split} split of {self.num_terms} terms up to "
+                f"{self.max_term} has only {len(chosen)} distinct questions; ask for fewer, or raise num_terms or "
+                "max_term"
             )
         return [{"question": f"What is {' + '.join(map(str, t))}?", "answer": str(sum(t))} for t in chosen]
 

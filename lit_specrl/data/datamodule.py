@@ -198,12 +198,13 @@ class PromptDataModule(L.LightningDataModule):
         counts = ", ".join(f"{number} from {source!r}" for source, number in Counter(without).items())
         if len(without) == len(prompts):
             raise MisconfigurationException(
-                f"{split} data: none of the {len(prompts)} prompts ({counts}) has a reference answer, which reward {needing}"
-                " compares with; name the column that holds it by `answer` of the source, or use other rewards"
+                f"{split} data: none of the {len(prompts)} prompts ({counts}) has a reference answer, which reward "
+                f"{needing} compares with; name the column that holds it by `answer` of the source, or use other "
+                "rewards"
             )
         rank_zero_warn(
-            f"{split} data: {len(without)} of {len(prompts)} prompts ({counts}) have no reference answer; reward {needing}"
-            " does not apply to them."
+            f"{split} data: {len(without)} of {len(prompts)} prompts ({counts}) have no reference answer; reward "
+            f"{needing} does not apply to them."
         )
 
     def _check_columns(self, split: str, prompts: PromptBatch) -> None:
@@ -224,8 +225,8 @@ class PromptDataModule(L.LightningDataModule):
     def _make_train_loader(self, prompts: PromptBatch) -> PromptLoader:
         if self._trainer().overfit_batches:  # type: ignore[attr-defined]  # set in a helper of Trainer.__init__
             raise MisconfigurationException(
-                "overfit_batches does not work with PromptDataModule, whose training data is one stream over all epochs;"
-                " give the source a `limit` instead"
+                "overfit_batches does not work with PromptDataModule, whose training data is one stream over all "
+                "epochs; give the source a `limit` instead"
             )
         loader = PromptLoader(
             prompts, self.batch_size, seed=self.seed, shuffle=self.shuffle, schedule=self.schedule, **self._ranks()
@@ -251,7 +252,8 @@ class PromptDataModule(L.LightningDataModule):
         tokenizer = getattr(module, "tokenizer", None)
         if tokenizer is None:
             raise MisconfigurationException(
-                f"{type(module).__name__} has no `tokenizer`; PromptDataModule renders prompts with the policy's tokenizer"
+                f"{type(module).__name__} has no `tokenizer`; PromptDataModule renders prompts with the policy's "
+                "tokenizer"
             )
         return tokenizer
 

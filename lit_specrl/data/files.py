@@ -62,7 +62,8 @@ class FileSource(PromptSource):
     def load(self) -> list[dict[str, Any]]:
         if self.path.is_dir():
             raise ValueError(
-                f"{self.path} is a folder; expected a file ending in {', '.join(READERS)}. `HubSource` reads a folder whole"
+                f"{self.path} is a folder; expected a file ending in {', '.join(READERS)}. `HubSource` reads a folder "
+                "whole"
             )
         suffix = file_suffix(self.path)
         if suffix not in READERS:
@@ -105,8 +106,8 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: not valid JSON ({error}); one object per line belongs into a .jsonl file") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(
-            f"{path}: expected a list of JSON objects, got {text.strip()[:80]!r}; put the objects between [ and ], or write one"
-            " object per line (.jsonl)"
+            f"{path}: expected a list of JSON objects, got {text.strip()[:80]!r}; put the objects between [ and ], or "
+            "write one object per line (.jsonl)"
         )
     return records
 
@@ -124,8 +125,9 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
             for cells in filter(None, table):
                 if len(cells) != len(names):
                     raise ValueError(
-                        f"{path}, line {table.line_num}: expected {len(names)} cells, as many as the first line names columns"
-                        f" ({', '.join(names)[:200]}), got {len(cells)}; put cells that hold a comma between quotes"
+                        f"{path}, line {table.line_num}: expected {len(names)} cells, as many as the first line names "
+                        f"columns ({', '.join(names)[:200]}), got {len(cells)}; put cells that hold a comma between "
+                        "quotes"
                     )
                 records.append(dict(zip(names, cells, strict=True)))
         except csv.Error as error:
@@ -142,7 +144,8 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         return pyarrow.parquet.ParquetFile(path).read().to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path}: not a Parquet file, or a damaged one ({' '.join(str(error).split())}); copy or download it once more"
+            f"{path}: not a Parquet file, or a damaged one ({' '.join(str(error).split())}); copy or download it once "
+            "more"
         ) from error
 
 

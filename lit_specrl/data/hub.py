@@ -85,11 +85,12 @@ class HubSource(PromptSource):
             return datasets.load_dataset(self.path, self.config_name, split=self.split, revision=self.revision)
         except ConnectionError as error:
             raise ValueError(
-                f"dataset {self.path!r} is not in the local cache and the hub cannot be reached ({error}). Download it where"
-                " there is a connection and copy the cache (HF_HOME), set HF_ENDPOINT to a reachable mirror, or point a"
-                " FileSource at a local file"
+                f"dataset {self.path!r} is not in the local cache and the hub cannot be reached ({error}). Download it "
+                "where there is a connection and copy the cache (HF_HOME), set HF_ENDPOINT to a reachable mirror, or "
+                "point a FileSource at a local file"
             ) from error
         except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
-                f"dataset {self.path!r} (config_name={self.config_name!r}, split={self.split!r}) cannot be loaded: {error}"
+                f"dataset {self.path!r} (config_name={self.config_name!r}, split={self.split!r}) cannot be loaded: "
+                f"{error}"
             ) from error

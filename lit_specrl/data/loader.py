@@ -61,7 +61,8 @@ class PromptLoader:
         check_batch_size(batch_size, world_size)
         if len(prompts) < batch_size:
             raise ValueError(
-                f"{len(prompts)} prompts are fewer than one step of batch_size={batch_size}; add data or lower batch_size"
+                f"{len(prompts)} prompts are fewer than one step of batch_size={batch_size}; add data or lower "
+                "batch_size"
             )
         self.batch_size = batch_size
         self.seed = seed
@@ -161,8 +162,8 @@ class PromptLoader:
         self._epoch_pass_rates = dict(self._pass_rates)
         if self._num_of_rank < num_prompts:
             rank_zero_warn(
-                f"epoch {self._epoch}: {type(self._schedule).__name__} leaves {self._num_of_rank} prompts for a rank, a step"
-                f" needs {num_prompts}; the epoch visits all prompts"
+                f"epoch {self._epoch}: {type(self._schedule).__name__} leaves {self._num_of_rank} prompts for a rank, "
+                f"a step needs {num_prompts}; the epoch visits all prompts"
             )
             self._epoch_pass_rates = {}
             self._ordered_epoch = None

@@ -70,8 +70,8 @@ def build_prompts(
     if num_dropped and (overlong == "raise" or not kept):
         longest = max(range(len(texts)), key=lambda i: len(prompt_ids[i]))
         raise ValueError(
-            f"{num_dropped} of {len(texts)} prompts are longer than max_prompt_length={max_prompt_length} tokens, the longest"
-            f" has {len(prompt_ids[longest])} ({texts[longest][:80]!r} ...); raise max_prompt_length"
+            f"{num_dropped} of {len(texts)} prompts are longer than max_prompt_length={max_prompt_length} tokens, the "
+            f"longest has {len(prompt_ids[longest])} ({texts[longest][:80]!r} ...); raise max_prompt_length"
             + (" or set overlong='drop'" if kept else "")
         )
     answers = [entries[i][1].get("answer") for i in kept]
@@ -144,9 +144,9 @@ def _warn_of_shown_answers(source: str, rows: list[dict[str, Any]]) -> None:
     if showing:
         end = row_turns(showing[0])[-1]["content"][-80:]
         rank_zero_warn(
-            f"source {source!r}: {len(showing)} of {len(rows)} prompts show their own reference answer, such as"
-            f" {showing[0]['answer'][:40]!r} in {end!r}; a policy learns to copy it. Name the column with the bare question by"
-            " `question`, or take the solution out of the messages."
+            f"source {source!r}: {len(showing)} of {len(rows)} prompts show their own reference answer, such as "
+            f"{showing[0]['answer'][:40]!r} in {end!r}; a policy learns to copy it. Name the column with the bare "
+            "question by `question`, or take the solution out of the messages."
         )
 
 

@@ -99,8 +99,8 @@ class Mixture(PromptSchedule):
     def __init__(self, weights: dict[str, float], shuffle: bool | dict[str, bool] = True) -> None:
         if not weights or not all(0 < weight < float("inf") for weight in weights.values()):
             raise ValueError(
-                f"weights must be positive numbers by the name of a source, got {weights}; leave a source out of the data"
-                " to train without it"
+                f"weights must be positive numbers by the name of a source, got {weights}; leave a source out of the "
+                "data to train without it"
             )
         self.weights, self.shuffle = weights, shuffle
         if isinstance(shuffle, dict) and (unknown := sorted(set(shuffle) - set(weights))):
@@ -180,8 +180,8 @@ class Curriculum(PromptSchedule):
         except TypeError as error:
             kinds = sorted({type(value).__name__ for value in hardness.values()})
             raise ValueError(
-                f"column {self.column!r} holds values that do not compare ({', '.join(kinds)}); Curriculum needs numbers"
-                " or texts"
+                f"column {self.column!r} holds values that do not compare ({', '.join(kinds)}); Curriculum needs "
+                "numbers or texts"
             ) from error
 
     def _hardness(self, prompt: ScheduledPrompt) -> Any:

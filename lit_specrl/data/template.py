@@ -117,8 +117,8 @@ class PromptTemplate:
         closing = self._apply([{"role": "user", "content": _SAID}], tokenizer).partition(_SAID)[2]
         if not prompt.endswith(closing):
             raise ValueError(
-                f"what an environment says first is added to the user's turn that a prompt ends with, expected {closing!r} at "
-                f"its end, got {prompt[-80:]!r}; return None from its reset"
+                "what an environment says first is added to the user's turn that a prompt ends with, expected "
+                f"{closing!r} at its end, got {prompt[-80:]!r}; return None from its reset"
             )
         return f"{prompt.removesuffix(closing)}\n{observation}{closing}"
 
@@ -215,6 +215,6 @@ def opening_tokens(text: str, tokenizer: Any) -> list[int]:
         if dressed[start : start + len(own)] == own:
             return dressed[:start]
     raise ValueError(
-        f"the tokenizer reads {text[:80]!r} as {dressed[:20]} with its special tokens and as {own[:20]} without; expected the"
-        " same tokens between them"
+        f"the tokenizer reads {text[:80]!r} as {dressed[:20]} with its special tokens and as {own[:20]} without; "
+        "expected the same tokens between them"
     )

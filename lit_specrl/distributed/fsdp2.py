@@ -41,8 +41,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         for name, expected in {"tensor_parallel_size": 1, "data_parallel_size": "auto"}.items():
             if options.pop(name, expected) != expected:
                 raise ValueError(
-                    f"fsdp2 shards over all ranks and knows no {name}; leave it out. The engine can be tensor parallel: "
-                    "VLLMEngine(tensor_parallel_size=...)"
+                    f"fsdp2 shards over all ranks and knows no {name}; leave it out. The engine can be tensor "
+                    "parallel: VLLMEngine(tensor_parallel_size=...)"
                 )
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, **options)
         self.cpu_offload = cpu_offload

@@ -47,7 +47,8 @@ class Drafter(ABC):
     def __init__(self, num_speculative_tokens: int) -> None:
         if num_speculative_tokens < 1:
             raise ValueError(
-                f"num_speculative_tokens must be at least 1, got {num_speculative_tokens}; leave the drafter out for none"
+                f"num_speculative_tokens must be at least 1, got {num_speculative_tokens}; leave the drafter out for "
+                "none"
             )
         self.num_speculative_tokens = num_speculative_tokens
 

@@ -132,15 +132,17 @@ def check_head(folder: str, policy: PreTrainedConfig) -> None:
     same = (own.hidden_size, own.vocab_size) == (policy.hidden_size, policy.vocab_size)
     if not same or max(layers) >= policy.num_hidden_layers:
         raise ValueError(
-            f"the head {folder!r} reads layers {layers} of width {own.hidden_size} with a vocabulary of {own.vocab_size}, the policy has "
-            f"{policy.num_hidden_layers} layers of width {policy.hidden_size} and {policy.vocab_size} tokens; make a head for this policy"
+            f"the head {folder!r} reads layers {layers} of width {own.hidden_size} with a vocabulary of "
+            f"{own.vocab_size}, the policy has {policy.num_hidden_layers} layers of width {policy.hidden_size} and "
+            f"{policy.vocab_size} tokens; make a head for this policy"
         )
 
 
 def _head_config(folder: str) -> Any:
     if is_out_of_reach(folder):  # before the import, which takes long
         raise ValueError(
-            f"{folder!r} is no EAGLE-3 head: there is no such folder, and the hub does not deliver it. `lit-specrl drafter` makes one"
+            f"{folder!r} is no EAGLE-3 head: there is no such folder, and the hub does not deliver it. `lit-specrl "
+            "drafter` makes one"
         )
     _require_speculators()
     from speculators.models.eagle3 import Eagle3SpeculatorConfig
@@ -164,8 +166,9 @@ def check_drafter_files(folder: str) -> None:
     changed = changed_files(Path(folder))
     if changed:
         raise ValueError(
-            f"the drafter {folder!r} is damaged: {', '.join(changed)} missing or not as written. Make it again by `lit-specrl drafter`, or `lit-specrl "
-            "export --drafter` from a checkpoint; if you changed the weights on purpose, delete checksums.json"
+            f"the drafter {folder!r} is damaged: {', '.join(changed)} missing or not as written. Make it again by "
+            "`lit-specrl drafter`, or `lit-specrl export --drafter` from a checkpoint; if you changed the weights on "
+            "purpose, delete checksums.json"
         )
 
 
@@ -243,8 +246,8 @@ def check_architecture(policy: PreTrainedConfig) -> None:
     known = ("llama", "qwen2", "qwen3", "mistral")
     if policy.model_type not in known:
         raise ValueError(
-            f"an EAGLE-3 head can be built for policies of the kinds {', '.join(known)}, this one is {policy.model_type!r}; "
-            "use NGramDrafter, HistoryDrafter or DraftModel"
+            f"an EAGLE-3 head can be built for policies of the kinds {', '.join(known)}, this one is "
+            f"{policy.model_type!r}; use NGramDrafter, HistoryDrafter or DraftModel"
         )
     feature_layers(policy.num_hidden_layers)
 
@@ -254,8 +257,8 @@ def _require_speculators() -> None:
         import speculators  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "an EAGLE-3 head needs speculators: pip install 'lit_specrl[eagle3]', then pip install --no-deps 'speculators==0.9.*' 'hs-connectors==0.9.*'. "
-            f"The import says: {error}"
+            "an EAGLE-3 head needs speculators: pip install 'lit_specrl[eagle3]', then pip install --no-deps "
+            f"'speculators==0.9.*' 'hs-connectors==0.9.*'. The import says: {error}"
         ) from error
 
 

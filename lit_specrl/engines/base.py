@@ -256,7 +256,8 @@ class RolloutEngine(ABC):
         prefix, limit = request.prefix(row), request.sampling.max_completion_length
         if len(prefix) > limit:
             raise ValueError(
-                f"the prefix of row {row} has {len(prefix)} tokens, a response at most {limit}; cut it before generating"
+                f"the prefix of row {row} has {len(prefix)} tokens, a response at most {limit}; cut it before "
+                "generating"
             )
         if prefix and self.end(request, prefix, len(prefix) - 1) is not None:
             return "stop"

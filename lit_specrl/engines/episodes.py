@@ -75,8 +75,9 @@ class TurnTaking:
             group = first[index * size : (index + 1) * size]
             if any(text != group[0] for text in group):
                 raise ValueError(
-                    f"{type(self.environment).__name__}.reset must return the same for all rows of a group, which are compared "
-                    f"with each other, got {group[0]!r} and others for the prompt {prompts.prompts[index][-80:]!r}"
+                    f"{type(self.environment).__name__}.reset must return the same for all rows of a group, which are "
+                    f"compared with each other, got {group[0]!r} and others for the prompt "
+                    f"{prompts.prompts[index][-80:]!r}"
                 )
         return EpisodeBatch(self, self._with_observations(prompts, first[::size], sampling), environments)
 

@@ -48,19 +48,20 @@ def lora_config(lora: dict[str, Any]) -> Any:
         raise ValueError(f"lora got {', '.join(unknown)}; peft's LoraConfig knows {', '.join(sorted(known))}")
     if lora.get("lora_dropout"):
         raise ValueError(
-            f"lora_dropout must be 0, got {lora['lora_dropout']}; old and new log-probs must come from the same function"
+            f"lora_dropout must be 0, got {lora['lora_dropout']}; old and new log-probs must come from the same "
+            "function"
         )
     if lora.get("init_lora_weights", True) not in (True, "gaussian"):
         raise ValueError(
-            f"init_lora_weights must be true or 'gaussian', got {lora['init_lora_weights']!r}; the initial policy must be "
-            "the model itself"
+            f"init_lora_weights must be true or 'gaussian', got {lora['init_lora_weights']!r}; the initial policy must "
+            "be the model itself"
         )
     config, default = LoraConfig(**{"task_type": "CAUSAL_LM"} | lora), LoraConfig(task_type="CAUSAL_LM")
     for name in sorted(set(lora) - _LORA_ARGUMENTS):
         if getattr(config, name) != getattr(default, name):
             raise ValueError(
-                f"lora cannot have {name}={lora[name]!r}: the policy must be base + scaling * B @ A, and without adapters "
-                f"the initial one; choose among {', '.join(sorted(_LORA_ARGUMENTS))}"
+                f"lora cannot have {name}={lora[name]!r}: the policy must be base + scaling * B @ A, and without "
+                f"adapters the initial one; choose among {', '.join(sorted(_LORA_ARGUMENTS))}"
             )
     return config
 

@@ -32,8 +32,8 @@ class ModelName(str):
     def __new__(cls, name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelName:
         if revision is not None and Path(name).is_dir():
             raise ValueError(
-                f"revision={revision!r} is of a model on the hub, and {name!r} is a folder; leave revision out, or give "
-                "the model's hub name"
+                f"revision={revision!r} is of a model on the hub, and {name!r} is a folder; leave revision out, or "
+                "give the model's hub name"
             )
         self = super().__new__(cls, name)
         self.revision, self.trust_remote_code = revision, trust_remote_code

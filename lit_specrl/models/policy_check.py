@@ -43,8 +43,9 @@ def check_logprobs(model: PreTrainedModel, policy: Any) -> None:
     difference, reasons = (own - ours).abs().max(), _reasons(model)
     if reasons or not difference <= _tolerance(model):
         raise ValueError(
-            f"{name} does more with its hidden states than multiply them with the head ({reasons or 'its configuration does not say what'}): its log-probs "
-            f"of a short input are {difference:.2g} nats from those that would be trained; {advice}"
+            f"{name} does more with its hidden states than multiply them with the head "
+            f"({reasons or 'its configuration does not say what'}): its log-probs of a short input are "
+            f"{difference:.2g} nats from those that would be trained; {advice}"
         )
 
 

@@ -51,8 +51,8 @@ def unreachable_model_message(name_or_path: str) -> str:
     revision = hub_options(name_or_path).get("revision")
     if revision is not None:
         return (
-            f"the hub does not deliver revision {revision!r} of model {name_or_path!r} now; check the spelling, or fetch it where "
-            f"there is a network with `hf download {name_or_path} --revision {revision}`"
+            f"the hub does not deliver revision {revision!r} of model {name_or_path!r} now; check the spelling, or "
+            f"fetch it where there is a network with `hf download {name_or_path} --revision {revision}`"
         )
     return (
         f"model {name_or_path!r} is neither a folder in the transformers format (with config.json) nor a model that "
@@ -74,7 +74,8 @@ def check_model_exists(name_or_path: str) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"model {name_or_path!r} comes with modelling code of its own; read it, and let it run with trust_remote_code: true"
+                f"model {name_or_path!r} comes with modelling code of its own; read it, and let it run with "
+                "trust_remote_code: true"
             ) from error
         if (Path(name_or_path) / "config.json").is_file():
             raise ValueError(

@@ -289,13 +289,14 @@ def acceptance_rule(
         )
     if drift_bound is not None:
         raise ValueError(
-            f"drift_bound={drift_bound} belongs to acceptance='ratio' or 'sequence' and would be ignored by {acceptance!r}"
+            f"drift_bound={drift_bound} belongs to acceptance='ratio' or 'sequence' and would be ignored by "
+            f"{acceptance!r}"
         )
     rules: dict[str, AcceptanceRule] = {"random": RandomReuse(), "full": FullReuse(), "off": NoReuse()}
     if acceptance not in rules:
         raise ValueError(
-            f"acceptance must be 'ratio', 'sequence', 'random', 'full' or 'off', got {acceptance!r}; a rule of one's own "
-            "is named by class_path"
+            f"acceptance must be 'ratio', 'sequence', 'random', 'full' or 'off', got {acceptance!r}; a rule of one's "
+            "own is named by class_path"
         )
     return rules[acceptance]
 

@@ -101,7 +101,8 @@ class BoundedShare(ReusePolicy):
     def __init__(self, max_reuse_fraction: float = 0.5, drawn: bool = False) -> None:
         if not 0 < max_reuse_fraction <= 1:
             raise ValueError(
-                f"max_reuse_fraction must lie in (0, 1], got {max_reuse_fraction}; use acceptance='off' to reuse nothing"
+                f"max_reuse_fraction must lie in (0, 1], got {max_reuse_fraction}; use acceptance='off' to reuse "
+                "nothing"
             )
         self.max_reuse_fraction, self.drawn = max_reuse_fraction, drawn
 

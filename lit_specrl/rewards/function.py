@@ -156,8 +156,8 @@ def import_function(path: str) -> Callable[..., Any]:
                 f"reward function {path!r}: module {module_name!r} needs {error.name!r}, which is not installed"
             ) from error
         raise ValueError(
-            f"reward function {path!r}: there is no module {error.name!r} in the working folder {Path.cwd()}, on PYTHONPATH, or "
-            "installed; expected 'package.module.function'"
+            f"reward function {path!r}: there is no module {error.name!r} in the working folder {Path.cwd()}, on "
+            "PYTHONPATH, or installed; expected 'package.module.function'"
         ) from error
     except SyntaxError as error:
         raise ValueError(

@@ -210,8 +210,8 @@ class JudgeReward(Reward):
             )
         if num_unjudged:
             warnings.warn(
-                f"reward {self.name!r}: {num_unjudged} of {len(scores)} rows were not judged and count as None, the last "
-                f"one by {reason}",
+                f"reward {self.name!r}: {num_unjudged} of {len(scores)} rows were not judged and count as None, the "
+                f"last one by {reason}",
                 stacklevel=2,
             )
 

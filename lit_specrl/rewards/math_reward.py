@@ -107,7 +107,8 @@ class MathReward(Reward):
         if self.counters["timeouts"] > TIMEOUT_WARNING_FRACTION * len(row_verdicts):
             warnings.warn(
                 f"{self.counters['timeouts']} of {len(row_verdicts)} answers were not decided within "
-                f"timeout_s={self.pool.timeout_s} and scored 0; raise num_workers, or lower timeout_s to lose less time",
+                f"timeout_s={self.pool.timeout_s} and scored 0; raise num_workers, or lower timeout_s to lose less "
+                "time",
                 stacklevel=3,
             )
 

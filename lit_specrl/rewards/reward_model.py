@@ -128,8 +128,8 @@ class RewardModel(Reward):
         num_cut = 0 if limit is None else sum(len(ids) > limit for ids in token_ids)
         if num_cut and not self.counters.get("cut"):
             warnings.warn(
-                f"reward {self.name!r}: {num_cut} of {len(token_ids)} texts are longer than {limit} tokens and lose their "
-                "beginning; raise max_length as far as the model has positions, or shorten prompts and responses",
+                f"reward {self.name!r}: {num_cut} of {len(token_ids)} texts are longer than {limit} tokens and lose "
+                "their beginning; raise max_length as far as the model has positions, or shorten prompts and responses",
                 stacklevel=3,
             )
         self.counters = {"cut": num_cut}

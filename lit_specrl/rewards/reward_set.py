@@ -192,7 +192,8 @@ def _checked(reward: Reward, scores: Any, num_rows: int) -> _Checked:
         raise ValueError(f"{expected}, got {type(scores).__name__}; return one number (or None) per completion")
     if shape is not None and len(shape) != 1:
         raise ValueError(
-            f"{expected}, got {type(scores).__name__} of shape {tuple(shape)}; return one number per completion, shape ({num_rows},)"
+            f"{expected}, got {type(scores).__name__} of shape {tuple(shape)}; return one number per completion, shape "
+            f"({num_rows},)"
         )
     if len(scores) != num_rows:
         raise ValueError(
@@ -213,8 +214,8 @@ def _checked(reward: Reward, scores: Any, num_rows: int) -> _Checked:
     num_nonfinite = values.count(None) - numbers.count(None)
     if num_nonfinite:
         warnings.warn(
-            f"reward {reward.name!r} returned NaN or infinity for {num_nonfinite} of {num_rows} rows; they count as None. "
-            f"Return None where the reward does not apply, or a finite number.",
+            f"reward {reward.name!r} returned NaN or infinity for {num_nonfinite} of {num_rows} rows; they count as "
+            "None. Return None where the reward does not apply, or a finite number.",
             stacklevel=4,
         )
     return _Checked(values, num_nonfinite)

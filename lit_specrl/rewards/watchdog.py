@@ -31,6 +31,7 @@ def _warn(reward: Reward, elapsed_s: float, started_at: str) -> None:
     # call.
     warnings.warn(
         f"reward {reward.name!r} has been running for {elapsed_s:g} s, since {started_at}, and training waits for it. "
-        f"If it hangs, give its own calls (requests, processes) a time limit, or a function a RewardFunction(timeout_s=...).",
+        "If it hangs, give its own calls (requests, processes) a time limit, or a function a "
+        "RewardFunction(timeout_s=...).",
         stacklevel=2,
     )

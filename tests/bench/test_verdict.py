@@ -178,9 +178,9 @@ def test_the_verdict(found, expected):
 def test_the_verdict_is_one_sentence_with_its_numbers():
     found = comparison((-0.004, -0.018, 0.010), (1.5, 1.4, 1.6))
     assert verdict(found, "PrefixCache", "seconds", 0.01) == (
-        "PrefixCache: cannot tell yet: seconds end to end, without / with, are 1.50x (1.40x to 1.60x); the score at equal steps "
-        "changes by -0.004 (-0.018 to +0.010), 0.01 may be lost, and about 20 seeds tell so small a change (95 % intervals, "
-        "10 seeds)."
+        "PrefixCache: cannot tell yet: seconds end to end, without / with, are 1.50x (1.40x to 1.60x); the score at "
+        "equal steps changes by -0.004 (-0.018 to +0.010), 0.01 may be lost, and about 20 seeds tell so small a change "
+        "(95 % intervals, 10 seeds)."
     )
 
 

@@ -323,7 +323,8 @@ def test_the_table_shows_different_prompts_first_and_text_as_it_is():
         "| prompt | answer | completion | math | format | end |",
         "|---|---|---|---|---|---|",
         "| <code>Q1</code> | <code>1</code> | <code>a&#124;b</code> | 1 | (none) | stop |",
-        "| <code>Q2</code> | (none) | <code>&lt;b&gt;</code><br><code>&#96;x&#96; &amp; y</code> | 0.123 | 1 | length |",
+        "| <code>Q2</code> | (none) | <code>&lt;b&gt;</code><br><code>&#96;x&#96; &amp; y</code> | 0.123 | 1 | length "
+        "|",
     ]
     order = [line.split("|")[1].strip() for line in completions_table(rollouts, limit=3).markdown().splitlines()[2:]]
     assert order == ["<code>Q1</code>", "<code>Q2</code>", "<code>Q1</code>"]

@@ -34,10 +34,7 @@ from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 
 DOCS = ROOT / "docs"
 SOURCES = sorted((ROOT / "lit_specrl").rglob("*.py"))
-GROUPS = (
-    "actor|clip_ratio|completions|critic|drafter|dynamic_sampling|environment|perf|prefix_cache|rewards|sampling|speculation|"
-    "timing_s|val-core"
-)
+GROUPS = "actor|clip_ratio|completions|critic|drafter|dynamic_sampling|environment|perf|prefix_cache|rewards|sampling|speculation|timing_s|val-core"
 NO_METRICS = {"drafter/{}"}  # the purpose of rollouts, which their seeds come from
 
 

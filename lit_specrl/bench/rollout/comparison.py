@@ -124,8 +124,8 @@ def notes(pairs: Sequence[Pair], callbacks: str, score: float | None) -> list[st
     """What the reader must know about the tables."""
     fraction = statistics.median(rollout_fraction(pair.without) for pair in pairs)
     found = [
-        f"Without {callbacks}, rollouts take {fraction:.0%} of the training time (all steps, median over the seeds); savings there "
-        f"alone cannot bring the ratio end to end above {1 / (1 - fraction):.2f}x."
+        f"Without {callbacks}, rollouts take {fraction:.0%} of the training time (all steps, median over the seeds); "
+        f"savings there alone cannot bring the ratio end to end above {1 / (1 - fraction):.2f}x."
     ]
     if score is not None and not validation_table(pairs, score):
         found.append(f"No validation reports {SCORE}, so that nothing is said about --score {score:g}.")
@@ -140,7 +140,8 @@ def weaknesses(pairs: Sequence[Pair]) -> list[str]:
         found.append("One seed says nothing about the spread; take several with --seeds.")
     if not any(pair.num_steps > pair.windows["after the first epoch"].start for pair in pairs):
         found.append(
-            "No step comes after the first epoch, in which there is nothing to reuse: the ratios tell nothing of reuse; raise trainer.max_epochs."
+            "No step comes after the first epoch, in which there is nothing to reuse: the ratios tell nothing of "
+            "reuse; raise trainer.max_epochs."
         )
     if any(len(pair.without.steps) != len(pair.with_callbacks.steps) for pair in pairs):
         found.append("The two runs of a seed differ in their number of steps; ratios are of the steps that both have.")

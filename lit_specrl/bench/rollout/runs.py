@@ -81,8 +81,8 @@ class Run:
             tail = errors.read_text("utf-8", "replace").splitlines()[-_TAIL_LINES:]
             lines = "\n".join(["", *tail])
             raise RunFailedError(
-                f"the run with seed {self.seed}, {self.arm}, ended with code {code}. Finished runs are kept: the same command goes on "
-                f"after them. The last lines of {errors}:{lines}"
+                f"the run with seed {self.seed}, {self.arm}, ended with code {code}. Finished runs are kept: the same "
+                f"command goes on after them. The last lines of {errors}:{lines}"
             )
         return RunRecord.load(self.record_file)
 

@@ -68,7 +68,8 @@ class DistillationSample:
     def __post_init__(self) -> None:
         if not 1 <= self.num_prompt_tokens <= self.token_ids.numel():
             raise ValueError(
-                f"num_prompt_tokens must be between 1 and the {self.token_ids.numel()} tokens of uid {self.uid!r}, got {self.num_prompt_tokens}"
+                f"num_prompt_tokens must be between 1 and the {self.token_ids.numel()} tokens of uid {self.uid!r}, got "
+                f"{self.num_prompt_tokens}"
             )
         length, num_responses = len(self), self.num_response_tokens
         k = self.top_tokens.shape[-1] if self.top_tokens.dim() else 0
@@ -102,8 +103,9 @@ class DistillationSample:
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
             expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(
-                f"{name} must be {legend} = {list(shape)} of {expected} for {self.num_prompt_tokens} tokens of prompt and {self.num_response_tokens} of "
-                f"response, got {list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')} for uid {self.uid!r}"
+                f"{name} must be {legend} = {list(shape)} of {expected} for {self.num_prompt_tokens} tokens of prompt "
+                f"and {self.num_response_tokens} of response, got {list(tensor.shape)} of "
+                f"{str(tensor.dtype).removeprefix('torch.')} for uid {self.uid!r}"
             )
 
 
@@ -247,7 +249,8 @@ class DistillationBuffer:
             raise ValueError(f"a sample buffer of version {FORMAT_VERSION} was expected, got {metadata.get('version')}")
         if len(tensors) != len(_TENSOR_FIELDS) * len(metadata["uid"]):
             raise ValueError(
-                f"{len(metadata['uid'])} samples of {len(_TENSOR_FIELDS)} tensors were expected, got {len(tensors)} tensors"
+                f"{len(metadata['uid'])} samples of {len(_TENSOR_FIELDS)} tensors were expected, got {len(tensors)} "
+                "tensors"
             )
         buffer = cls(max_bytes, max_age)
         rows = zip(*(metadata[name] for name in _ROW_FIELDS), strict=True)

@@ -58,7 +58,8 @@ def reward_weights(
     groups = torch.as_tensor(groups, device=rewards.device)
     if rewards.dim() != 1 or groups.shape != rewards.shape:
         raise ValueError(
-            f"rewards must be [N] and groups must have one entry for each, got {list(rewards.shape)} and {list(groups.shape)}"
+            f"rewards must be [N] and groups must have one entry for each, got {list(rewards.shape)} and "
+            f"{list(groups.shape)}"
         )
     if rewards.isinf().any():
         raise ValueError("rewards must be finite or NaN, got an infinite one, which leaves no room between the others")

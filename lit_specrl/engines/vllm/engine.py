@@ -85,25 +85,28 @@ class VLLMEngine(RolloutEngine):
             raise ValueError(f"sleep_level must be 0, 1, 2 or auto, got {sleep_level}")
         if sleep_level == 2 and not merge_adapters:
             raise ValueError(
-                "sleep_level=2 would drop the weights under the adapters, which merge_adapters=False hands over no more; "
-                "use sleep_level=1"
+                "sleep_level=2 would drop the weights under the adapters, which merge_adapters=False hands over no "
+                "more; use sleep_level=1"
             )
         check_at_least_one(
             tensor_parallel_size=tensor_parallel_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len
         )
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(
-                f"gpu_memory_utilization is a fraction of the GPU's memory and must lie in (0, 1], got {gpu_memory_utilization}"
+                "gpu_memory_utilization is a fraction of the GPU's memory and must lie in (0, 1], got "
+                f"{gpu_memory_utilization}"
             )
         if cpu_kv_cache_gib < 1 or cpu_kv_cache_gib != int(cpu_kv_cache_gib):
             raise ValueError(
-                f"cpu_kv_cache_gib must be a whole number of GiB (vLLM takes no other), at least 1, got {cpu_kv_cache_gib}"
+                "cpu_kv_cache_gib must be a whole number of GiB (vLLM takes no other), at least 1, got "
+                f"{cpu_kv_cache_gib}"
             )
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if "speculative_config" in (options or {}):
             raise ValueError(
-                "speculation is not an option of the engine: give SpeculativeRollout a drafter, whose drafts are verified exactly"
+                "speculation is not an option of the engine: give SpeculativeRollout a drafter, whose drafts are "
+                "verified exactly"
             )
         self.dtype, self.max_num_seqs, self.max_model_len = dtype, max_num_seqs, max_model_len
         self.gpu_memory_utilization, self.cpu_kv_cache_gib = gpu_memory_utilization, cpu_kv_cache_gib
@@ -137,13 +140,13 @@ class VLLMEngine(RolloutEngine):
         check_options(self.options)
         if num_ranks % self.tensor_parallel_size:
             raise ValueError(
-                f"tensor_parallel_size={self.tensor_parallel_size} ranks hold one engine, which {num_ranks} ranks cannot be divided "
-                "into; use a size that divides the number of devices"
+                f"tensor_parallel_size={self.tensor_parallel_size} ranks hold one engine, which {num_ranks} ranks "
+                "cannot be divided into; use a size that divides the number of devices"
             )
         if self.max_model_len is not None and max_length is not None and self.max_model_len < max_length:
             raise ValueError(
-                f"max_model_len={self.max_model_len} is less than the run's prompts and responses of up to {max_length} tokens; raise it, or "
-                "leave it out"
+                f"max_model_len={self.max_model_len} is less than the run's prompts and responses of up to "
+                f"{max_length} tokens; raise it, or leave it out"
             )
         warn_if_slow(f"VLLMEngine(dtype={self.dtype!r})", self.dtype_on(device), device)
 
@@ -158,8 +161,8 @@ class VLLMEngine(RolloutEngine):
         self._on_gpu = policy.device.type == "cuda"
         if not self._on_gpu and not policy.keeps_cache_by_row:
             raise RuntimeError(
-                f"vLLM 0.32 on a CPU samples from something else than {type(policy.model).__name__}, whose layers keep a state instead of keys "
-                "and values; use TransformersEngine"
+                f"vLLM 0.32 on a CPU samples from something else than {type(policy.model).__name__}, whose layers keep "
+                "a state instead of keys and values; use TransformersEngine"
             )
         self.stop_token_ids = frozenset(stop_token_ids)
         positions = policy.model.config.get_text_config().max_position_embeddings
@@ -365,8 +368,8 @@ class VLLMEngine(RolloutEngine):
         level = self._sleep_level_on(device) if device.type == "cuda" else 0
         sleeps = f", {_SLEEP[level]}" if device.type == "cuda" else ""
         return (
-            f"{check_version()}, {self.dtype_on(device)}, {place}{adapters}, up to {self._rows_at_once(device)} rows at "
-            f"once{sleeps}"
+            f"{check_version()}, {self.dtype_on(device)}, {place}{adapters}, up to {self._rows_at_once(device)} rows "
+            f"at once{sleeps}"
         )
 
     def _rows_at_once(self, device: torch.device | None = None) -> int:

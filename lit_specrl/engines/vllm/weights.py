@@ -86,8 +86,8 @@ def _check_loaded(names: Iterable[str], loaded: Collection[str]) -> None:
     missing = sorted(name for name in names if name not in loaded)
     if missing:
         raise RuntimeError(
-            f"the policy has no weights for {len(missing)} parameters of the engine, such as {missing[0]}; is the engine's "
-            "model another than the policy's?"
+            f"the policy has no weights for {len(missing)} parameters of the engine, such as {missing[0]}; is the "
+            "engine's model another than the policy's?"
         )
 
 
