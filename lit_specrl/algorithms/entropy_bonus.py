@@ -81,7 +81,7 @@ class EntropyCoefficient:
         Args:
             entropy: of the update just done, in nats per token, on all ranks.
         """
-        if self.target is None or not math.isfinite(entropy):
+        if self.target is None or not math.isfinite(entropy):  # a policy that has broken says nothing
             return
         delta = self.target.delta if entropy <= self.target.target else -self.target.delta
         self._weight = min(max(self._weight + delta, self.target.minimum), self.target.maximum)

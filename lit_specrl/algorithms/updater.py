@@ -134,8 +134,10 @@ class Updater:
         entropy = self.objective.entropy
         if entropy.target is not None:
             self.report.metrics["entropy_coef"] = entropy.value
-            found = sum_over_ranks(torch.stack([update.entropy_sum, update.num_tokens]).float())
-            entropy.update(float(found[0] / found[1]))
+            sums = [value.to(self.scorer.policy.device) for value in (update.entropy_sum, update.num_tokens)]
+            entropy_sum, num_tokens = sum_over_ranks(torch.stack(sums).float()).tolist()
+            if num_tokens:
+                entropy.update(entropy_sum / num_tokens)
 
     def update_critic(self, experience: Experience, optimizer: Any, step: int) -> None:
         """One optimizer step of a critic with passes of its own; nothing for others."""
