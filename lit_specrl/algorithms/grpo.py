@@ -16,7 +16,7 @@ class GRPO(RLVRModule):
 
     - Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): `loss_type="dr_grpo", scale_rewards="none"`;
     - RLOO (Ahmadian et al. 2024, arXiv 2402.14740): `advantage_estimator="rloo", scale_rewards="none",
-      kl=KLPenalty(in_reward=True), beta=0.05`;
+      kl=KLPenalty("k1", in_reward=True), beta=0.05`;
     - GSPO (Zheng et al. 2025, arXiv 2507.18071): `loss_type="gspo", epsilon=3e-4, epsilon_high=4e-4`;
     - CISPO (MiniMax 2025, arXiv 2506.13585): `loss_type="cispo", epsilon_high=5.0`.
 

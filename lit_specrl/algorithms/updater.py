@@ -128,7 +128,8 @@ class Updater:
                     real_tokens=micro_batch.num_real_tokens,
                 )
         self.report.updates += update
-        self._adapt_entropy_bonus(update)
+        if not self.warms_up(step):
+            self._adapt_entropy_bonus(update)
 
     def _adapt_entropy_bonus(self, update: UpdateStatistics) -> None:
         entropy = self.objective.entropy

@@ -8,6 +8,9 @@ from fractions import Fraction
 from lit_specrl.environments.base import Environment, Observation
 from lit_specrl.rewards.exact_number import parse_exact
 
+MAX_DIGITS = 100
+"""Of a result before the point; a longer one would only fill the response."""
+
 
 class CalculatorEnvironment(Environment):
     """Computes what a turn asks for, and ends with a turn that asks for nothing.
@@ -15,7 +18,7 @@ class CalculatorEnvironment(Environment):
     Args:
         pattern: regular expression of a call, whose first group is what to compute: sums, differences, products,
             quotients and powers of numbers, with brackets. It is looked for in the whole turn; the last call counts.
-        error: what the policy reads instead of a result where that is no number.
+        error: what the policy reads instead of a result where that is no number, or has more than 100 digits.
         role: whose message the result is in a chat template.
 
     Raises:
@@ -42,14 +45,17 @@ class CalculatorEnvironment(Environment):
         if not calls:
             return None
         number = parse_exact(calls[-1][1].strip())
-        return Observation(self.error if number is None else shown(number.value), role=self.role)
+        result = None if number is None else shown(number.value)
+        return Observation(self.error if result is None else result, role=self.role)
 
 
-def shown(value: Fraction) -> str:
-    """A number as text: whole, or a decimal of six digits.
+def shown(value: Fraction) -> str | None:
+    """A number as text: whole, or a decimal of six digits; `None` for one of more than `MAX_DIGITS`.
 
     Example:
-        >>> shown(Fraction(30)), shown(Fraction(1, 3))
-        ('30', '0.333333')
+        >>> shown(Fraction(30)), shown(Fraction(1, 3)), shown(Fraction(10) ** 400)
+        ('30', '0.333333', None)
     """
+    if abs(value) >= 10**MAX_DIGITS:
+        return None
     return str(value.numerator) if value.denominator == 1 else f"{float(value):.6g}"

@@ -6,7 +6,8 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 from transformers.utils import get_json_schema
 
@@ -87,8 +88,10 @@ class ToolEnvironment(Environment):
     def unwrapped(self) -> Any:
         return self if self._object is None else self._object
 
-    def copy(self) -> ToolEnvironment:
-        return ToolEnvironment(self._functions, self._factory, self.pattern, self.role)
+    def copy(self) -> Self:
+        other = copy(self)
+        other._object = None if self._factory is None else self._factory()
+        return other
 
     def reset(self, row: dict[str, Any]) -> str | None:
         begin = getattr(self._object, "reset", None)
@@ -98,7 +101,9 @@ class ToolEnvironment(Environment):
         calls = [match[1] for match in self._calls.finditer(text)]
         if not calls:
             return None
-        return Observation("\n".join(map(self._result, calls)), role=self.role)
+        results = "\n".join(map(self._result, calls))
+        # halves of characters, which JSON can write, are no text to a tokenizer
+        return Observation(results.encode(errors="replace").decode(), role=self.role)
 
     def close(self) -> None:
         end = getattr(self._object, "close", None)
@@ -110,10 +115,12 @@ class ToolEnvironment(Environment):
         tools = {tool.__name__: tool for tool in self._tools}
         try:
             asked = json.loads(call)
-            return str(tools[asked["name"]](**asked.get("arguments", {})))
+            tool, arguments = tools[asked["name"]], asked.get("arguments", {})
         except json.JSONDecodeError as error:
             return f"error: no JSON: {error}"
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             return f"error: expected a name of {', '.join(tools)} and arguments, {error} is missing"
+        try:
+            return str(tool(**arguments))
         except Exception as error:  # of the policy's making, which it may learn to avoid
-            return f"error: {error}"
+            return f"error: {error!r}" if isinstance(error, KeyError) else f"error: {error}"

@@ -23,8 +23,6 @@ MAX_MEMORY = 4 * 2**30
 
 def judge(reference: str, answer: str) -> str:
     """Return "right", "wrong", or "undecided" where the reference cannot be read as mathematics."""
-    from math_verify import verify
-
     _compare_numbers_relatively()
     reference_sides, sides = _sides(reference), _sides(answer)
     if _is_computed(reference_sides):
@@ -34,12 +32,20 @@ def judge(reference: str, answer: str) -> str:
         return "undecided"
     if not _sides_agree(sides):
         return "wrong"
+    answers = [answer]
     if len(sides) > 1 and (len(reference_sides) < 2 or _is_computed(sides)):
-        answer = sides[-1] if _NAME.fullmatch(reference) else _result(sides)
-    given = _read(answer)
+        answers = [sides[-1] if _NAME.fullmatch(reference) else _result(sides)]
+        if _is_computed(sides):
+            answers += sides[:-1]  # the exact number, of which the last side is rounded
+    return "right" if any(_is_equal(expected, _read(answer)) for answer in answers) else "wrong"
+
+
+def _is_equal(expected: list[Any], given: list[Any]) -> bool:
+    from math_verify import verify
+
     # This process is ended from outside, so the library's own alarms are off.
     is_right = verify(expected, given, timeout_seconds=None, allow_set_relation_comp=True)
-    return "right" if is_right or _same_region(expected, given) else "wrong"
+    return bool(is_right) or _same_region(expected, given)
 
 
 _FORMULA_MARK = re.compile(r"(?<!\\)\$|\\\(|\\\[")

@@ -177,8 +177,18 @@ _TIDYING = [
     (re.compile(r"(?<![\w.,])(\d++(?:\.\d++)?)[eE]([-+]0\d|\+\d++)(?![\w.])"), r"\1\\cdot 10^{\2}"),
     (re.compile(r"^\\?\$(?=[-+\d.])"), ""),  # an amount: $18, \$18
 ]
-# "42 apples per day": a number with words after it is that number; functions such as "2 sqrt" are none.
-_WORDS_AFTER_NUMBER = re.compile(r"^([-+]?\d[\d,]*+(?:\.\d++)?) (?!sqrt|sinh|cosh|tanh|arc)[A-Za-z]{4,}[A-Za-z ]*+$")
+_PARTS = r"(?:hal(?:f|ves)|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s?)(?![a-z])"
+# "42 apples per day": a number with words after it is that number; "2 sqrt" and "3 tenths" are others.
+_WORDS_AFTER_NUMBER = re.compile(
+    rf"^([-+]?\d[\d,]*+(?:\.\d++)?(?:\\cdot 10\^\{{\d++\}}|%)?+) ?(?<=[ %}}])(?!sqrt|sinh|cosh|tanh|arc|{_PARTS})"
+    r"[A-Za-z]{4,}[A-Za-z ]*+$"
+)
+# "2 million", "25 percent"
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALED = re.compile(rf"^(\D{{0,3}}[\d,.]*\d)(?: |\\text\{{ ?)({'|'.join(_SCALES)})s?\b\}}?")
+_PER_CENT = re.compile(r"^([-+]?[\d,.]*\d) ?(?:\\text\{ ?)?per ?cent\b\}?")
+# a list such as 101, 202, which without its space would be a number
+_LIST_OF_HUNDREDS = re.compile(r"(?<=\d), +(?=\d{3}(?!\d))")
 _SYMBOLS = {
     **{
         "≤": r"\le ",
@@ -228,6 +238,8 @@ def _tidy_with_unit(answer: str) -> str:
         answer = braces[1].strip()
     for pattern, replacement in _TIDYING:
         answer = pattern.sub(replacement, answer)
+    answer = _SCALED.sub(lambda match: rf"{match[1]}\cdot 10^{{{_SCALES[match[2]]}}}", answer)
+    answer = _LIST_OF_HUNDREDS.sub(r",\\quad ", _PER_CENT.sub(r"\1%", answer))
     if not _PROSE.search(answer):  # in prose the checker looks for numbers between spaces
         answer = _SPACE_AT_SYMBOL.sub("", answer)
     return answer.strip()

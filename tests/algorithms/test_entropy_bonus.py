@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from training import EveryStep, History, arithmetic, assert_identical, grpo, make_trainer, weights_of
+from training import EveryStep, History, arithmetic, assert_identical, grpo, make_trainer, variety, weights_of
 
-from lit_specrl import EntropyTarget, KLPenalty
+from lit_specrl import PPO, EntropyTarget, KLPenalty, SharedTrunkCritic
 from lit_specrl.algorithms.entropy_bonus import EntropyCoefficient
 
 ALWAYS, NEVER = 1e9, 1e-9
@@ -55,6 +55,19 @@ def test_the_weight_acts_as_a_constant_one_does(model_folder):
     make_trainer().fit(adaptive, arithmetic())
     constant, _ = run(model_folder, entropy_coef=0.2)
     assert_identical(weights_of(adaptive), weights_of(constant))
+
+
+def test_the_weight_waits_while_the_critic_warms_up(model_folder):
+    module = PPO(
+        model_folder,
+        [variety],
+        critic=SharedTrunkCritic(warmup_steps=2),
+        entropy_coef=EntropyTarget(target=ALWAYS, initial=0.1, delta=0.01),
+        max_completion_length=12,
+    )
+    history = History()
+    make_trainer(history).fit(module, arithmetic())
+    assert [step.get("entropy_coef") for step in history.steps.values()] == [None, None, 0, pytest.approx(0.11)]
 
 
 def test_a_resumed_run_goes_on_with_the_weight(model_folder, tmp_path):

@@ -12,6 +12,12 @@ from lit_specrl import CalculatorEnvironment, Observation
         ("calc: two", "not a number"),
         ("calc: 1 / 0", "not a number"),
         ("calc: 9 ^ 9 ^ 9", "not a number"),
+        ("calc: 10 ^ 5000", "not a number"),
+        ("calc: 2000!", "not a number"),
+        ("calc: 10 ^ 400 / 3", "not a number"),
+        ("calc: -10 ^ 100", "not a number"),
+        ("calc: 10 ^ 99", "1" + "0" * 99),
+        ("calc: 1 / 10 ^ 400", "0"),
         ("calc: " + "(" * 5000, "not a number"),
     ],
 )

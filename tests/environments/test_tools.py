@@ -1,6 +1,7 @@
 """Tools of one's own, and TRL's environments as they are."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from reuse_runs import fit, questions
@@ -70,6 +71,37 @@ def test_calls_of_a_turn_are_answered_in_one_message():
 )
 def test_what_a_call_does_wrong_is_told_to_the_policy(said, told):
     assert ToolEnvironment([add]).step(said).text.startswith(told)
+
+
+def test_what_a_tool_misses_is_its_own_error():
+    prices = {}
+
+    def price(city: str) -> int:
+        return prices[city]
+
+    assert ToolEnvironment([price]).step(call("price", city="Paris")).text == "error: KeyError('Paris')"
+
+
+def test_a_result_is_text_for_any_tokenizer():
+    def echo(text: str) -> str:
+        return text
+
+    said = '<tool_call>{"name": "echo", "arguments": {"text": "a\\ud83d"}}</tool_call>'
+    assert ToolEnvironment([echo]).step(said).text == "a?"
+
+
+def test_a_copy_is_of_the_class_that_it_is_made_from():
+    class Paid(ToolEnvironment):
+        def step(self, text):
+            said = super().step(text)
+            return said and replace(said, reward=self.price)
+
+    environment = Paid(environment_factory=Counter)
+    environment.price = -0.1
+    copied = environment.copy()
+    copied.reset({})
+    assert copied.step(call("increment", step=2)) == Observation("now 2", reward=-0.1, role="tool")
+    assert environment.unwrapped.count is None
 
 
 def test_an_environment_of_trl_runs_as_it_is():

@@ -12,6 +12,21 @@ from lit_specrl.rewards.math_reward import compare_texts, tidy
 from lit_specrl.rewards.units import in_one_unit
 
 RIGHT = [
+    (r"\frac{1}{3}", r"\frac{1}{3} = 0.33"),
+    (r"\frac{14}{3}", r"\frac{14}{3} = 4.67"),
+    (r"5\sqrt{2}", r"5\sqrt{2} = 7.07"),
+    (r"\frac14", "25 percent"),
+    ("0.25", r"25\text{ percent}"),
+    ("25", "25 percent of the people"),
+    ("2000000", "2 million"),
+    ("2000000", r"2\text{ million}"),
+    ("2 million", "2,000,000"),
+    ("2 million dollars", "$2 million"),
+    ("12 thousand", "12,000"),
+    ("3", "3 quarters"),
+    ("101, 202", "202, 101"),
+    ("101, 202", "101 and 202"),
+    ("(101, 202)", "(101,202)"),
     (r"\frac{1}{2^{99}}", "2^{-99}"),
     (r"4\sqrt 2", r"4\sqrt{2}"),
     (r"4\sqrt{2}", r"4\sqrt2"),
@@ -221,6 +236,15 @@ RIGHT = [
 """(reference, answer) that are equal."""
 
 WRONG = [
+    ("7", "2 + 3 = 5"),
+    ("2", "2 + 3 = 5"),
+    ("5", "5 million"),
+    ("3 million", "3 thousand"),
+    ("3", "3 halves"),
+    ("3", "3 tenths"),
+    ("1234", "1, 234"),
+    ("(101, 202)", "101202"),
+    ("101, 202", "101,202"),
     (r"\frac{1}{2004!}", r"\frac{1}{2006!}"),
     (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"),
     ("2^{-99}", "2^{-98}"),
