@@ -135,13 +135,13 @@ def _probe(scorer: Scorer, backward: Callable[[Tensor], None], num_rows: int, le
 
 
 def _bytes_to_come(scorer: Scorer, optimizers: Sequence[Any]) -> int:
-    """What optimizers and reference will take on the device, and have not yet."""
+    """What optimizers and reference will take on the device, and have not yet; shards on the host take nothing."""
     num_bytes = 0
     for optimizer in filter(None, optimizers):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        owned = sum(_num_bytes(parameter) for parameter in parameters)
+        parameters = [parameter for parameter in parameters if parameter.device.type == scorer.policy.device.type]
         if not optimizer.state:
-            num_bytes += moments(optimizer) * owned
+            num_bytes += moments(optimizer) * sum(_num_bytes(parameter) for parameter in parameters)
         num_bytes += sum(_num_bytes(parameter) for parameter in parameters if parameter.grad is None)
     if scorer.reference is not None and not scorer.is_sharded and scorer.reference.device != scorer.policy.device:
         num_bytes += sum(_num_bytes(parameter) for parameter in scorer.reference.parameters())

@@ -32,12 +32,15 @@ def bench_engine(
     max_num_seqs: int | None = None,
     device: str = "auto",
 ) -> Report:
-    """Compare rollouts of the engine with vLLM's own `LLM.generate`, and time the hand-over of weights.
+    """Compare rollouts of the engine with vLLM's own `LLM.generate`, and time verification and hand-over of weights.
 
     All ways run in one process, on one engine. They answer the same prompts, by responses of the same
     lengths, and take turns. The library always asks for
     log-probs and gives every row its seed; `LLM.generate` is measured with and without. On a CPU the library brings its
     own sampler: `LLM.generate` is measured with that and with vLLM's.
+
+    Verification scores the same responses under new weights, as the prefix cache has it done. What it takes of the time
+    to generate them bounds what reuse can save: where it takes half, a response of which all is kept costs half.
 
     Args:
         model: hub name or folder of the policy; without one, a random policy of one layer of width 64, whose
@@ -57,6 +60,7 @@ def bench_engine(
         bench = _Bench(model or _tiny_policy(folder, _PROMPT + tokens), rows, tokens, dtype, max_num_seqs, device)
         try:
             loops = bench.time_loops(repeats)
+            reuse = bench.time_verification(repeats)
             hand_over = bench.time_hand_over(repeats)
         finally:
             bench.engine.shutdown()
@@ -79,7 +83,7 @@ def bench_engine(
             "repeats": repeats,
             "device": device,
         },
-        tables={"generation": loops, "around a rollout": [hand_over]},
+        tables={"generation": loops, "reuse": [reuse], "around a rollout": [hand_over]},
         notes=notes,
     )
 
@@ -92,7 +96,7 @@ class _Bench:
         self.policy = Policy.build(model).to(device)
         self.engine = VLLMEngine(dtype=dtype, max_num_seqs=max_num_seqs)
         self.engine.expected_rows = rows
-        self.engine.start(self.policy, model, _PROMPT + tokens, ())
+        self.engine.start(self.policy, model, _PROMPT + tokens + 1, ())  # and what vLLM samples behind a verified one
         self.engine.load_policy(self.policy, 0)
         self.version = 0
         vocabulary = self.policy.model.config.get_text_config().vocab_size
@@ -156,14 +160,41 @@ class _Bench:
             for name in ways
         ]
 
+    def time_verification(self, repeats: int) -> dict[str, Any]:
+        """Medians of generating all responses and of verifying them whole; a new version forgets keys and values."""
+        generating, verifying = list[float](), list[float]()
+        for repeat in range(repeats + 1):
+            self._load_next_version()
+            request = self._request(repeat)
+            started_at = time.perf_counter()
+            responses = self.engine.generate(request).response_ids
+            generated_at = time.perf_counter()
+            self._load_next_version()
+            request = self._request(repeat)
+            request.cached_responses = dict(enumerate(responses))
+            request.accept = lambda row, logprobs: len(logprobs)
+            loaded_at = time.perf_counter()
+            assert self.engine.generate(request).response_ids == responses
+            if repeat:
+                generating.append(generated_at - started_at)
+                verifying.append(time.perf_counter() - loaded_at)
+        seconds = {
+            "generation_seconds": statistics.median(generating),
+            "verification_seconds": statistics.median(verifying),
+        }
+        return seconds | {"share_of_generation": seconds["verification_seconds"] / seconds["generation_seconds"]}
+
+    def _load_next_version(self) -> None:
+        self.version += 1
+        self.engine.load_policy(self.policy, self.version)
+
     def time_hand_over(self, repeats: int) -> dict[str, Any]:
         """Seconds of the hand-over of all weights, and of going to sleep and waking up where engines do."""
         weights, sleeping, waking = list[float](), list[float](), list[float]()
         for _ in range(repeats):
             for seconds, action in [(sleeping, self.engine.sleep), (waking, self.engine.wake_up)]:
                 seconds.append(self._seconds(action))
-            self.version += 1
-            weights.append(self._seconds(lambda: self.engine.load_policy(self.policy, self.version)))
+            weights.append(self._seconds(self._load_next_version))
         on_gpu = self.device == "cuda"
         return {
             "weight_sync_seconds": statistics.median(weights),

@@ -84,7 +84,7 @@ class RunPlan(RolloutCallback):
 
 
 def memory_of_a_rank(trainer: L.Trainer, module: RLVRModule, size: ModelSize) -> dict[str, int]:
-    """Bytes that a rank will hold, by purpose, as far as that is known before the run."""
+    """Bytes that a rank will hold on its device, by purpose, as far as that is known before the run."""
     dtype, one = getattr(torch, module.model_options["dtype"]), [torch.nn.Parameter(torch.zeros(1))]
     num_shards = trainer.world_size if module.is_sharded else 1
     num_references = int(module.kl_coefficient.value > 0 and module.lora is None)
@@ -94,6 +94,8 @@ def memory_of_a_rank(trainer: L.Trainer, module: RLVRModule, size: ModelSize) ->
         parts["critic"] = sum(
             training_memory(critic_size, dtype, module.critic.make_optimizer(one), num_shards).values()
         )
+    if getattr(trainer.strategy, "cpu_offload", False) and trainer.strategy.root_device.type != "cpu":
+        parts = {}  # they wait on the host
     for callback in callbacks_of(trainer, RolloutCallback):
         parts |= callback.memory(trainer, size.num_parameters)
     return parts

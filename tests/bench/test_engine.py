@@ -28,6 +28,8 @@ def test_both_loops_are_measured_on_the_same_work(tmp_path, capsys):
     for row in rows.values():
         ratio = ours["processor_us_per_token"] / row["processor_us_per_token"]
         assert row["processor_time_ratio"] == pytest.approx(ratio)
+    (reuse,) = report["tables"]["reuse"]
+    assert reuse["share_of_generation"] == pytest.approx(reuse["verification_seconds"] / reuse["generation_seconds"])
     (around,) = report["tables"]["around a rollout"]
     assert around["weight_sync_seconds"] > 0
     assert around["sleep_seconds"] is None

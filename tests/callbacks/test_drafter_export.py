@@ -56,6 +56,7 @@ def test_policy_and_drafter_are_exported_for_transformers_and_vllm(make_llama, t
 
     llm = build_llm(
         str(policy),
+        torch.device("cpu"),
         1,
         drafter,
         load_format="auto",

@@ -78,10 +78,10 @@ def floor_fraction(samples: Sequence[DistillationSample]) -> float:
     return mean([float(weight == min(weights)) for weight in weights])
 
 
-def copied(state: Any) -> Any:
-    """A deep copy that the next optimizer step does not reach."""
+def copied(state: Any, device: str | None = None) -> Any:
+    """A deep copy that the next optimizer step does not reach; its tensors are on `device`, or where they were."""
     if isinstance(state, torch.Tensor):
-        return state.clone()
+        return state.to(device or state.device, copy=True)
     if isinstance(state, dict):
-        return {name: copied(value) for name, value in state.items()}
-    return [copied(value) for value in state] if isinstance(state, list) else state
+        return {name: copied(value, device) for name, value in state.items()}
+    return [copied(value, device) for value in state] if isinstance(state, list) else state

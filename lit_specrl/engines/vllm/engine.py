@@ -177,11 +177,9 @@ class VLLMEngine(RolloutEngine):
         }
         if not self._on_gpu:
             # no partial prefills: vLLM 0.32 rewinds a row's generator after one, which CPU generators cannot do
-            options |= {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, options["max_model_len"]),
-                "block_size": _CPU_BLOCK_SIZE,
-            }
+            batched_tokens = max(_CPU_BATCHED_TOKENS, options["max_model_len"])
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": batched_tokens}
+            options["block_size"] = _CPU_BLOCK_SIZE
         else:
             self._sleep_level = self._sleep_level_on(policy.device)
             options |= {
@@ -200,9 +198,8 @@ class VLLMEngine(RolloutEngine):
             self.drafter.prepare(model)
         with torch.autocast(policy.device.type, enabled=False):
             try:
-                self.llm = build_llm(
-                    model, self.cpu_kv_cache_gib, self.drafter, **options | self._text_only | self.options
-                )
+                more = self._text_only | self.options
+                self.llm = build_llm(model, policy.device, self.cpu_kv_cache_gib, self.drafter, **options | more)
             except (*STARTUP_ERRORS, torch.OutOfMemoryError) as error:
                 raise RuntimeError(startup_failure(model, error)) from error
             self._speculation = take_over_sampling(self.llm, self.drafter)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -33,11 +34,14 @@ STARTUP_ERRORS = (RuntimeError, ValueError, AssertionError, AttributeError, KeyE
 _KEPT_ENGINES: list[Any] = []  # see `shutdown`
 
 
-def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = None, **options: Any) -> Any:
+def build_llm(
+    model: str, device: torch.device, cpu_kv_cache_gib: float, drafter: Drafter | None = None, **options: Any
+) -> Any:
     """Construct a `vllm.LLM` in this process, with empty weights.
 
     Args:
         model: hub name or folder, maybe a `ModelName`; only its configuration is read.
+        device: where the policy computes.
         cpu_kv_cache_gib: size of the key-value cache on a machine without GPU, in GiB.
         drafter: proposes tokens; `None` for an engine that cannot speculate.
         options: arguments of `vllm.LLM`, `max_num_seqs` among them.
@@ -52,13 +56,15 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
     from vllm.config.logging import LoggingConfig
     from vllm.logger import configure_logging_if_needed
 
+    placing: dict[str, str] = {}
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        # one engine per rank, in the ranks' process group; vLLM reads what torchrun would have set
+        # one engine per rank, in the ranks' process group
         options["distributed_executor_backend"] = "external_launcher"
-        os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
-        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+        placing = _place_of_rank(device, torch.distributed.get_rank())
         if options.get("tensor_parallel_size", 1) > 1:
             _leave_shared_memory_alone()
+    elif device.index:  # vLLM takes the first GPU otherwise
+        options.setdefault("device_ids", [device.index])
     own_options: dict[str, Any] = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
@@ -68,10 +74,34 @@ def build_llm(model: str, cpu_kv_cache_gib: float, drafter: Drafter | None = Non
     } | hub_options(model)
     folder = _meeting_folder()
     configure_logging_if_needed(LoggingConfig())  # otherwise the first engine does, and takes our listener away
-    with told_by_vllm(rank_zero_info):
+    with told_by_vllm(rank_zero_info), _environment(placing):
         llm: Any = LLM(model=str(model), **(own_options | options | _speculative_options(drafter, options)))
     llm.meeting_folder = folder
     return llm
+
+
+def _place_of_rank(device: torch.device, rank: int) -> dict[str, str]:
+    """What vLLM reads of a rank's place, as torchrun would have set it.
+
+    vLLM takes the local rank for the number of the GPU. It is not where a run has `devices: [2, 3]`, and Slurm does not
+    set it.
+    """
+    local_rank = os.environ.get("LOCAL_RANK", str(rank)) if device.index is None else str(device.index)
+    return {"RANK": str(rank), "LOCAL_RANK": local_rank}
+
+
+@contextmanager
+def _environment(changed: Mapping[str, str]) -> Iterator[None]:
+    """Change the environment for a while: a later trainer reads its own place there."""
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def startup_failure(model: str, error: BaseException) -> str:
