@@ -356,9 +356,7 @@ class DrafterDistillation(RolloutCallback):
             "step_s": self._step_s,
             "weights": {name: weight.cpu() for name, weight in self.network.weights()},
             "vocabulary": None if self.network.vocabulary is None else self.network.vocabulary.cpu(),
-            "optimizer": copied(
-                self.training.optimizer.state_dict(), "cpu"
-            ),  # a sharded checkpoint is read to where it was
+            "optimizer": copied(self.training.optimizer.state_dict(), "cpu"),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
         }
 
