@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_specrl.advantages import ScaleRewards
 from lit_specrl.algorithms.advantage_estimators import AdvantageEstimator, resolve_estimator
+from lit_specrl.algorithms.closing import closing_callbacks
 from lit_specrl.algorithms.dynamic_sampling import DynamicSampling, PromptStream, groups_with_spread
 from lit_specrl.algorithms.entropy_bonus import EntropyCoefficient, EntropyTarget
 from lit_specrl.algorithms.entropy_mask import TopEntropy
@@ -424,6 +425,9 @@ class RLVRModule(L.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     # ---------------------------------------------------------------------------------------------------------- set-up
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return closing_callbacks(self.trainer)
 
     def setup(self, stage: str) -> None:
         write_atomic_checkpoints(self.trainer.strategy)

@@ -18,7 +18,7 @@ from lit_specrl.losses import ImportanceSampling
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.pretrained import check_model_exists
 from lit_specrl.rewards import EnvironmentReward, RewardSet
-from lit_specrl.types import SamplingConfig
+from lit_specrl.types import SamplingConfig, check_at_least_one
 
 
 def check_training_sampling(sampling: SamplingConfig, importance_sampling: ImportanceSampling | None) -> None:
@@ -42,7 +42,7 @@ def check_environment(environment: Environment | None, rewards: RewardSet) -> No
 
     Raises:
         TypeError: what is given is no `Environment`.
-        ValueError: `EnvironmentReward` without an environment.
+        ValueError: `EnvironmentReward` without an environment, or one of no threads.
     """
     if environment is not None and not isinstance(environment, Environment):
         raise TypeError(
@@ -50,6 +50,8 @@ def check_environment(environment: Environment | None, rewards: RewardSet) -> No
             "CalculatorEnvironment(), which is copied for each row. A class with TRL's reset and tools goes into "
             "ToolEnvironment(environment_factory=...)"
         )
+    if environment is not None:
+        check_at_least_one(num_threads=environment.num_threads)
     needing = [reward.name for reward in rewards.rewards if isinstance(reward, EnvironmentReward)]
     if environment is None and needing:
         raise ValueError(

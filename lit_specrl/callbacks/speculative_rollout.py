@@ -147,10 +147,6 @@ class SpeculativeRollout(RolloutCallback):
         if saved["drafter"] == type(self.drafter).__name__:
             self.drafter.load_state_dict(saved["state"])
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if getattr(pl_module, "engine", None) is self.engine:  # not so when `setup` has refused the module
-            require_rlvr_module(self, pl_module).worker.stop_engine()
-
 
 def _check_sampling(trainer: L.Trainer, module: RLVRModule) -> None:
     samplings = [module.sampling, module.eval_sampling, *getattr(trainer.datamodule, "sampling", {}).values()]  # type: ignore[attr-defined]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import xxhash
@@ -14,6 +13,7 @@ from lit_specrl.data.template import PromptTemplate
 from lit_specrl.distributed.collectives import max_over_ranks
 from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 from lit_specrl.engines.base import ProgressListener, RolloutEngine
+from lit_specrl.engines.row_environments import RowEnvironments
 from lit_specrl.environments import Environment, Observation
 from lit_specrl.seeds import turn_seed
 from lit_specrl.timing import StageTimer
@@ -27,7 +27,6 @@ from lit_specrl.types import (
     SamplingConfig,
 )
 
-T = TypeVar("T")
 _BEGUN = "+"  # in the identity of a prompt, before a digest of what an environment has added to it
 
 
@@ -62,31 +61,16 @@ class TurnTaking:
 
         Raises:
             ValueError: what the environments say first differs within a group, or does not fit.
-            RuntimeError: an environment raised; names the row, the cause is attached.
+            TypeError: it is no text.
+            RuntimeError: an environment raised; names the row, the cause is attached. Whatever is raised, the
+                environments are closed.
         """
-        size = sampling.num_generations
-        environments = [self.environment.copy() for _ in range(len(prompts) * size)]
-        rows = [_row(prompts, index) for index in range(len(prompts))]
-        first = self.map(
-            lambda row: _named(environments[row].reset, dict(rows[row // size]), "reset", row, prompts, size),
-            range(len(environments)),
-        )
-        for index in range(len(prompts)):
-            group = first[index * size : (index + 1) * size]
-            if any(text != group[0] for text in group):
-                raise ValueError(
-                    f"{type(self.environment).__name__}.reset must return the same for all rows of a group, which are "
-                    f"compared with each other, got {group[0]!r} and others for the prompt "
-                    f"{prompts.prompts[index][-80:]!r}"
-                )
-        return EpisodeBatch(self, self._with_observations(prompts, first[::size], sampling), environments)
-
-    def map(self, function: Callable[[int], T], rows: Sequence[int]) -> list[T]:
-        """The function of every row, of as many rows at the same time as the environment says."""
-        if self.environment.num_threads == 1 or len(rows) < 2:
-            return [function(row) for row in rows]
-        with ThreadPoolExecutor(min(self.environment.num_threads, len(rows))) as threads:
-            return list(threads.map(function, rows))
+        environments = RowEnvironments(self.environment, prompts, sampling.num_generations)
+        try:
+            return EpisodeBatch(self, self._with_observations(prompts, environments.begin(), sampling), environments)
+        except BaseException:
+            environments.abandon()
+            raise
 
     def _with_observations(
         self, prompts: PromptBatch, observations: Sequence[str | None], sampling: SamplingConfig
@@ -117,8 +101,7 @@ class EpisodeBatch:
     turns: TurnTaking
     prompts: PromptBatch
     """[B] with what the environments have said first."""
-    environments: list[Environment]
-    """[N]"""
+    environments: RowEnvironments
     _seconds: float = 0.0
     _num_tokens: int = 0
     _steps: list[DecodeStep] = field(default_factory=list)
@@ -135,7 +118,8 @@ class EpisodeBatch:
             on_progress: is told of the tokens of all turns.
 
         Raises:
-            RuntimeError: an environment raised; names the row, the cause is attached.
+            TypeError: an environment has answered something else.
+            RuntimeError: an environment raised, or its answer cannot be shown; names the row, the cause is attached.
         """
         rollouts = self._generate(request, engine, timer, on_progress)
         rows = [_Row(list(ids), list(logprobs), [False] * len(ids)) for ids, logprobs in _responses(rollouts)]
@@ -159,14 +143,9 @@ class EpisodeBatch:
             elapsed_s=self._seconds,
             episodes=[
                 Episode(row.turns, row.observation_mask, row.reward, environment.unwrapped)
-                for row, environment in zip(rows, self.environments, strict=True)
+                for row, environment in zip(rows, self.environments.of_rows, strict=True)
             ],
         )
-
-    def close(self) -> None:
-        """Close the environments of all rows."""
-        for environment in self.environments:
-            environment.close()
 
     def _generate(
         self, request: RolloutRequest, engine: RolloutEngine, timer: StageTimer, on_progress: ProgressListener
@@ -199,20 +178,20 @@ class EpisodeBatch:
             skip_special_tokens=self.turns.skip_special_tokens,
         )
         texts = dict(zip(active, said, strict=True))
-        size = request.sampling.num_generations
         step = [row for row in active if reasons[row] == "stop"]
-        answers = self.turns.map(
-            lambda row: _observed(
-                _named(self.environments[row].step, texts[row], "step", row, self.prompts, size), self.environments[row]
-            ),
-            step,
-        )
+        answers = self.environments.step({row: texts[row] for row in step})
         for row in active:
             rows[row].turns.append(texts[row])
             if reasons[row] != "stop":
                 rows[row].end = reasons[row]
         for row, answer in zip(step, answers, strict=True):
-            self._take_in(rows[row], answer, turn, request.sampling.max_completion_length)
+            try:
+                self._take_in(rows[row], answer, turn, request.sampling.max_completion_length)
+            except Exception as error:  # a role, say, that the chat template does not know
+                name = type(self.turns.environment).__name__
+                raise RuntimeError(
+                    f"what {name}.step has answered cannot be shown: {error}; {self.environments.where(row)}"
+                ) from error
         return [row for row in step if rows[row].end is None]
 
     def _take_in(self, row: _Row, answer: Observation, turn: int, limit: int) -> None:
@@ -289,35 +268,3 @@ def next_request(request: RolloutRequest, rows: Sequence[_Row], turn: int) -> Ro
 
 def _responses(rollouts: Rollouts) -> list[tuple[list[int], list[float]]]:
     return list(zip(rollouts.response_ids, rollouts.sampling_logprobs, strict=True))
-
-
-def _row(prompts: PromptBatch, index: int) -> dict[str, Any]:
-    columns = prompts.columns[index] if prompts.columns else {}
-    return columns | {
-        "prompt": prompts.prompts[index],
-        "answer": prompts.answers[index],
-        "source": prompts.sources[index],
-    }
-
-
-def _observed(answer: Any, environment: Environment) -> Observation:
-    if isinstance(answer, Observation):
-        return answer
-    if answer is None or isinstance(answer, str):
-        return Observation(answer)
-    raise TypeError(
-        f"{type(environment).__name__}.step must return a text, an Observation or None, got {answer!r} of type "
-        f"{type(answer).__name__}"
-    )
-
-
-def _named(call: Callable[[Any], T], argument: Any, name: str, row: int, prompts: PromptBatch, size: int) -> T:
-    """Call a method of an environment; an exception names the row."""
-    try:
-        return call(argument)
-    except Exception as error:
-        index = row // size
-        raise RuntimeError(
-            f"{type(call.__self__).__name__}.{name} raised {type(error).__name__}: {error}; in row {row % size} of the prompt "  # type: ignore[attr-defined]
-            f"{prompts.prompts[index][-80:]!r} (uid {prompts.uids[index]}), on {str(argument)[:80]!r}"
-        ) from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -136,6 +138,11 @@ class RolloutWorker:
             policy_version: of the current weights.
         """
         self._close_environments()
+        with self._abandoning_environments():
+            rollouts = self._generate(prompts, sampling, purpose, policy_version)
+        return rollouts
+
+    def _generate(self, prompts: PromptBatch, sampling: SamplingConfig, purpose: str, policy_version: int) -> Rollouts:
         if self.environment is not None:
             with self.timer("environment"):
                 self._episodes = self._turn_taking(self.environment).begin(prompts, sampling)
@@ -175,7 +182,7 @@ class RolloutWorker:
         columns: dict[str, list[Any]] = {
             name: [prompts.columns[owner].get(name) for owner in owners] for name in column_names
         }
-        with self.timer("reward"):
+        with self._abandoning_environments(), self.timer("reward"):
             scores = self.rewards(
                 [prompts.prompts[owner] for owner in owners],
                 [said[row] for row in rows],
@@ -217,15 +224,34 @@ class RolloutWorker:
 
     def _close_environments(self) -> None:
         """Of the latest rollouts."""
-        if self._episodes is not None:
-            self._episodes.close()
-        self._episodes = None
+        episodes, self._episodes = self._episodes, None
+        if episodes is not None:
+            episodes.environments.close()
+
+    @contextmanager
+    def _abandoning_environments(self) -> Iterator[None]:
+        """Close those of the latest rollouts where something is raised."""
+        try:
+            yield
+        except BaseException:
+            episodes, self._episodes = self._episodes, None
+            if episodes is not None:
+                episodes.environments.abandon()
+            raise
 
     def close(self) -> None:
-        """Shut the engine, the environments and the processes of the rewards down."""
-        self._close_environments()
-        self.rewards.close()
-        self.stop_engine()
+        """Shut the engine, the environments and the processes of the rewards down, also where one of them raises."""
+        with ExitStack() as calls:  # from the last to the first
+            calls.callback(self.stop_engine)
+            calls.callback(self.rewards.close)
+            calls.callback(self._close_environments)
+
+    def abandon(self) -> None:
+        """`close` behind an exception, which is the one to be seen: what closing raises is told as a warning."""
+        try:
+            self.close()
+        except Exception as error:
+            warnings.warn(f"behind another error: {type(error).__name__}: {error}", stacklevel=2)
 
 
 def _episode_columns(rollouts: Rollouts, rows: list[int]) -> dict[str, list[Any]]:

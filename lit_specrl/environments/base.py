@@ -32,7 +32,7 @@ class Environment(ABC):
     """Answers the policy between its turns, for one row.
 
     The environment that the module is given is never stepped itself: each row of a step gets a copy of it, and the copy
-    is closed when the rewards of the row are known.
+    is closed when the rewards of the row are known, or the run ends before that.
 
     Example: the policy may guess a number three times::
 
@@ -91,4 +91,4 @@ class Environment(ABC):
         return copy.deepcopy(self)
 
     def close(self) -> None:
-        """Release what the environment of a row holds."""
+        """Release what the environment of a row holds; called once, also where `reset` was never called or raised."""

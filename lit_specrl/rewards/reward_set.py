@@ -8,7 +8,7 @@ import math
 import threading
 import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -120,9 +120,10 @@ class RewardSet:
 
     def close(self) -> None:
         """Close every reward and stop the event loop; the next call starts them again."""
-        for reward in self.rewards:
-            reward.close()
-        self._event_loop.close()
+        with ExitStack() as calls:  # from the last to the first, each also where one raises
+            calls.callback(self._event_loop.close)
+            for reward in reversed(self.rewards):
+                calls.callback(reward.close)
 
     def _evaluate(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> list[Any]:
         scores: list[Any] = []

@@ -1,5 +1,6 @@
 """Training on responses of several turns."""
 
+import signal
 from functools import partial
 from typing import ClassVar
 
@@ -18,7 +19,9 @@ from lit_specrl import (
     KLPenalty,
     NumericReward,
     Observation,
+    Reward,
 )
+from lit_specrl.algorithms.closing import ClosingOnException
 from lit_specrl.algorithms.evaluator import prediction_records
 from lit_specrl.callbacks import PrefixCache, RolloutCallback
 from lit_specrl.metrics import RolloutStatistics, TurnStatistics, merge
@@ -277,3 +280,133 @@ def test_kept_rewards_belong_to_an_environment(tiny_model):
     modules += [grpo(tiny_model, environment=CalculatorEnvironment()), grpo(tiny_model, environment=None)]
     assert len({module.worker.scored_by for module in modules}) == 4
     assert modules[0].worker.scored_by == grpo(tiny_model, environment=Echo(2)).worker.scored_by
+
+
+# ------------------------------------------------------------------------------------------------- ends before the time
+
+
+class Game(Echo):
+    """Counts the open ones."""
+
+    opened: ClassVar[list] = []
+
+    def reset(self, row):
+        self.opened.append(self)
+
+
+class BreaksLate(Game):
+    def step(self, text):
+        if self.turns == 2 and "Hi" in self.row["prompt"]:
+            raise OSError("no connection")
+        return super().step(text)
+
+    def reset(self, row):
+        self.row = row
+        super().reset(row)
+
+
+class Held(Reward):
+    """Holds something between calls, and may raise."""
+
+    def __init__(self, error=None):
+        super().__init__(name="held")
+        self.error, self.is_held = error, False
+
+    def __call__(self, prompts, completions, **columns):
+        self.is_held = True
+        if self.error:
+            raise self.error
+        return small_tokens(**columns)
+
+    def close(self):
+        self.is_held = False
+
+
+class EndsAt(RolloutCallback):
+    """Raises at a hook."""
+
+    def __init__(self, hook, error):
+        def end(*arguments):
+            raise error
+
+        setattr(self, hook, end)
+
+
+@pytest.mark.parametrize(
+    ("environment", "error_of_reward", "callback", "expected"),
+    [
+        (BreaksLate(), None, None, (RuntimeError, "BreaksLate.step raised OSError: no connection; in row")),
+        (Game(), ValueError("no"), None, (RuntimeError, "reward 'held' failed: ValueError: no")),
+        (Game(), KeyboardInterrupt(), None, (SystemExit, "1")),
+        (Game(), None, EndsAt("on_rollout_end", ValueError("no")), (ValueError, "no")),
+        (Game(), None, EndsAt("on_experience_end", ValueError("no")), (ValueError, "no")),
+        (Game(), None, EndsAt("on_experience_end", KeyboardInterrupt()), (SystemExit, "1")),
+    ],
+    ids=["environment", "reward", "Ctrl-C in a reward", "behind the rollout", "behind the rewards", "Ctrl-C"],
+)
+def test_a_run_that_is_ended_closes_what_it_holds(
+    environment, error_of_reward, callback, expected, model_folder, tmp_path
+):
+    """Lightning calls no `teardown` then."""
+    Game.opened.clear()
+    Game.closed.clear()
+    reward, interrupt = Held(error_of_reward), signal.getsignal(signal.SIGINT)
+    module = grpo(model_folder, [reward], environment=environment)
+    try:
+        with pytest.raises(expected[0], match=expected[1]):
+            make_trainer(*([callback] if callback else [])).fit(module, datamodule=questions(tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, interrupt)  # which Lightning ignores from then on
+    assert len(Game.opened) == 2 * GROUP
+    assert Game.closed == Game.opened
+    assert not reward.is_held
+    assert module.engine.policy is None
+
+
+def test_predictions_are_closed_by_an_error_behind_them(model_folder, tmp_path):
+    """They have no rewards, behind which environments are closed otherwise."""
+    Game.opened.clear()
+    Game.closed.clear()
+    data = questions(tmp_path)
+    data.sources["predict"] = data.sources["train"]
+    with pytest.raises(ValueError, match="no"):
+        make_trainer(EndsAt("on_predict_batch_end", ValueError("no"))).predict(
+            grpo(model_folder, environment=Game()), datamodule=data
+        )
+    assert Game.closed == Game.opened != []
+
+
+def test_one_trainer_closes_for_run_after_run(model_folder, tmp_path):
+    """Another callback of the kind would be told of by Lightning."""
+    data = questions(tmp_path)
+    data.sources["validation"] = data.sources["train"]
+    trainer, module = make_trainer(), grpo(model_folder, environment=Game())
+    found = []
+    for _ in range(2):
+        trainer.validate(module, datamodule=data, verbose=False)
+        found += [callback for callback in trainer.callbacks if isinstance(callback, ClosingOnException)]
+    assert len(found) == 2 and found[0] is found[1]
+
+
+def test_everything_is_closed_where_closing_raises(model_folder, tmp_path):
+    class Clings(Game):
+        def close(self):
+            super().close()
+            raise OSError("still open")
+
+    Game.opened.clear()
+    Game.closed.clear()
+    reward = Held()
+    module = grpo(model_folder, [reward], environment=Clings())
+    with pytest.raises(RuntimeError, match=r"Clings.close raised OSError: still open; in row 0 of the prompt"):
+        make_trainer().fit(module, datamodule=questions(tmp_path))
+    assert Game.closed == Game.opened
+    assert not reward.is_held
+    assert module.engine.policy is None
+
+
+def test_an_environment_of_no_threads_is_refused(tiny_model):
+    environment = Game()
+    environment.num_threads = 0
+    with pytest.raises(ValueError, match="num_threads must be at least 1, got 0"):
+        grpo(tiny_model, environment=environment)

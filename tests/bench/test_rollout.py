@@ -348,6 +348,22 @@ def test_without_speculation_means_the_same_engine_without_a_drafter(config, tmp
     assert last == {"class_path": "lit_specrl.SpeculativeRollout", "init_args": {"engine": None, "drafter": None}}
 
 
+def test_a_run_takes_no_rows_of_an_interrupted_one(config, monkeypatch, tmp_path):
+    """A journal in the folder of a run that is started again gave it rows that nobody had generated."""
+    settings = fit_configuration([f"--config={config}", "--trainer.callbacks+=RolloutJournal"])
+    settings["trainer"]["callbacks"].append({"class_path": "lit_specrl.callbacks.rollout_journal.RolloutJournal"})
+    before = copy.deepcopy(settings)
+    [run, _] = planned_runs(settings, ["PrefixCache"], [0], tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: SimpleNamespace(returncode=1))
+    settings_hash = run.settings_hash
+    with pytest.raises(RunFailedError):
+        run.execute()
+    *_, first, second = yaml.safe_load((run.folder / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert first["init_args"] == {"sync_interval_s": 10.0, "max_bytes": 2**30, "load_rows": False}
+    assert second["init_args"] == {"load_rows": False}
+    assert settings == before and run.settings_hash == settings_hash
+
+
 def test_classes_without_a_seed_are_left_alone():
     settings = {"seed_everything": False, "model": {"class_path": "A", "init_args": {"depth": 2}}, "data": None}
     assert with_seed(settings, 3) == settings

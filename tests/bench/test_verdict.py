@@ -88,7 +88,8 @@ def test_the_cost_to_a_score_lies_on_the_line_between_two_validations():
     assert cost_to_score(run([0.1, 0.5, 0.7]), seconds, 0.7) == pytest.approx(20.0)
     assert cost_to_score(run([0.1, 0.5, 0.3, 0.7]), seconds, 0.5) == pytest.approx(10.0)  # the first time
     assert cost_to_score(run([0.1, 0.5, 0.7]), seconds, 0.8) is None
-    assert cost_to_score(run([0.6, 0.7]), seconds, 0.5) is None  # there was nothing to learn for it
+    for scores in ([0.6, 0.7], [0.5, 0.4, 0.7]):  # there was nothing to learn for it, also where it is lost again
+        assert cost_to_score(run(scores), seconds, 0.5) is None
 
 
 def test_costs_to_a_score_are_of_the_pairs_that_both_reach_it(pairs):

@@ -235,8 +235,18 @@ def test_what_goes_wrong_names_the_row(colocated):
         def step(self, text):
             return 5
 
-    with pytest.raises(TypeError, match=r"Wrong.step must return a text, an Observation or None, got 5 of type int"):
+    with pytest.raises(TypeError, match=r"Wrong.step must return .*, got 5 of type int; in row \d of .*\(uid q\d\)"):
         play(colocated, Wrong())
+
+    class KnowsNoTools(PromptTemplate):
+        def between_turns(self, observation, role, tokenizer, last_token):
+            raise ValueError(f"the chat template cannot show messages of {role}")
+
+    with pytest.raises(
+        RuntimeError,
+        match=r"Replies.step has answered cannot be shown: .* messages of user; in row \d of .*\(uid q\d\)",
+    ):
+        play(colocated, Replies(), template=KnowsNoTools())
 
 
 def test_a_row_that_has_ended_costs_nothing_however_it_ends():

@@ -33,7 +33,7 @@ class Comparison:
     ratios_to_score: dict[str, Interval] = field(default_factory=dict)
     """The same until the score was reached, of the pairs in which both runs reach it."""
     num_unreached: int = 0
-    """Pairs in which one of the runs has not reached the score, or both."""
+    """Pairs in which one of the runs, or both, has not reached the score or had it in its first validation."""
 
     def table(self, score: float | None) -> list[dict[str, Any]]:
         """Rows for the report."""
@@ -93,6 +93,8 @@ def cost_to_score(run: RunRecord, cost: Callable[[StepRecord], float | None], sc
         for evaluation in run.evaluations
         if SCORE in evaluation.metrics
     ]
+    if points and points[0][1] >= score:
+        return None
     for (cost_before, before), (cost_after, after) in pairwise(points):
         if before < score <= after and cost_before is not None and cost_after is not None:
             return cost_before + (cost_after - cost_before) * (score - before) / (after - before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pkgutil
 import re
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lit_specrl import __version__
 from lit_specrl.bench.rollout.progress import STEPS_FILE, ProgressTeller
 from lit_specrl.bench.rollout.records import RunRecord
+from lit_specrl.callbacks import RolloutJournal
 from lit_specrl.cli.fit_config import Configuration, with_seed, without_callbacks
 
 WITHOUT, WITH = "without", "with"
@@ -91,15 +93,20 @@ class Run:
             "class_path": "lit_specrl.bench.rollout.recorder.RunRecorder",
             "init_args": {"file": str(self.record_file.absolute()), "settings_hash": self.settings_hash},
         }
-        trainer = self.configuration["trainer"]
+        trainer = copy.deepcopy(self.configuration["trainer"])
+        for callback in trainer["callbacks"]:
+            if _is_a(RolloutJournal, callback):  # rows that an interrupted run has left would cost this one nothing
+                callback["init_args"] = (callback.get("init_args") or {}) | {"load_rows": False}
         changed: Configuration = {"callbacks": [recorder, *trainer["callbacks"]], "default_root_dir": str(self.folder)}
-        if trainer["enable_checkpointing"] is None and not any(map(_saves_checkpoints, trainer["callbacks"])):
+        if trainer["enable_checkpointing"] is None and not any(
+            _is_a(Checkpoint, each) for each in trainer["callbacks"]
+        ):
             changed["enable_checkpointing"] = False  # gigabytes for each run, which nobody reads
         return self.configuration | {"trainer": trainer | changed}
 
 
-def _saves_checkpoints(callback: dict[str, Any]) -> bool:
-    return issubclass(pkgutil.resolve_name(callback["class_path"]), Checkpoint)
+def _is_a(kind: type, callback: dict[str, Any]) -> bool:
+    return issubclass(pkgutil.resolve_name(callback["class_path"]), kind)
 
 
 def planned_runs(
