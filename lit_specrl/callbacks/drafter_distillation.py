@@ -37,6 +37,7 @@ from lit_specrl.drafting.distillation.samples import (
     mean,
 )
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
+from lit_specrl.drafting.drafter_folders import check_output
 from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.experience import Experience
 from lit_specrl.types import RolloutRequest, Rollouts, check_at_least_one
@@ -90,7 +91,7 @@ class DrafterDistillation(RolloutCallback):
         micro_batch_tokens: most tokens, padding included, in one forward and backward pass of the drafter.
         max_grad_norm: gradients are scaled down to this norm.
         output: folder that the drafter is written to at the end of the run, as `Eagle3Drafter(model=...)` and vLLM take
-            it.
+            it: a new one, an empty one, or an older drafter, which it replaces.
         seed: of the choice of responses.
         loss: what the drafter is trained to make small: "kl", ReSpec's divergence; "tv", the probability that a token
             is rejected; "acceptance", the share of a draft's tokens that is lost from its first rejection on, end to
@@ -99,7 +100,7 @@ class DrafterDistillation(RolloutCallback):
 
     Raises:
         ValueError: an argument out of its range.
-        MisconfigurationException: from `setup`, without a `SpeculativeRollout` whose drafter can learn.
+        MisconfigurationException: from `setup`, without a drafter that can learn, or where `output` holds other things.
     """
 
     def __init__(
@@ -153,12 +154,10 @@ class DrafterDistillation(RolloutCallback):
         """Trainings behind the drafter's weights."""
         self.network: DraftNetwork | None = None
         self.seed, self.loss, self.draw_by = seed, resolve_draft_loss(loss), draw_by
-        self._generator = torch.Generator()
+        self._generator, self._files = torch.Generator(), RankStore(DRAFTER_SAMPLES)
         self._newest_sample_version = 0  # policy version
-        self._has_new_samples = False
-        self._step_s = 0.0
+        self._has_new_samples, self._step_s = False, 0.0
         self._restored: dict[str, Any] | None = None
-        self._files = RankStore(DRAFTER_SAMPLES)
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
@@ -179,6 +178,7 @@ class DrafterDistillation(RolloutCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_rlvr_module(self, pl_module)
         require_only_one(self, trainer)
+        check_output(self.output if stage == "fit" else None)
         owners = callbacks_of(trainer, SpeculativeRollout)
         drafter = owners[0].drafter if owners else None
         if drafter is None or type(drafter).network is Drafter.network:

@@ -26,6 +26,7 @@ from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
 from lit_specrl.drafting.distillation.draft_losses import DraftLoss, resolve_draft_loss
 from lit_specrl.drafting.distillation.samples import cut, is_held_out
 from lit_specrl.drafting.distillation.trainer import DrafterEvaluation, DrafterTrainer
+from lit_specrl.drafting.drafter_folders import check_output
 from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
 from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network
 from lit_specrl.experience import Experience, observation_mask_of, padded_rows
@@ -41,7 +42,8 @@ class DrafterPretraining(RolloutCallback):
     run.
 
     Args:
-        output: folder that the drafter goes to, as vLLM takes it.
+        output: folder that the drafter goes to, as vLLM takes it: a new one, an empty one, or an older drafter, which
+            it replaces.
         drafter: what to start from; `None` for a new `Eagle3Drafter`, grown from the policy.
         num_rollouts: responses to learn from.
         rollouts: JSONL file of responses to take instead: an object per line with `prompt` and `completion`, and maybe
@@ -65,6 +67,7 @@ class DrafterPretraining(RolloutCallback):
 
     Raises:
         ValueError: an argument out of its range.
+        MisconfigurationException: from `setup`, a folder that holds something else.
     """
 
     def __init__(
@@ -107,10 +110,13 @@ class DrafterPretraining(RolloutCallback):
         self.num_passes, self.update_tokens, self.num_top = num_passes, update_tokens, num_top
         self.step_decay, self.holdout_fraction, self.max_bytes = step_decay, holdout_fraction, max_bytes
         self.make_optimizer, self.micro_batch_tokens, self.seed = optimizer, micro_batch_tokens, seed
+        self.is_done = False
+        """Whether the drafter is in its folder."""
         self.loss, self.kl_warmup = resolve_draft_loss(loss), kl_warmup
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = require_rlvr_module(self, pl_module)
+        check_output(self.output if stage == "fit" else None)
         (self.drafter or Eagle3Drafter()).check(check_model_exists(module.model_name))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
@@ -133,6 +139,7 @@ class DrafterPretraining(RolloutCallback):
             )
             if buffer.num_evicted:
                 print(f"{buffer.num_evicted} responses did not fit into max_bytes={self.max_bytes} and were left out.")
+        self.is_done = True
         trainer.should_stop = True
 
     def _train(

@@ -25,7 +25,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     Args:
         folder: the name; what it lies in is made.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))  # "." has no name
     with partial_folder(folder) as partial:
         written = partial / folder.name
         with telling_of_a_full_disk(folder, written):

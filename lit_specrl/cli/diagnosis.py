@@ -36,6 +36,7 @@ from lit_specrl.cli.value_types import (
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
+_CLASS_NAME = re.compile(r"(\w+\.)*_*[A-Z]\w*")  # not the name of a file
 
 
 class _Anything(dict[str, Any]):
@@ -128,14 +129,22 @@ def first_problem(level: Level, settings: Sequence[Source], program: str) -> Con
     has_files = "config" in level.names
     merged: dict[str, Any] = {}
     title = "the configuration" if has_files else program
+    incomplete: dict[str, str] = {}
     for source in settings:
         for problem in _in_level(level, source.settings, merged, "", title):
-            if source.as_text and not list(_in_level(level, source.as_text, merged, "", title)):
+            if problem.may_follow:
+                incomplete.setdefault(problem.sentence, f"{problem.key}, {source.origin}")
+                continue
+            as_text = _in_level(level, source.as_text, merged, "", title) if source.as_text else [problem]
+            if all(other.may_follow for other in as_text):
                 break
             where = f"{problem.key}, {source.origin}" if problem.key else source.origin
             return ConfigurationError(problem.sentence, where)
         _merge(merged, source.settings)
         level.inner = _inner(level, merged)
+    for problem in _in_level(level, merged, {}, "", title) if incomplete else ():
+        if problem.may_follow:
+            return ConfigurationError(problem.sentence, incomplete.get(problem.sentence, problem.key))
     for problem in _missing(level, merged) if has_files else ():
         return ConfigurationError(problem.sentence, ", ".join(source.origin for source in settings) or COMMAND_LINE)
     return None
@@ -148,6 +157,8 @@ def first_problem(level: Level, settings: Sequence[Source], program: str) -> Con
 class _Problem:
     sentence: str
     key: str
+    may_follow: bool = False
+    """Something is missing, which later files and options may give."""
 
 
 def _in_level(level: Level, settings: Mapping[Any, Any], before: Any, key: str, title: str = "") -> Iterator[_Problem]:
@@ -188,28 +199,27 @@ def _in_value(hint: Any, value: Any, before: Any, key: str, is_added: bool = Fal
     if hint is None or hint is inspect.Parameter.empty:
         return
     members = list(members_of(hint))
+    if any(member is Any for member in members):
+        return
     kinds = [kind for member in members for kind in classes_of(member)]
     of_items = [
         typing.get_args(member)[0]
         for member in members
         if typing.get_origin(member) in LISTS and typing.get_args(member)
     ]
+    kinds_of_items = [kind for member in of_items for part in members_of(member) for kind in classes_of(part)]
     of_values = [typing.get_args(member)[1] for member in members if typing.get_origin(member) in MAPPINGS]
     if (isinstance(value, list) and of_items) or is_added:
         for index, item in enumerate(value if isinstance(value, list) else [value]):
             yield from _in_value(union(of_items), item, None, f"{key}[{index}]")
     elif isinstance(value, Mapping) and kinds and (set(value) & set(_SPEC) or not of_values):
         yield from _in_spec(kinds, value, before, key)
-    elif isinstance(value, Mapping) and isinstance(before, (list, Mapping, str)) and not of_values:
-        yield from _in_spec(
-            [kind for member in of_items for part in members_of(member) for kind in classes_of(part)],
-            value,
-            before,
-            key,
-        )
+    elif isinstance(value, Mapping) and isinstance(before, (list, Mapping, str)) and kinds_of_items and not of_values:
+        yield from _in_spec(kinds_of_items, value, before, key)
     elif isinstance(value, Mapping) and of_values:
+        before = before if isinstance(before, Mapping) else {}
         for name, item in value.items():
-            yield from _in_value(union(of_values), item, None, f"{key}.{name}")
+            yield from _in_value(union(of_values), item, before.get(name), f"{key}.{name}")
     elif not fits(hint, value):
         if isinstance(value, str) and kinds and _NAME.fullmatch(value) and not {int, float} & set(members):
             yield from _in_spec(kinds, {"class_path": value}, None, key)
@@ -259,8 +269,8 @@ def _in_spec(kinds: list[tuple[Any, int]], spec: Mapping[str, Any], before: Any,
     if "class_path" in spec and set(spec) >= {"class_path"} and before.get("class_path") is None:
         given = set(spec.get("init_args") or {})
         missing = [name for name in level.required if name.partition(".")[0] not in given]
-        if missing and key.count("."):  # of the model itself later files may give the rest
-            yield _Problem(f"{title} needs {' and '.join(missing)}", f"{key}.init_args")
+        if missing and key.count("."):  # `_missing` tells of model and data
+            yield _Problem(f"{title} needs {' and '.join(missing)}", f"{key}.init_args", may_follow=True)
 
 
 def _inner(level: Level, settings: Mapping[str, Any]) -> dict[str, Level]:
@@ -315,6 +325,8 @@ def _merge(target: dict[str, Any], settings: Mapping[str, Any]) -> None:
     for written, value in settings.items():
         name = str(written).removesuffix("+")
         old = target.get(name)
+        if isinstance(value, Mapping) and isinstance(old, str) and _CLASS_NAME.fullmatch(old):
+            old = target[name] = {"class_path": old}
         if isinstance(value, str) and isinstance(old, dict) and "class_path" in old:
             target[name] = {**old, "class_path": value}
         elif name != written:
@@ -332,8 +344,10 @@ def _merge(target: dict[str, Any], settings: Mapping[str, Any]) -> None:
             _merge(old, value)
         elif isinstance(value, Mapping) and isinstance(old, dict) and "class_path" in value and "init_args" in old:
             target[name] = {**value, "init_args": {**old["init_args"], **(value.get("init_args") or {})}}
-        elif isinstance(value, Mapping) and isinstance(old, list):
-            continue  # a setting of the last object of the list
+        elif isinstance(value, Mapping) and isinstance(old, list):  # a setting of the last object of the list
+            last = {name: old[-1] if old else None}
+            _merge(last, {name: value})
+            target[name] = [*old[:-1], last[name]]
         else:
             target[name] = dict(value) if isinstance(value, Mapping) else value
 

@@ -36,7 +36,7 @@ def make_drafter(
 
     Args:
         fit_arguments: configurations and options of `lit-specrl fit`.
-        output: folder that the drafter goes to.
+        output: folder that the drafter goes to: a new one, an empty one, or an older drafter, which it replaces.
         head: EAGLE-3 head to go on with; by default a new one.
         draft_model: small causal language model to train instead of a head.
         rollouts: JSONL file of responses to learn from; by default the policy generates them.
@@ -49,7 +49,8 @@ def make_drafter(
             ("tv"), or the share of a draft that is lost from its first rejection on ("acceptance").
 
     Raises:
-        ValueError: both a head and a draft model, or a value that `DrafterPretraining` refuses.
+        ValueError: both a head and a draft model, a value that `DrafterPretraining` refuses, or a run that ended before
+            the drafter was trained.
     """
     if head is not None and draft_model is not None:
         raise ValueError("--head and --draft_model are two drafters; give one of them")
@@ -71,7 +72,12 @@ def make_drafter(
         path.write_text(yaml.safe_dump(configuration), "utf-8")
         from lit_specrl.cli.fit import train  # imports torch, which the help need not wait for
 
-        train(["fit", "--config", str(path)])
+        run = train(["fit", "--config", str(path)])
+    if not any(getattr(callback, "is_done", False) for callback in run.trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"no drafter was written to {output}: the run ended before it was trained. Check that the configuration "
+            "has training prompts and that trainer.limit_train_batches is not 0"
+        )
 
 
 def pretraining_configuration(configuration: Configuration, options: dict[str, Any]) -> Configuration:
@@ -97,6 +103,7 @@ def pretraining_configuration(configuration: Configuration, options: dict[str, A
         callback["init_args"]["drafter"] = None
     pretraining = {"class_path": "lit_specrl.callbacks.DrafterPretraining", "init_args": arguments}
     trainer["callbacks"] = [*engines, pretraining]
-    # the run ends before its first step
+    # the run ends before its first step, also where it goes on from a run that has ended
     trainer |= {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0, "min_epochs": 0}
+    trainer |= {"max_epochs": -1, "max_steps": -1, "min_steps": None, "max_time": None}
     return configuration

@@ -43,6 +43,11 @@ def write_policy(
     for new in [target, *([Path(drafter)] if drafter else [])]:
         if new.exists():
             raise ValueError(f"{new} exists already; export into a new folder")
+    if drafter and target.resolve().is_relative_to(Path(drafter).resolve()):
+        raise ValueError(
+            f"drafter must be a folder of its own, got {drafter}, where the policy goes ({target}); give another one, "
+            f"such as {target}-drafter"
+        )
     content, state = _read(source)
     run = content.get("rlvr", {})
     lora = run.get("lora")  # earlier checkpoints do not know it, nor a revision

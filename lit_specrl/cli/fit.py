@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import pkgutil
 import sys
 import warnings
 from contextlib import nullcontext
@@ -14,6 +16,7 @@ from lit_specrl.cli.environment import check_torchvision
 check_torchvision()  # before transformers, whose own message would be about another class
 
 from jsonargparse import ArgumentError, Namespace  # noqa: E402
+from lightning.pytorch.callbacks import ProgressBar  # noqa: E402
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
@@ -103,7 +106,9 @@ class LitSpecRLCLI(LightningCLI):
             raise explain_failure(self._failures, self.config[self.config.subcommand], error) from error
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        if self.config[self.subcommand].trainer.enable_progress_bar is False:  # Lightning refuses a bar beside it
+        trainer = self.config[self.subcommand].trainer
+        if trainer.enable_progress_bar is False or any(map(_is_progress_bar, _listed(trainer.callbacks))):
+            # Lightning refuses a bar beside either
             parser = self._subcommand_parsers[str(self.subcommand)]
             parser.callback_keys = [key for key in parser.callback_keys if key != "progress_bar"]
         return super().instantiate_trainer(**options)
@@ -115,6 +120,15 @@ class LitSpecRLCLI(LightningCLI):
         except Exception as error:
             self._failures.append(Failure(kind, options, error))
             raise
+
+
+def _listed(callbacks: Any) -> list[Any]:
+    return callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+
+
+def _is_progress_bar(callback: Any) -> bool:
+    kind = pkgutil.resolve_name(callback.class_path)
+    return inspect.isclass(kind) and issubclass(kind, ProgressBar)
 
 
 def _leave_one_last_checkpoint(callbacks: list[Any]) -> None:

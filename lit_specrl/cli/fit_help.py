@@ -118,7 +118,7 @@ def _classes(hint: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _made(kind: Any) -> list[type[Unimported]]:
-    return [one for one in subclasses(kind) if not one.__name__.startswith("_")]
+    return [one for one in subclasses(kind) if not one.__name__.startswith("_") and one is not Unknown]
 
 
 def _own(kinds: Sequence[type[Unimported]]) -> list[type[Unimported]]:

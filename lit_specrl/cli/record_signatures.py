@@ -14,7 +14,7 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
@@ -26,6 +26,8 @@ from lit_specrl.cli.value_types import LISTS, MAPPINGS, subclasses
 
 _PLAIN = {int: "int", float: "float", bool: "bool", str: "str", type(None): "null", pathlib.Path: "path", Any: "any"}
 _RECORDED = ("lit_specrl.", "torch.optim.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
+_NAMED = ("lit_specrl", "torch", "lightning")
+"""Packages whose other classes are known by their names alone."""
 _COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -33,6 +35,7 @@ def record() -> dict[str, Any]:
     """What the command line takes as the packages are installed."""
     recorder = _Recorder()
     commands = {name: recorder.level(Level.of_parser(parser)) for name, parser in _parsers().items()}
+    recorder.link()
     classes = {path: recorder.classes[path] for path in sorted(recorder.classes)}
     files = {name: digest(PACKAGE / name) for name in sorted(recorder.files)}
     return {"versions": installed_versions(), "files": files, "commands": commands, "classes": classes}
@@ -43,7 +46,20 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.classes: dict[str, dict[str, Any]] = {}
+        self._kinds: dict[str, type] = {}
         self.files: set[str] = set()
+
+    def link(self) -> None:
+        """Note the bases that every class has among the others."""
+        for path, kind in self._kinds.items():
+            self.classes[path]["bases"] = list(dict.fromkeys(self._bases(kind)))
+
+    def _bases(self, kind: type) -> Iterator[str]:
+        for base in kind.__bases__:
+            if _path(base) in self.classes:
+                yield _path(base)
+            else:
+                yield from self._bases(base)
 
     def level(self, level: Level) -> dict[str, Any]:
         names = {
@@ -76,41 +92,39 @@ class _Recorder:
         return None if None in hints else {kind: hints}
 
     def _class(self, kind: type) -> Any:
-        if not _is_recorded(kind) or not isinstance(kind, type):
-            return self._outside(kind)
-        for one in [kind, *subclasses(kind)]:
-            self._note(one)
-        return {"class": _path(kind)}
-
-    def _outside(self, kind: type) -> Any:
         """A base class of another package counts where something below it is recorded."""
-        below = [one for one in subclasses(kind) if _is_recorded(one)] if kind.__module__ != "builtins" else []
-        if not below or kind.__module__.partition(".")[0] not in ("torch", "lightning"):
+        if not isinstance(kind, type) or kind.__module__ == "builtins":
             return None
-        self.classes[_path(kind)] = {
-            "bases": [],
-            "abstract": True,
-            "level": {"names": {}, "required": [], "defaults": {}},
-        }
-        for one in below:
+        if not _is_recorded(kind) and not (_is_named(kind) and any(map(_is_recorded, subclasses(kind)))):
+            return None
+        for one in [kind, *_all_below(kind)]:
             self._note(one)
         return {"class": _path(kind)}
 
     def _note(self, kind: type) -> None:
         path = _path(kind)
-        if path in self.classes or not _is_recorded(kind):
+        if path in self.classes or not _is_named(kind):
             return
+        self._kinds[path] = kind
         self.classes[path] = entry = {"bases": [], "abstract": inspect.isabstract(kind)}
-        entry["level"] = None if _is_open(kind) else self.level(Level.of_class(kind))
-        entry["bases"] = [_path(base) for base in kind.__bases__ if _path(base) in self.classes or self._noted(base)]
+        entry["level"] = None if not _is_recorded(kind) or _is_open(kind) else self.level(Level.of_class(kind))
+        for base in filter(_is_recorded, kind.__bases__):
+            self._note(base)
         for one in kind.__mro__:
             if one.__module__.startswith("lit_specrl."):
                 self.files.add(str(pathlib.Path(inspect.getfile(one)).relative_to(PACKAGE)))
 
-    def _noted(self, base: type) -> bool:
-        if _is_recorded(base):
-            self._note(base)
-        return _path(base) in self.classes
+
+def _all_below(kind: type) -> Iterator[type]:
+    """Abstract ones, too."""
+    for one in type.__subclasses__(kind):
+        yield one
+        yield from _all_below(one)
+
+
+def _is_named(kind: type) -> bool:
+    """Whether the parser finds the class by its short name."""
+    return kind.__module__.partition(".")[0] in _NAMED and "._" not in _path(kind) and "<locals>" not in _path(kind)
 
 
 def _is_recorded(kind: type) -> bool:

@@ -106,7 +106,9 @@ class Signatures:
             return Literal[tuple(parts)]
         if kind == "callable":
             returned = self._hint(parts[1])
-            return collections.abc.Callable[[Any] * parts[0], returned] if returned else _Function
+            if returned:
+                return collections.abc.Callable[[Any] * parts[0], returned]
+            return Unknown if parts[0] else _Function
         hints = [self._hint(part) for part in parts]
         if kind == "union":
             return union(hints)

@@ -16,6 +16,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+_TYPO = 0.85  # similarity of a name that is taken for a misspelt one where there may be others
 MAX_LISTED = 12  # names that are listed where none is similar
 LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
 MAPPINGS = (dict, collections.abc.Mapping)
@@ -27,6 +28,7 @@ _PLAIN = {
     str: "text",
     Path: "a path",
     type(None): "null",
+    Any: "any value",
 }
 
 
@@ -80,6 +82,8 @@ def classes_of(hint: Any) -> Iterator[tuple[Any, int]]:
 def resolve_class(class_path: str, kinds: list[tuple[Any, int]]) -> tuple[Any, int] | str:
     """The class of this name, or why there is none."""
     found: Any = None
+    if any(issubclass(kind, Unknown) for kind, _ in kinds):
+        return Unknown, 0
     if unimported := next((kind for kind, _ in kinds if issubclass(kind, Unimported)), None):
         found = unimported.resolve(class_path)
         if "." in class_path and (found is None or not any(issubclass(found, kind) for kind, _ in kinds)):
@@ -107,6 +111,9 @@ def resolve_class(class_path: str, kinds: list[tuple[Any, int]]) -> tuple[Any, i
         return f"{class_path} is not one of {class_names(kinds)}"
     names = sorted({sub.__name__ for kind, _ in kinds for sub in subclasses(kind)})
     similar = difflib.get_close_matches(class_path, names, 1, 0.6)
+    is_foreign = unimported and any(not kind.__module__.startswith("lit_specrl.") for kind, _ in kinds)
+    if is_foreign and not difflib.get_close_matches(class_path, names, 1, _TYPO):
+        return Unknown, 0  # packages may have imported further ones
     return f"there is no class {class_path}; " + (
         f"did you mean {similar[0]}?" if similar else f"there are {class_names(kinds)}"
     )

@@ -189,6 +189,14 @@ def test_the_drafter_is_written_at_the_end(kept, model, tmp_path):
     assert_identical(dict(Eagle3Network.load(str(tmp_path / "drafter")).weights()), watch.weights[-1])
 
 
+def test_a_folder_that_holds_something_else_is_not_written_to(model, tmp_path):
+    """The drafter took its place at the end of the run, with all that was in it."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "metrics.csv").touch()
+    with pytest.raises(MisconfigurationException, match=r"logs holds something else\. Name another folder"):
+        fit(grpo(model), questions(tmp_path), distillation(output=str(tmp_path / "logs")))
+
+
 @pytest.mark.parametrize("kept", ["head"], indirect=True)
 def test_the_drafter_of_another_run_is_not_taken_over(kept, model, make_llama, tmp_path):
     saver = ModelCheckpoint(tmp_path, filename="last", save_top_k=1)

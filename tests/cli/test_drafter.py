@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_specrl.callbacks.drafter_pretraining import _response
 from lit_specrl.cli.drafter import pretraining_configuration
+from lit_specrl.cli.fit import train
 from lit_specrl.cli.main import COMMANDS
 from lit_specrl.drafting.distillation.trainer import DrafterTrainer
 from lit_specrl.drafting.eagle3 import check_head
@@ -132,6 +133,34 @@ def test_the_divergence_is_made_small_before_another_loss(config, model, make_ll
     COMMANDS["drafter"].call([*common, "--loss=acceptance"])
     COMMANDS["drafter"].call(common)
     assert losses == ["ForwardKL", "ForwardKL", "AcceptedLength", "ForwardKL", "ForwardKL", "ForwardKL"]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(config, tmp_path, monkeypatch):
+    """The drafter took its place, with all that was in it."""
+    (tmp_path / "models" / "one").mkdir(parents=True)
+    (tmp_path / "models" / "one" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for output, message in [("models", "holds something else"), (".", "holds the working folder")]:
+        with pytest.raises(MisconfigurationException, match=message):
+            COMMANDS["drafter"].call(["--config", config, "--output", output, *SMALL])
+    assert (tmp_path / "models" / "one" / "config.json").exists()
+
+
+def test_a_drafter_is_trained_where_a_finished_run_goes_on(config, make_llama, tmp_path):
+    """The bounds of the recipe had been reached: nothing was written, and nothing said."""
+    settings = yaml.safe_load(Path(config).read_text())
+    settings["trainer"] |= {"callbacks": [], "logger": False, "max_steps": 1, "enable_checkpointing": False}
+    (tmp_path / "finished.yaml").write_text(yaml.safe_dump(settings))
+    train(["fit", f"--config={tmp_path / 'finished.yaml'}"]).trainer.save_checkpoint(tmp_path / "last.ckpt")
+    records = [{"prompt": "1 + 1", "completion": "2" * length, "finish_reason": "stop"} for length in range(2, 12)]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = [f"--draft_model={make_llama(num_hidden_layers=1)}", f"--rollouts={tmp_path / 'rollouts.jsonl'}", *SMALL]
+    options += [f"--ckpt_path={tmp_path / 'last.ckpt'}", "--trainer.max_steps=1", f"--output={tmp_path / 'small'}"]
+    COMMANDS["drafter"].call(["--config", config, *options])
+    assert (tmp_path / "small" / "config.json").exists()
+    options = [*options[:-1], f"--output={tmp_path / 'other'}", "--trainer.limit_train_batches=0"]
+    with pytest.raises(ValueError, match=r"no drafter was written to .*other: the run ended before"):
+        COMMANDS["drafter"].call(["--config", config, *options])
 
 
 def test_only_engine_and_training_of_the_drafter_are_left(config):

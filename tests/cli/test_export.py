@@ -173,6 +173,13 @@ def test_an_existing_folder_is_not_written_to(trained, tmp_path):
     assert not list((tmp_path / "model").iterdir())
 
 
+@pytest.mark.parametrize("drafter", ["out", "out/..", "out/model/../../out"])
+def test_a_drafter_does_not_take_the_place_of_the_policy(trained, tmp_path, drafter):
+    with pytest.raises(ValueError, match=r"drafter must be a folder of its own|exists already"):
+        export_checkpoint(trained[2], str(tmp_path / "out" / "model"), drafter=str(tmp_path / drafter))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_file_is_named(refused, tmp_path):
     message = refused(tmp_path / "last.ckpt")
     assert message.startswith(f"the checkpoint {tmp_path / 'last.ckpt'} cannot be used: there is no such file.")

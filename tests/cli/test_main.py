@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lit_specrl.callbacks
@@ -53,6 +54,15 @@ def fitted(monkeypatch):
 
 def config_arguments(*configs):
     return ["fit", *(f"--config={config}" for config in configs)]
+
+
+@pytest.mark.parametrize("options", [["--trainer.callbacks+=RichProgressBar"], ["--trainer.callbacks=TQDMProgressBar"]])
+def test_another_progress_bar_takes_the_place_of_ours(options, fitted, tmp_path, monkeypatch):
+    """Both were given to the trainer, and Lightning takes one."""
+    monkeypatch.chdir(tmp_path)
+    run([*config_arguments(ROOT / "recipes/quickstart.yaml"), *ONE_CPU, *options])
+    bars = [type(one).__name__ for one in fitted[0][0].callbacks if isinstance(one, ProgressBar)]
+    assert bars == [options[0].rpartition("=")[2]]
 
 
 def printed_config(arguments, capsys):

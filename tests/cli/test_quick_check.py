@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lit_specrl.cli.configuration_files import COMMAND_LINE, Source, sources
+from lit_specrl.cli.diagnosis import first_problem
 from lit_specrl.cli.fit_help import answer
 from lit_specrl.cli.messages import ConfigurationError
 from lit_specrl.cli.quick_check import check_quickly
@@ -63,10 +64,48 @@ def test_a_mistake_is_refused(options, message, signatures):
         ["--trainer.callbacks+=my_package.Callback", "--trainer.callbacks+=OtherCallback"],  # imported with the first
         ["--data.train=FileSource", "--data.train.path=123"],  # a text that reads like a number
         ["--model.num_generatons=4", "--print_config"],
+        ["--trainer.strategy=DDPStrategy", "--trainer.strategy.find_unused_parameters=true"],
+        ["--trainer.strategy=FSDP2Strategy"],
+        ["--trainer.callbacks+=SaveConfigCallback"],  # of Lightning, and not among its callbacks
+        ["--model.optimizer=AdamW8bit", "--model.optimizer.lr=1"],  # of a package that something may have imported
+        ["--model.lr_scheduler=CosineAnnealingLR", "--model.lr_scheduler.T_max=3"],
+        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.name=one"],
+        ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=loss", "--trainer.callbacks.mode=max"],
     ],
 )
 def test_what_the_record_cannot_know_is_left_to_the_parser(options, signatures):
     check_quickly("fit", sources([f"--config={ROOT / 'recipes/quickstart.yaml'}", *options]), signatures)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": {"lora": {"r": 4, "target_modules": "all-linear", "rank_pattern": {"q_proj": 2}}}},
+        {"model": {"rewards": [{"class_path": "JudgeReward", "init_args": {"options": {"extra": {"a": 1}}}}]}},
+        {"trainer": {"strategy": {"class_path": "DDPStrategy", "init_args": {"find_unused_parameters": True}}}},
+    ],
+)
+def test_nothing_is_looked_at_that_can_be_anything(settings, signatures):
+    """A mapping in a mapping of any values was taken for an object: `Any` is a class since Python 3.11."""
+    recipe = sources([f"--config={ROOT / 'recipes/quickstart.yaml'}"])
+    problem = first_problem(signatures.command("fit"), [*recipe, Source("more.yaml", settings)], "lit-specrl")
+    assert problem is None or "needs" in str(problem)
+
+
+def test_settings_of_one_of_several_sources_are_looked_up_in_its_class(signatures):
+    """They were looked up in another, and the command at the head of the MATH-500 recipes was refused."""
+    files = [f"--config={ROOT / 'recipes/math500_grpo.yaml'}", f"--config={ROOT / 'configs/data/local_math.yaml'}"]
+    given = "--data.init_args.validation.math500.init_args"
+    check_quickly("fit", sources([*files, f"{given}.path=rows.jsonl"]), signatures)
+    with pytest.raises(ConfigurationError, match="FileSource has no paths; did you mean path"):
+        check_quickly("fit", sources([*files, f"{given}.paths=rows.jsonl"]), signatures)
+
+
+def test_what_no_later_option_gives_is_missing(signatures):
+    options = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.mode=max"]
+    given = sources([f"--config={ROOT / 'recipes/quickstart.yaml'}", *options])
+    with pytest.raises(ConfigurationError, match="EarlyStopping needs monitor"):
+        check_quickly("fit", given, signatures)
 
 
 @pytest.mark.parametrize("changed", ["versions", "files"])

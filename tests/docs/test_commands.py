@@ -15,8 +15,11 @@ from pages import BLOCKS, PAGES, ROOT, blocks, command_lines, inline_commands
 from lit_specrl.bench.command import BENCHMARKS
 from lit_specrl.bench.rollout.runs import Run, RunFailedError
 from lit_specrl.cli import fit as fit_module
+from lit_specrl.cli.commands import _separated
+from lit_specrl.cli.configuration_files import sources
 from lit_specrl.cli.fit_help import answer
 from lit_specrl.cli.main import COMMANDS
+from lit_specrl.cli.quick_check import check_quickly
 
 TRAINING = ("fit", "validate", "test", "predict")
 LINES = [(block, line) for block in blocks("bash") for line in command_lines(block)]
@@ -38,6 +41,22 @@ OURS += [
     (f"{page.relative_to(ROOT)}, {code}", arguments)
     for page, code in INLINE
     if not {"COMMAND", "NAME"} & set(arguments := shlex.split(code)[1:])
+]
+
+
+def header_commands(file):
+    """Commands in the remarks that a file of settings begins with."""
+    remarks = itertools.takewhile(lambda line: line.startswith("#"), file.read_text("utf-8").splitlines())
+    lines = "\n".join(line.removeprefix("#").strip() for line in remarks).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("lit-specrl fit ")]
+    return [[word.replace("recipes/...", "recipes/quickstart.yaml") for word in words[1:]] for words in commands]
+
+
+HEADERS = [
+    (str(file.relative_to(ROOT)), arguments)
+    for folder in ("recipes", "configs")
+    for file in sorted((ROOT / folder).rglob("*.yaml"))
+    for arguments in header_commands(file)
 ]
 
 
@@ -109,6 +128,7 @@ def test_a_command_is_understood(where, arguments, parsers, desk, monkeypatch):
     elif name in TRAINING:
         if set(rest) <= {"--print_config"}:  # the name of a command in a sentence
             return
+        check_quickly(name, sources(rest))
         settings = understood(parsers[name], rest)
         if settings is not None:
             assert settings.model.class_path in ("lit_specrl.GRPO", "lit_specrl.DAPO", "lit_specrl.PPO")
@@ -126,10 +146,20 @@ def test_a_command_is_understood(where, arguments, parsers, desk, monkeypatch):
         if command.takes_fit_options:
             own = {option for action in command.parser()._actions for option in action.option_strings}
             assert {"--output"} <= {argument for argument in rest if argument in own} or len(rest) < 2
+            check_quickly("fit", sources(_separated(command.parser(), rest)[1]))
         elif rest:
             understood(command.parser(), rest)
     else:
         assert name == "--help", f"{where}: there is no command {name}"
+
+
+@pytest.mark.parametrize(
+    ("where", "arguments"), HEADERS, ids=[f"{where} {index}" for index, (where, _) in enumerate(HEADERS)]
+)
+def test_a_command_at_the_head_of_a_file_is_understood(where, arguments, parsers, desk):
+    desk(TUTORIAL)
+    check_quickly(arguments[0], sources(arguments[1:]))
+    assert understood(parsers[arguments[0]], arguments[1:]) is not None
 
 
 def configs(arguments):
@@ -157,7 +187,9 @@ def test_yaml_is_understood_beside_a_recipe(block, parsers, desk):
     whole = "data" in (keys := yaml.safe_load(block.text)) and "model" in keys and "trainer" in keys
     whole = whole and "class_path" in keys["model"]
     recipe = [] if whole else ["--config", "recipes/quickstart.yaml"]
-    settings = parsers["fit"].parse_args([*recipe, "--config", "block.yaml", "--model.init_args.model", "FOLDER"])
+    arguments = [*recipe, "--config", "block.yaml", "--model.init_args.model", "FOLDER"]
+    check_quickly("fit", sources(arguments))
+    settings = parsers["fit"].parse_args(arguments)
     assert settings.model.init_args.model == "FOLDER"
 
 
@@ -240,4 +272,4 @@ def test_commands_are_found_behind_launchers():
     assert arguments_of("srun lit-specrl fit --config a.yaml") == ["fit", "--config", "a.yaml"]
     assert arguments_of("torchrun --nnodes 2 -m lit_specrl.cli fit --config a.yaml") == ["fit", "--config", "a.yaml"]
     assert arguments_of("make test") is None
-    assert os.path.basename(__file__) == "test_commands.py" and len(OURS) > 60
+    assert os.path.basename(__file__) == "test_commands.py" and len(OURS) > 60 and len(HEADERS) > 25
