@@ -45,7 +45,7 @@ def plain():
 def varied_rows(cached):
     """Rows that differ in every optional field; the third is empty."""
     return [
-        cached("a", 0, [8, 2], step=3, reward=0.1, reward_values={"exact": 0.1, "format": None}),
+        cached("a", 0, [8, 2], step=3, reward=0.1, reward_values={"exact": 0.1, "format": None}, data="4f"),
         cached("a", 1, [8, 8, 8], step=1, finish_reason="length", num_reuses=2, num_equal=3),
         cached("b-1", 0, [], step=2, reward=-1.0, reward_values={}),
         cached("c", 7, [5], step=2, reference_logprobs=np.array([-1.5]), generation_logprobs=np.array([-np.inf])),

@@ -28,7 +28,9 @@ def grpo(model, rewards=(small_tokens,), **options):
 def questions(folder, texts=QUESTIONS, **options):
     """The texts as data, with 5 for all answers."""
     path = write_questions(folder / f"{len(list(folder.glob('*.jsonl')))}.jsonl", texts)
-    return PromptDataModule(path, **{"batch_size": 2, "max_prompt_length": 64, "shuffle": False} | options)
+    return PromptDataModule(
+        {"questions": path}, **{"batch_size": 2, "max_prompt_length": 64, "shuffle": False} | options
+    )
 
 
 class Trace(RolloutCallback):

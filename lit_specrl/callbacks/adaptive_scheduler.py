@@ -65,12 +65,13 @@ class AdaptiveScheduler(RolloutCallback):
                 "NGramDrafter()"
             )
         self.engine = owners[0].engine
-        if self.schedule is None:
-            drafter = owners[0].drafter
+        drafter = owners[0].drafter
+        if self.schedule is None or self.schedule.max_length != drafter.num_speculative_tokens:
             per_row = self.per_row and isinstance(drafter, LookUpDrafter)
             self.schedule = LengthSchedule(
                 drafter.num_speculative_tokens, self.hysteresis, self.probe_fraction, per_row
             )
+            self._steps, self._was_off = [], False
         self.engine.speculation_control = self.schedule
 
     def on_rollout_start(self, trainer: L.Trainer, pl_module: RLVRModule, request: RolloutRequest) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
-import xxhash
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -18,6 +15,7 @@ from numpy.typing import NDArray
 
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.algorithms.streak_warning import StreakWarning
+from lit_specrl.callbacks.cache_owner import drop_what_is_of_others, identity_of, settings_of
 from lit_specrl.callbacks.rank_store import RankStore
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, require_only_one, require_rlvr_module
 from lit_specrl.checkpoints.rank_files import PREFIX_CACHE
@@ -25,7 +23,6 @@ from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.engines.episodes import prompt_of
 from lit_specrl.experience import Experience
 from lit_specrl.metrics import merge
-from lit_specrl.models.model_name import full_name
 from lit_specrl.prefix_cache.acceptance import AcceptanceRule, acceptance_rule
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
 from lit_specrl.prefix_cache.reuse import ReuseRound
@@ -34,11 +31,6 @@ from lit_specrl.prefix_cache.selection import OfferCounts, Selection, Selector
 from lit_specrl.prefix_cache.statistics import ReuseStatistics, reward_outruns_accuracy
 from lit_specrl.prefix_cache.store import RolloutStore
 from lit_specrl.types import RolloutRequest, Rollouts
-
-_NOT_OF_THE_ARCHITECTURE = {
-    *("_name_or_path", "transformers_version", "dtype", "torch_dtype"),
-    *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
-}
 
 
 class PrefixCache(RolloutCallback):
@@ -137,12 +129,13 @@ class PrefixCache(RolloutCallback):
         self._selector = Selector(reuse_policy, max_reuses, control_fraction)
         self.verifier, self.block_length = verifier, block_length
         self._block_length = block_length or 128
-        self.store = RolloutStore(max_bytes)
+        self.max_bytes, self.store = max_bytes, RolloutStore(max_bytes)
         self._files = RankStore(PREFIX_CACHE)
         self._rounds: list[ReuseRound] = []
         self._offers = OfferCounts()
         self._trained: tuple[Rollouts, Experience]
         self._other_ranks_included = False
+        self._owner: tuple[dict[str, str], dict[str, Any]] | None = None  # identity and settings of the last fit
         self._reuse_is_rare = StreakWarning(
             5,
             "PrefixCache kept less than 2 % of the cached tokens in {num_steps} steps: verification costs more than it "
@@ -170,7 +163,7 @@ class PrefixCache(RolloutCallback):
     def memory(self, trainer: L.Trainer, num_parameters: int) -> dict[str, int]:
         if trainer.strategy.root_device.type != "cpu":  # the cache is on the host
             return {}
-        return {"prefix cache, at most": self.store.max_bytes or 0}
+        return {"prefix cache, at most": self.max_bytes}
 
     def charts(self) -> dict[str, dict[str, list[Any]]]:
         return {
@@ -320,10 +313,9 @@ class PrefixCache(RolloutCallback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write each rank's cache into a file beside the checkpoints."""
         module = require_rlvr_module(self, pl_module)
-        checkpoint["prefix_cache"] = self._files.save(trainer, self.store, self._identity(module), module.step) | {
-            "model": full_name(module.model_name),
-            "max_completion_length": module.sampling.max_completion_length,
-            "rewards": module.worker.scored_by,
+        checkpoint["prefix_cache"] = {
+            **self._files.save(trainer, self.store, identity_of(module), module.step),
+            **settings_of(module),
             "adaptive_lenience": self.adaptive_lenience.state_dict() if self.adaptive_lenience else None,
             "block_length": self._block_length,
         }
@@ -334,6 +326,7 @@ class PrefixCache(RolloutCallback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        self.store, self._owner = RolloutStore(self.max_bytes), None  # without the rows of another fit
         state = checkpoint.get("prefix_cache")
         if state is None:
             rank_zero_warn("the checkpoint comes from a run without PrefixCache; its first epoch generates everything")
@@ -347,7 +340,7 @@ class PrefixCache(RolloutCallback):
             rank_zero_info("load_cache=False: the responses of the checkpoint are left out")
             return
         self._other_ranks_included = state["world_size"] != trainer.world_size
-        identity = self._identity(module)
+        identity = identity_of(module)
         stores = self._files.load(
             trainer,
             state,
@@ -355,14 +348,9 @@ class PrefixCache(RolloutCallback):
             "the prefix cache of rank {rank} cannot be used, its prompts are generated afresh once: {error}",
             range(state["world_size"]) if self._other_ranks_included else None,
         )
-        self.store = RolloutStore.merge(stores, self.store.max_bytes)
-        has_other_rewards = state.get("rewards") != module.worker.scored_by
-        if has_other_rewards:
-            rank_zero_info("rewards or their settings are not those of the checkpoint: reused rows are scored again")
-        if has_other_rewards or state["max_completion_length"] != module.sampling.max_completion_length:
-            self.store.put([replace(row, reward=None, reward_values=None) for row in self.store])
-        if state["model"] != full_name(module.model_name):  # the policy is the checkpoint's, the reference another one
-            self.store.put([replace(row, reference_logprobs=None) for row in self.store])
+        # the limit is for the rows of one rank, which are chosen in `on_train_start`
+        self.store = RolloutStore.merge(stores, None if self._other_ranks_included else self.max_bytes)
+        drop_what_is_of_others(self.store, state, module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
         self._files.sweep(trainer)
@@ -373,28 +361,21 @@ class PrefixCache(RolloutCallback):
                 "verifier='engine' needs SpeculativeRollout(engine=VLLMEngine()) with tensor_parallel_size=1, "
                 f"found {found}; use verifier='policy'"
             )
-        uids = getattr(trainer.train_dataloader, "uids", None)
-        if self._other_ranks_included and uids is not None:
-            own = set(uids)
-            self.store, _ = self.store.split(2, lambda uid: 0 if prompt_of(uid) in own else 1)
+        if self._other_ranks_included:
+            self._keep_own_rows(getattr(trainer.train_dataloader, "uids", None))
         self._other_ranks_included = False
+        owner = identity_of(pl_module), settings_of(pl_module)
+        if self._owner is not None:  # of an earlier fit
+            if self._owner[0] == owner[0]:
+                drop_what_is_of_others(self.store, self._owner[1], pl_module)
+            else:
+                self.store = RolloutStore(self.max_bytes)
+        self._owner = owner
 
-    def _identity(self, module: RLVRModule) -> dict[str, str]:
-        """What log-probs and token ids belong to: with another architecture, tokenizer or temperature they mean
-        nothing.
-
-        The name of the model is no part of it: a folder may be moved, and the weights are the checkpoint's.
-        """
-        assert module.policy is not None
-        config = module.policy.model.config.to_dict()
-        architecture = {name: value for name, value in config.items() if name not in _NOT_OF_THE_ARCHITECTURE}
-        return {
-            "architecture": _digest(architecture),
-            "tokenizer": _digest(module.tokenizer.get_vocab()),
-            "temperature": str(module.sampling.temperature),
-        }
-
-
-def _digest(value: dict[str, Any]) -> str:
-    """The same for the same content, in whatever order it was written."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+    def _keep_own_rows(self, uids: list[str] | None) -> None:
+        """Of the rows of all ranks of a former run those whose prompts are this rank's, as far as memory allows."""
+        own = self.store
+        if uids is not None:
+            prompts = set(uids)
+            own, _ = self.store.split(2, lambda uid: 0 if prompt_of(uid) in prompts else 1)
+        self.store = RolloutStore.merge([own], self.max_bytes)

@@ -6,6 +6,7 @@ import json
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,9 @@ class RolloutJournal(RolloutCallback):
         self.is_open, self._synced_at = True, time.monotonic()
         digest = xxhash.xxh3_64_hexdigest(json.dumps(identity, sort_keys=True).encode())
         path = _folders(trainer)[0] / f"step-{step:08d}-rank{trainer.global_rank}-{digest}.rows"
-        if self.load_rows:
-            self._load(trainer, path, step, identity)
         try:
+            if self.load_rows:
+                self._load(trainer, step, identity)
             self._file = JournalFile(path, identity)
             missing = {key: row for key, row in self._found.items() if key not in self._file.found}
             self._file.append(missing)  # found beside the checkpoint, which lies elsewhere
@@ -155,7 +156,7 @@ class RolloutJournal(RolloutCallback):
             rank_zero_warn(f"RolloutJournal keeps no rows of this step: {error}")
             self._close_file()
 
-    def _load(self, trainer: L.Trainer, path: Path, step: int, identity: dict[str, str]) -> None:
+    def _load(self, trainer: L.Trainer, step: int, identity: dict[str, str]) -> None:
         others = []
         for folder in _folders(trainer):
             for other in sorted(folder.glob(f"step-{step:08d}-rank{trainer.global_rank}-*.rows")):
@@ -190,14 +191,15 @@ class RolloutJournal(RolloutCallback):
         """Delete this rank's journals of steps before the last checkpoint but one, and the oldest beyond the limit."""
         num_bytes = 0
         for path in sorted(_folders(trainer)[0].glob(f"step-*-rank{trainer.global_rank}-*.rows"), reverse=True):
-            num_bytes += path.stat().st_size
+            with suppress(FileNotFoundError):  # another run in the folder has just deleted it
+                num_bytes += path.stat().st_size
             if num_bytes > self.max_bytes or _step(path) < self._saved_steps[0]:
                 sweep([path])
 
     def _sweep(self, trainer: L.Trainer, before: int) -> None:
-        if trainer.is_global_zero:
-            paths = [path for folder in _folders(trainer) for path in folder.glob("step-*.rows")]
-            sweep(path for path in paths if _step(path) < before)
+        """Delete this rank's journals of earlier steps, and on rank 0 those of ranks that are no more."""
+        paths = [path for folder in _folders(trainer) for path in folder.glob("step-*.rows") if _step(path) < before]
+        sweep(path for path in paths if _owner(path, trainer.world_size) == trainer.global_rank)
 
 
 class _StepJournal:
@@ -286,3 +288,9 @@ def _folders(trainer: L.Trainer) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.split("-")[1])
+
+
+def _owner(path: Path, world_size: int) -> int:
+    """The rank that deletes a journal: its own, or the first for one that is no more."""
+    rank = int(path.name.split("-")[2].removeprefix("rank"))
+    return rank if rank < world_size else 0

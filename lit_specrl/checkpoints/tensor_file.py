@@ -1,4 +1,4 @@
-"""Tensors in a file that is complete and belongs to the run, or is set aside.
+"""Tensors in a file that is complete and belongs to the run, or is not used; a damaged one is set aside.
 
 A safetensors file (never pickle) with a checksum and the identity of what it belongs to. The remaining metadata is JSON
 in a tensor of its own, for the header of such a file may not exceed 100 MB.
@@ -27,17 +27,18 @@ _METADATA = "metadata_json"
 
 
 class RejectedFileError(Exception):
-    """A file could not be used and was renamed, so that it is neither loaded nor overwritten.
+    """A file could not be used. It was renamed, so that it is neither loaded nor overwritten, unless it is whole.
 
     Args:
         path: where it was.
-        rejected_path: where it is now.
+        rejected_path: where it is now; `None` for one that belongs to something else, which was left in its place.
         reason: "damaged", "foreign" (it belongs to something else) or "unknown version".
         detail: what was expected and what was found.
     """
 
-    def __init__(self, path: Path, rejected_path: Path, reason: RejectionReason, detail: str) -> None:
-        super().__init__(f"{path} is not used: {reason} ({detail}); it was renamed to {rejected_path.name}")
+    def __init__(self, path: Path, rejected_path: Path | None, reason: RejectionReason, detail: str) -> None:
+        fate = "left as it is" if rejected_path is None else f"renamed to {rejected_path.name}"
+        super().__init__(f"{path} is not used: {reason} ({detail}); it was {fate}")
         self.path, self.rejected_path, self.reason, self.detail = path, rejected_path, reason, detail
 
 
@@ -81,7 +82,8 @@ def read_tensor_file(
         The tensors and the metadata.
 
     Raises:
-        RejectedFileError: the file is damaged, of another identity or of another version; it has been set aside.
+        RejectedFileError: the file is damaged or of another version, and has been set aside; or of another identity,
+            and has been left for those whom it belongs to.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -127,7 +129,7 @@ def _check_header(path: Path, header: dict[str, str], identity: dict[str, str], 
     names = sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name))
     if names:
         differences = (f"{name}: expected {identity.get(name)!r}, found {found.get(name)!r}" for name in names)
-        raise set_aside(path, "foreign", "; ".join(differences))
+        raise RejectedFileError(path, None, "foreign", "; ".join(differences))
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

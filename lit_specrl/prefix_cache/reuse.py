@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_specrl.metrics import merge
 from lit_specrl.prefix_cache.acceptance import AcceptanceRule
+from lit_specrl.prefix_cache.row_data import data_digest
 from lit_specrl.prefix_cache.statistics import ReuseStatistics
 from lit_specrl.prefix_cache.store import CachedRollout
 from lit_specrl.seeds import row_uniforms
@@ -196,6 +197,7 @@ class ReuseRound:
         """
         size = self.request.sampling.num_generations
         num_equal = self._new_num_equal()
+        data = [data_digest(self.request.prompts, index) for index in range(len(self.request.prompts))]
         for row, whole in enumerate(self.rollouts.response_ids):
             token_ids = whole[: self._first_turn_length(row)]
             is_whole = len(token_ids) == len(whole)
@@ -229,6 +231,7 @@ class ReuseRound:
                 if is_whole
                 else None,
                 reference_logprobs=None if reference is None or at is None else reference[at, : len(token_ids)],
+                data=data[self.request.prompt_index(row)],
             )
 
     def _first_turn_length(self, row: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from lit_specrl.prefix_cache.reuse import control_samples
 from lit_specrl.prefix_cache.reuse_policy import NO_RESPONSE, EveryResponse, Offer, ReusePolicy, afresh
+from lit_specrl.prefix_cache.row_data import data_digest
 from lit_specrl.prefix_cache.store import CachedRollout, RolloutStore
 from lit_specrl.seeds import row_uniforms
 from lit_specrl.types import RolloutRequest
@@ -93,7 +94,7 @@ class Selector:
         self._control_fraction = control_fraction
 
     def select(self, request: RolloutRequest, store: RolloutStore, group_fraction: float) -> Selection:
-        """Look up the last responses of a request, and choose.
+        """Look up the last responses of a request, without rewards that belong to other data, and choose.
 
         Args:
             request: the request.
@@ -104,7 +105,8 @@ class Selector:
         selection = Selection()
         for group, uid in enumerate(request.prompts.uids):
             seeds = request.seeds[group * size : (group + 1) * size]
-            last = [store.get(uid, sample) for sample in range(size)]
+            data = data_digest(request.prompts, group)
+            last = [_current(store.get(uid, sample), data) for sample in range(size)]
             selection.found.extend(last)
             selection.offers.extend(self._offers(last, seeds, group_fraction))
         return selection
@@ -129,3 +131,8 @@ class Selector:
         if is_control:
             return Offer(0, "control")
         return Offer(0, "max_reuses") if row.num_reuses >= self._max_reuses else offer
+
+
+def _current(row: CachedRollout | None, data: str) -> CachedRollout | None:
+    """The row, without rewards for which the columns of its prompt were others."""
+    return row if row is None or row.data in ("", data) else row.without_rewards()

@@ -25,9 +25,9 @@ _TOKEN_DTYPES = {
 }
 _OLD_NAMES = {"previous_logprobs": "draft_logprobs"}  # in files of version 0.1
 _ROW_FIELDS = ("uid", "sample", "reward", "reward_values", "finish_reason", "policy_version", "step", "num_reuses")
-_LATER_ROW_FIELDS = {"num_equal": 0}  # what rows have whose file does not tell
+_LATER_ROW_FIELDS = {"num_equal": 0, "data": ""}  # what rows have whose file does not tell
 # What Python holds for a row beside the tokens; tests measure that the sum is right.
-_ROW_BYTES = 520
+_ROW_BYTES = 590
 _ARRAY_BYTES = 112
 
 
@@ -70,9 +70,15 @@ class CachedRollout:
     """Unweighted rewards by function, `None` where one does not apply; `None` as a whole when not kept."""
     reference_logprobs: NDArray[np.float32] | None = None
     """[T] nats, under the reference model."""
+    data: str = ""
+    """Digest of the source and the further columns that the rewards belong to (`data_digest`); empty if unknown."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def without_rewards(self) -> CachedRollout:
+        """The response, to be rewarded again."""
+        return replace(self, reward=None, reward_values=None, num_equal=0)
 
     @property
     def num_bytes(self) -> int:
@@ -249,8 +255,8 @@ class RolloutStore:
             max_bytes: of the new store.
 
         Raises:
-            RejectedFileError: the file is damaged, belongs to something else or has an unknown version; it has been
-                renamed to `<name>.rejected`, and `reason` says which.
+            RejectedFileError: the file is damaged or has an unknown version, and has been renamed to `<name>.rejected`;
+                or it belongs to something else, and has been left. `reason` says which.
             FileNotFoundError: there is no such file.
         """
         tensors, metadata = read_tensor_file(path, identity, FORMAT_VERSION)

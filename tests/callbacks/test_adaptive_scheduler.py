@@ -5,7 +5,7 @@ import random
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import fit, grpo, questions
-from training import with_many_stops
+from training import make_trainer, with_many_stops
 
 from lit_specrl.callbacks import AdaptiveScheduler, SpeculativeRollout
 from lit_specrl.cli.export import export_checkpoint
@@ -43,3 +43,19 @@ def test_a_run_in_which_no_draft_paid_is_resumed_and_exported(tiny_model, tmp_pa
     assert any(group["decoding_s"] > 0 for group in state["ages"])  # steps in which nothing paid
     go_on(7, tmp_path / "epoch=5.ckpt")
     export_checkpoint(str(tmp_path / "epoch=6.ckpt"), str(tmp_path / "exported"))
+
+
+def test_a_second_fit_with_drafts_of_another_length_has_a_new_schedule(tiny_model):
+    """It kept the longest draft of the first drafter."""
+    scheduler, module = AdaptiveScheduler(), grpo(tiny_model)
+
+    def schedule(num_speculative_tokens):
+        drafter = NGramDrafter(num_speculative_tokens)
+        trainer = make_trainer(SpeculativeRollout(VLLMEngine(), drafter), scheduler)
+        scheduler.setup(trainer, module, "fit")
+        return scheduler.schedule
+
+    first = schedule(2)
+    assert first.max_length == 2
+    assert schedule(2) is first  # what it has learnt stays
+    assert schedule(4).max_length == 4

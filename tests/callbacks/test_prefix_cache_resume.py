@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import FROZEN, GROUP, MAX_LENGTH, STEPS, fit, grpo, last_responses, questions, rows_of, spread_but_why
 from training import QUESTIONS, assert_identical, small_tokens, weights_of
 
-from lit_specrl import DAPO, PPO, SeparateCritic
+from lit_specrl import DAPO, PPO, PromptDataModule, SeparateCritic
 from lit_specrl.callbacks import PrefixCache, RolloutCallback
+from lit_specrl.callbacks.cache_owner import identity_of
+from lit_specrl.data import FileSource
 from lit_specrl.models.policy import Policy
 from lit_specrl.prefix_cache import BoundedShare, BySignal, KeepSuccesses, RenewInTurns
 from lit_specrl.prefix_cache.lenience import AdaptiveLenience
@@ -250,16 +252,15 @@ def flip_a_bit(path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "options", "message"),
+    ("spoil", "message"),
     [
-        (flip_a_bit, {}, r"not used: damaged \(its checksum does not match"),
-        (lambda path: path.write_bytes(path.read_bytes()[:100]), {}, "not used: damaged"),
-        (Path.unlink, {}, "No such file"),
-        (lambda path: None, {"temperature": 0.7}, "not used: foreign .*temperature: expected '0.7', found '1.0'"),
+        (flip_a_bit, r"not used: damaged \(its checksum does not match"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "not used: damaged"),
+        (Path.unlink, "No such file"),
     ],
-    ids=["a bit flipped", "cut", "missing", "another temperature"],
+    ids=["a bit flipped", "cut", "missing"],
 )
-def test_an_unusable_cache_is_set_aside_and_the_run_goes_on(run, saved, model_folder, spoil, options, message):
+def test_an_unusable_cache_is_set_aside_and_the_run_goes_on(run, saved, spoil, message):
     folder, _, checkpoint = saved
     path = folder / "prefix_cache" / f"step-{STEPS:08d}-rank0-of-1.safetensors"
     spoil(path)
@@ -267,13 +268,24 @@ def test_an_unusable_cache_is_set_aside_and_the_run_goes_on(run, saved, model_fo
     with pytest.warns(
         UserWarning, match=f"cache of rank 0 cannot be used, its prompts are generated afresh.*{message}"
     ):
-        _, trace, _ = run(module=grpo(model_folder, optimizer=ADAM, **options), ckpt_path=checkpoint)
+        _, trace, _ = run(ckpt_path=checkpoint)
     assert trace.of_cache("hit_fraction") == [0.0] * STEPS + [1.0] * STEPS
     assert not path.exists()
     assert path.with_name(f"{path.name}.rejected").exists() is existed
 
 
-def test_a_cache_of_another_architecture_is_set_aside(run, saved, model_folder, tmp_path):
+def test_a_cache_of_another_temperature_is_left_to_its_checkpoint(run, saved, model_folder):
+    """One resume with a changed setting took it away from the checkpoint, whose next resume found no file."""
+    _, _, checkpoint = saved
+    message = "cannot be used.*not used: foreign .*temperature: expected '0.7', found '1.0'.*left as it is"
+    with pytest.warns(UserWarning, match=message):
+        _, trace, _ = run(module=grpo(model_folder, optimizer=ADAM, temperature=0.7), ckpt_path=checkpoint)
+    assert trace.of_cache("hit_fraction") == [0.0] * STEPS + [1.0] * STEPS
+    _, trace, _ = run(ckpt_path=checkpoint)
+    assert trace.of_cache("hit_fraction") == [1.0] * 2 * STEPS
+
+
+def test_a_cache_of_another_architecture_is_not_used(run, saved, model_folder, tmp_path):
     _, _, checkpoint = saved
     other = shutil.copytree(model_folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
@@ -346,6 +358,37 @@ def test_rewards_of_another_function_are_not_taken(run, model_folder, tmp_path, 
     assert trace.of_cache("full_reuse_fraction") == [1.0] * STEPS
     assert sum(asked) == (STEPS * 2 * GROUP if is_other else 0)
     assert all((metrics["reward"] > 100) == is_other for metrics in trace.metrics)
+
+
+@pytest.mark.parametrize("change", [None, "column", "source"])
+def test_rewards_for_other_data_are_not_taken(run, model_folder, tmp_path, change):
+    """A row with corrected tests in the data kept the rewards of the wrong ones for the rest of the run."""
+
+    def passes(completions, tests, source, **columns):
+        asked.extend(zip(source, tests, strict=True))
+        return [float(test[0]) for test in tests]
+
+    def data(name, **others):
+        rows = [{"question": text, "answer": "5", "tests": others.get(text, [1, 2])} for text in QUESTIONS]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return PromptDataModule(FileSource(str(path), name=source), batch_size=2, max_prompt_length=64, shuffle=False)
+
+    asked, source, frozen = [], "code", {"optimizer": FROZEN}
+    module = grpo(model_folder, [passes], **frozen)
+    run(every_step(tmp_path / "saved"), module=module, data=data("old.jsonl"), max_epochs=1)
+    asked.clear()
+    changed = {"Why?": [7, 2]} if change == "column" else {}
+    source = "other" if change == "source" else "code"
+    _, trace, _ = run(
+        module=grpo(model_folder, [passes], **frozen),
+        data=data("new.jsonl", **changed),
+        ckpt_path=tmp_path / "saved" / f"step={STEPS}.ckpt",
+    )
+    assert trace.of_cache("full_reuse_fraction") == [1.0] * 2 * STEPS
+    again = {"column": [("code", [7, 2])], "source": [("other", [1, 2])] * len(QUESTIONS)}.get(change, [])
+    assert asked == [row for row in again for _ in range(GROUP)]  # and are known again in the second epoch
+    assert ({metrics["reward"] for metrics in trace.metrics} == {1.0, 4.0}) is (change == "column")
 
 
 @pytest.mark.parametrize("is_other", [False, True])
@@ -467,22 +510,56 @@ def test_a_smaller_limit_of_bytes_evicts_while_loading(run, saved):
 
 
 def test_caches_of_two_ranks_become_one_and_prompts_of_nobody_leave(run, saved):
-    """The loader had no `uids`, so that every rank of a resumed run kept the caches of all."""
+    """The loader had no `uids`, so that every rank of a resumed run kept the caches of all.
+
+    The rows of all ranks were evicted to the limit of one, the oldest first, before a rank chose its own.
+    """
     folder, _, checkpoint = saved
     files = folder / "prefix_cache"
     path = files / f"step-{STEPS:08d}-rank0-of-1.safetensors"
     module = grpo(torch.load(checkpoint, weights_only=True)["rlvr"]["model"])
     module.policy = Policy.build(module.model_name)
-    identity = PrefixCache()._identity(module)
+    identity = identity_of(module)
     whole = RolloutStore.load(path, identity)
     first, second = whole.split(2, lambda uid: int(uid > sorted({row.uid for row in whole})[1]))
-    stranger = dataclasses.replace(next(iter(whole)), uid="stranger")
+    stranger = dataclasses.replace(next(iter(whole)), uid="stranger", step=99)
     second.put([stranger])
     first.save(files / f"step-{STEPS:08d}-rank0-of-2.safetensors", identity)
     second.save(files / f"step-{STEPS:08d}-rank1-of-2.safetensors", identity)
     content = torch.load(checkpoint, weights_only=True)
     content["prefix_cache"]["world_size"] = 2
     torch.save(content, checkpoint)
-    _, trace, cache = run(ckpt_path=checkpoint)
+    _, trace, cache = run(cache=PrefixCache(EVERYTHING, max_bytes=whole.num_bytes), ckpt_path=checkpoint)
     assert trace.of_cache("hit_fraction") == [1.0] * 2 * STEPS
     assert {row.uid for row in cache.store} == {row.uid for row in whole}
+    assert cache.store.max_bytes == whole.num_bytes
+
+
+# ------------------------------------------------------------------------------------------------------- a second fit
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_a_cache_of_an_earlier_fit_gives_no_rewards_of_others(run, model_folder, is_other):
+    """Rows kept whole got the numbers of the first fit's reward of the same name."""
+    cache, (first, _), (second, asked) = PrefixCache(EVERYTHING), counting(0), counting(100 if is_other else 0)
+    run(cache=cache, module=grpo(model_folder, [first], optimizer=FROZEN), max_epochs=1)
+    _, trace, _ = run(cache=cache, module=grpo(model_folder, [second], optimizer=FROZEN), max_epochs=1)
+    assert trace.of_cache("full_reuse_fraction") == [1.0] * STEPS
+    assert sum(asked) == (STEPS * 2 * GROUP if is_other else 0)
+    assert all((metrics["reward"] > 100) == is_other for metrics in trace.metrics)
+
+
+def test_a_cache_of_an_earlier_fit_at_another_temperature_is_emptied(run, model_folder):
+    cache = PrefixCache(EVERYTHING)
+    run(cache=cache, max_epochs=1)
+    _, trace, _ = run(cache=cache, module=grpo(model_folder, optimizer=ADAM, temperature=0.7), max_epochs=2)
+    assert trace.of_cache("hit_fraction") == [0.0] * STEPS + [1.0] * STEPS
+
+
+def test_a_resumed_run_has_the_rows_of_its_checkpoint_alone(run, saved):
+    """With `load_cache=False` none, but it found those that the callback had from an earlier fit."""
+    _, _, checkpoint = saved
+    cache = PrefixCache(EVERYTHING, load_cache=False)
+    run(cache=cache, max_epochs=1)
+    _, trace, _ = run(cache=cache, ckpt_path=checkpoint)
+    assert trace.of_cache("hit_fraction") == [0.0] * STEPS + [1.0] * STEPS

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,6 +221,33 @@ def test_validation_is_not_kept_and_old_journals_make_room(model_folder, tmp_pat
 
     fit(grpo(model_folder), questions(tmp_path), Files(max_bytes=0), max_epochs=2, default_root_dir=tmp_path)
     assert all(len(names) <= 2 for names in seen) and seen[-1][-1] == "step-00000003"
+
+
+def test_files_that_are_gone_or_cannot_be_read_end_no_run(model_folder, tmp_path):
+    """A file that another process deleted between two looks, and one that is no file, raised."""
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "step-00000000-rank0-gone.rows").symlink_to("nowhere")
+    (tmp_path / FOLDER / "step-00000001-rank0-folder.rows").mkdir()
+    with pytest.warns(UserWarning, match="keeps no rows of this step.*Is a directory"):
+        trace = fit(grpo(model_folder), questions(tmp_path), RolloutJournal(), max_steps=2, default_root_dir=tmp_path)
+    assert len(trace.metrics) == 2
+
+
+def test_each_rank_deletes_its_own_journals_and_the_first_those_of_ranks_that_are_no_more(tmp_path):
+    """Rank 0 deleted those of all ranks, while they looked at them."""
+    (tmp_path / FOLDER).mkdir()
+    for step, rank in [(3, 0), (3, 1), (3, 10), (5, 0)]:
+        (tmp_path / FOLDER / f"step-{step:08d}-rank{rank}-ab.rows").touch()
+
+    def left_by(rank):
+        trainer = SimpleNamespace(
+            checkpoint_callback=None, default_root_dir=tmp_path, ckpt_path=None, global_rank=rank, world_size=2
+        )
+        RolloutJournal()._sweep(trainer, before=5)
+        return [path.name[12:].removesuffix("-ab.rows") for path in sorted((tmp_path / FOLDER).iterdir())]
+
+    assert left_by(0) == ["3-rank1", "5-rank0"]
+    assert left_by(1) == ["5-rank0"]
 
 
 def test_the_fingerprint_tells_the_smallest_change(model_folder):

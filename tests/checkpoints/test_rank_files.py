@@ -102,13 +102,13 @@ def test_a_file_that_cannot_be_read_is_warned_about_and_the_rest_is_loaded(tmp_p
     assert len(caught) == 1
 
 
-def test_a_file_of_another_model_is_warned_about_and_set_aside(tmp_path, save):
+def test_a_file_of_another_model_is_warned_about_and_left(tmp_path, save):
     save(tmp_path, rank=0, identity=IDENTITY | {"model": "large"})
     save(tmp_path, rank=1)
     with pytest.warns(UserWarning, match=r"rank 0 cannot be used.*foreign \(model: expected 'tiny', found 'large'\)"):
         assert uids(load([tmp_path])) == ["rank1-step3"]
     assert names(tmp_path) == [
-        "step-00000003-rank0-of-2.safetensors.rejected",
+        "step-00000003-rank0-of-2.safetensors",
         "step-00000003-rank1-of-2.safetensors",
     ]
 

@@ -9,6 +9,7 @@ import torch
 
 from lit_specrl.prefix_cache.acceptance import FullReuse, RandomReuse, RatioAcceptance
 from lit_specrl.prefix_cache.reuse import ReuseRound, control_samples
+from lit_specrl.prefix_cache.row_data import data_digest
 from lit_specrl.seeds import rollout_seeds, row_uniforms
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig
 
@@ -264,7 +265,8 @@ def test_kept_tokens_keep_the_logprobs_of_their_generation_and_new_ones_get_toda
     recorded = np.float32([[-0.5, -0.6, 0.0], [-0.25, -0.35, -0.45], [-1.0, -1.1, -1.2]])
     reference = recorded - 1
     position = {SEEDS[1]: 0, SEEDS[3]: 1, SEEDS[0]: 2}
-    common = {"policy_version": 4, "step": 7, "num_reuses": 1, "num_equal": 0}
+    data = data_digest(current.request.prompts, 0)  # of both: neither has further columns
+    common = {"policy_version": 4, "step": 7, "num_reuses": 1, "num_equal": 0, "data": data}
     assert plain(current.cached_rows(7, position, recorded, reference)) == [
         {
             "uid": "a",

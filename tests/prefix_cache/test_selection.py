@@ -6,6 +6,7 @@ import pytest
 
 from lit_specrl.prefix_cache import BoundedShare, ReusePolicy
 from lit_specrl.prefix_cache.reuse_policy import NO_RESPONSE, Offer
+from lit_specrl.prefix_cache.row_data import data_digest
 from lit_specrl.prefix_cache.selection import OfferCounts, Selector
 from lit_specrl.prefix_cache.store import RolloutStore
 from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
@@ -74,3 +75,29 @@ def test_offers_are_counted_over_rows_that_have_a_response(store, request_):
         "prefix_cache/offers/share": 2 / 3,
     }
     assert OfferCounts().metrics() == {}
+
+
+def test_rewards_under_other_columns_are_found_by_nobody(cached, request_):
+    """Neither by the reuse policy nor by the rows; those of an older file, which tells no data, are."""
+    request_.prompts.columns = [{"tests": [1]}, {"tests": [2]}]
+    data = [data_digest(request_.prompts, index) for index in range(2)]
+    known = {"reward": 1.0, "reward_values": {"exact": 1.0}, "num_equal": 2}
+    store, seen = RolloutStore(), []
+    store.put(
+        [
+            cached("a", 0, data=data[0], **known),
+            cached("a", 1, data=data[1], **known),
+            cached("b", 0, **known),
+            cached("b", 1, data=data[0], **known),
+        ]
+    )
+
+    class Watching(ReusePolicy):
+        def __call__(self, last, seeds):
+            seen.extend((row.reward, row.reward_values, row.num_equal) for row in last)
+            return [Offer(len(row), "whole") for row in last]
+
+    selection = Selector(Watching()).select(request_, store, 1.0)
+    kept, dropped = (1.0, {"exact": 1.0}, 2), (None, None, 0)
+    assert seen == [kept, dropped, kept, dropped]
+    assert [(row.reward, row.reward_values, row.num_equal) for row in selection.cached] == seen

@@ -35,6 +35,7 @@ def test_gives_back_what_was_put(cached, plain):
             "reward": 0.5,
             "reward_values": {"exact": 0.5, "format": None},
             "reference_logprobs": None,
+            "data": "",
         }
     ]
     assert store.get("a", 1) is next(iter(store))
@@ -107,8 +108,8 @@ def test_counted_bytes_are_the_bytes_held(cached, num_tokens, optional):
     before, _ = tracemalloc.get_traced_memory()
     store = RolloutStore()
     for index in range(num_rows):
-        uid, reward, step = f"{index:016x}", 1.0 + index, 1000 + index
-        store.put([cached(uid, 0, [0] * num_tokens, step, reward=reward, reward_values={"exact": reward}, **fields)])
+        fields |= {"reward": 1.0 + index, "reward_values": {"exact": 1.0 + index}, "data": f"{-index:016x}"}
+        store.put([cached(f"{index:016x}", 0, [0] * num_tokens, 1000 + index, **fields)])
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert store.num_bytes == pytest.approx(held, rel=0.1)

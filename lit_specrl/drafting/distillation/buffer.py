@@ -285,8 +285,8 @@ class DistillationBuffer:
             max_age: of the new buffer.
 
         Raises:
-            RejectedFileError: the file is damaged, belongs to something else or has an unknown version; it has been
-                renamed to `<name>.rejected`, and `reason` says which.
+            RejectedFileError: the file is damaged or has an unknown version, and has been renamed to `<name>.rejected`;
+                or it belongs to something else, and has been left. `reason` says which.
             FileNotFoundError: there is no such file.
             ValueError: `max_bytes` is not positive or `max_age` is negative.
         """
