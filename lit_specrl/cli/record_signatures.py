@@ -117,7 +117,8 @@ class _Recorder:
 
 def _all_below(kind: type) -> Iterator[type]:
     """Abstract ones, too."""
-    for one in type.__subclasses__(kind):
+    below: list[type] = type.__subclasses__(kind)
+    for one in below:
         yield one
         yield from _all_below(one)
 

@@ -101,9 +101,7 @@ class ToolEnvironment(Environment):
         calls = [match[1] for match in self._calls.finditer(text)]
         if not calls:
             return None
-        results = "\n".join(map(self._result, calls))
-        # halves of characters, which JSON can write, are no text to a tokenizer
-        return Observation(results.encode(errors="replace").decode(), role=self.role)
+        return Observation("\n".join(map(self._result, calls)), role=self.role)
 
     def close(self) -> None:
         end = getattr(self._object, "close", None)

@@ -82,14 +82,6 @@ def test_what_a_tool_misses_is_its_own_error():
     assert ToolEnvironment([price]).step(call("price", city="Paris")).text == "error: KeyError('Paris')"
 
 
-def test_a_result_is_text_for_any_tokenizer():
-    def echo(text: str) -> str:
-        return text
-
-    said = '<tool_call>{"name": "echo", "arguments": {"text": "a\\ud83d"}}</tool_call>'
-    assert ToolEnvironment([echo]).step(said).text == "a?"
-
-
 def test_a_copy_is_of_the_class_that_it_is_made_from():
     class Paid(ToolEnvironment):
         def step(self, text):
