@@ -10,7 +10,7 @@ from lit_specrl.cli.messages import ConfigurationError
 
 _SUMMARIES = {
     "rollout": "Train with and without callbacks, and compare time, tokens and what was learned.",
-    "engine": "Compare rollouts of the engine with vLLM's own `LLM.generate`, and time the hand-over of weights.",
+    "engine": "Compare rollouts of the engine with vLLM's own `LLM.generate`, and time verification and hand-over of weights.",
     "logprobs": "Compare the log-probs of the library, computed in chunks, with logits in full.",
     "math-reward": "Answers that `MathReward` decides in a second, on the references of your own data.",
     "prefix-cache": "Time and memory of the cache of a step's responses.",

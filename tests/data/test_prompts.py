@@ -1,5 +1,5 @@
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -116,7 +116,9 @@ def test_the_refused_names_are_those_that_rewards_are_given():
 
     rewards.rewards = [SimpleNamespace(name="r")]
     with suppress(InterruptedError):
-        RolloutWorker.score(SimpleNamespace(rewards=rewards, timer=StageTimer()), rollouts)
+        RolloutWorker.score(
+            SimpleNamespace(rewards=rewards, timer=StageTimer(), _abandoning_environments=nullcontext), rollouts
+        )
     assert set(given) == set(REWARD_ARGUMENTS) - {"self"} | {"level"}
 
 
