@@ -88,7 +88,7 @@ def leave_one_out_advantages(
 def length_weighted_advantages(rewards: Tensor, lengths: Tensor, num_generations: int) -> Tensor:
     """Reward minus the mean of its group, in which each row counts by its length.
 
-    OPO (Hao et al. 2025, arXiv 2505.23585, equation 7): the baseline of least variance, if the gradient of a row grows
+    OPO (Hao et al. 2025, arXiv 2505.23585): the baseline of least variance, if the gradient of a row grows
     with its length. As in verl, whose lone row keeps its reward; here it has advantage 0.
 
     Args:

@@ -72,18 +72,12 @@ class GroupAdvantages(AdvantageEstimator):
         return group_advantages(everyone, num_generations, self.scale_rewards)[own]
 
 
-class PassAtK(AdvantageEstimator):
+class PassAtK(GroupAdvantages):
     """The lead of the best response of a group over the second, see `pass_at_k_advantages`.
 
     Args:
         scale_rewards: divide by the standard deviation of the "group", of the "batch" of all ranks, or not ("none").
     """
-
-    min_generations = 2
-
-    def __init__(self, scale_rewards: ScaleRewards = "group") -> None:
-        _check_scale(scale_rewards)
-        self.scale_rewards: ScaleRewards = scale_rewards
 
     def __call__(self, experience: Experience, num_generations: int) -> Tensor:
         everyone, own = gather_rows(experience.row_rewards)

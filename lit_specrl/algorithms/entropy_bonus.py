@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class EntropyTarget:
     """An entropy bonus that acts where the policy has become too sure.
 
-    Skywork-OR1 (He et al. 2025, arXiv 2505.22312, section 4), as TRL's `use_adaptive_entropy`.
+    Skywork-OR1 (He et al. 2025, arXiv 2505.22312), as TRL's `use_adaptive_entropy`.
 
     Args:
         target: entropy to hold, in nats per token.

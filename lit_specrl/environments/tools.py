@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
-from copy import copy
+from copy import deepcopy
 from typing import Any, Self
 
 from transformers.utils import get_json_schema
@@ -89,7 +89,7 @@ class ToolEnvironment(Environment):
         return self if self._object is None else self._object
 
     def copy(self) -> Self:
-        other = copy(self)
+        other = deepcopy(self, {id(value): value for value in (self._functions, self._factory, self._object)})
         other._object = None if self._factory is None else self._factory()
         return other
 

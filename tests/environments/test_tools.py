@@ -89,8 +89,10 @@ def test_a_copy_is_of_the_class_that_it_is_made_from():
             return said and replace(said, reward=self.price)
 
     environment = Paid(environment_factory=Counter)
-    environment.price = -0.1
+    environment.price, environment.said = -0.1, []
     copied = environment.copy()
+    copied.said.append("x")
+    assert environment.said == []
     copied.reset({})
     assert copied.step(call("increment", step=2)) == Observation("now 2", reward=-0.1, role="tool")
     assert environment.unwrapped.count is None
