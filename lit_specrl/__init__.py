@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from lit_specrl.algorithms import PPO as PPO
     from lit_specrl.algorithms.advantage_estimators import GAE as GAE
     from lit_specrl.algorithms.advantage_estimators import GDPO as GDPO
+    from lit_specrl.algorithms.advantage_estimators import GPG as GPG
     from lit_specrl.algorithms.advantage_estimators import OPO as OPO
     from lit_specrl.algorithms.advantage_estimators import AdvantageEstimator as AdvantageEstimator
     from lit_specrl.algorithms.advantage_estimators import GroupAdvantages as GroupAdvantages
@@ -94,6 +95,7 @@ _EXPORTS = {
     "AdvantageEstimator": "algorithms.advantage_estimators",
     "GAE": "algorithms.advantage_estimators",
     "GDPO": "algorithms.advantage_estimators",
+    "GPG": "algorithms.advantage_estimators",
     "OPO": "algorithms.advantage_estimators",
     "GroupAdvantages": "algorithms.advantage_estimators",
     "LeaveOneOut": "algorithms.advantage_estimators",

@@ -143,6 +143,28 @@ def pass_at_k_advantages(
     return _zero_where_unscored(lead).flatten().to(rewards.dtype)  # [N]
 
 
+def rescaled_group_advantages(rewards: Tensor, num_generations: int) -> Tensor:
+    """Reward minus the mean of its group, times rows / (rows whose reward is not 0).
+
+    GPG (2025, arXiv 2504.02546) as verl computes it ("gpg"): a batch of few successes weighs as much as one of many.
+    verl's lone row keeps its reward; here it has advantage 0.
+
+    Args:
+        rewards: [N]; NaN where a row could not be scored.
+        num_generations: rows per group, G; divides N.
+
+    Returns:
+        Advantages [N].
+
+    Example:
+        >>> rescaled_group_advantages(torch.tensor([0.0, 1.0]), num_generations=2)
+        tensor([-1.,  1.])
+    """
+    scored = ~rewards.isnan()
+    share = ((rewards != 0) & scored).sum().clamp(min=1) / scored.sum().clamp(min=1)
+    return group_advantages(rewards, num_generations, "none") / share
+
+
 def decoupled_advantages(scores: Tensor, weights: Tensor, num_generations: int, epsilon: float = 1e-4) -> Tensor:
     """Group advantages of each reward for itself, then added up, and brought to deviation 1 over the batch.
 

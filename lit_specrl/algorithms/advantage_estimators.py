@@ -16,6 +16,7 @@ from lit_specrl.advantages import (
     leave_one_out_advantages,
     length_weighted_advantages,
     pass_at_k_advantages,
+    rescaled_group_advantages,
     rewards_at_last_token,
 )
 from lit_specrl.distributed.collectives import gather_rows, sum_over_ranks
@@ -92,6 +93,16 @@ class OPO(AdvantageEstimator):
     def __call__(self, experience: Experience, num_generations: int) -> Tensor:
         lengths = experience.policy_mask.sum(-1)
         return length_weighted_advantages(experience.row_rewards, lengths, num_generations)
+
+
+class GPG(AdvantageEstimator):
+    """The reward minus the mean of its group, larger where few rewards are not 0, see `rescaled_group_advantages`."""
+
+    min_generations = 2
+
+    def __call__(self, experience: Experience, num_generations: int) -> Tensor:
+        everyone, own = gather_rows(experience.row_rewards)
+        return rescaled_group_advantages(everyone, num_generations)[own]
 
 
 class GDPO(AdvantageEstimator):
@@ -256,6 +267,7 @@ _ESTIMATORS: dict[str, tuple[tuple[ScaleRewards, ...], Callable[[ScaleRewards], 
     "reinforce_plus_plus_baseline": (("group", "batch"), lambda _: ReinforcePlusPlusBaseline()),
     "opo": (("group", "none"), lambda _: OPO()),
     "grpo_passk": (("group", "batch", "none"), PassAtK),
+    "gpg": (("group", "none"), lambda _: GPG()),
     "gdpo": (("group",), lambda _: GDPO()),
 }
 """By name: the values of `scale_rewards` that say what it does, the default besides, and how to make it."""

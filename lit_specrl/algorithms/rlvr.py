@@ -88,17 +88,17 @@ class RLVRModule(L.LightningModule):
         stop_token_ids: further token ids that end a response in training.
         eval_sampling: how to sample in validation, test and predict where the data module does not say; by default one
             response per prompt under the training settings. Where it is given it takes nothing from them, nor `stop`.
-        loss_type: "grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo", "luspo", "sapo" or "vespo" (`lit_specrl.losses`),
-            or a loss by `class_path`, which has its own numbers. Ratios by sequence ("gspo", "luspo") stay close to 1
-            and need an `epsilon` of about 3e-4.
+        loss_type: "grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo", "luspo", "sapo", "vespo", "gpg", "geo_mean",
+            "dppo_tv" or "dppo_kl" (`lit_specrl.losses`), or a loss by `class_path`, which has its own numbers. Ratios
+            by sequence ("gspo", "luspo") stay close to 1 and need an `epsilon` of about 3e-4.
         epsilon: how far the probability ratio may fall below 1 before it is clipped.
         epsilon_high: how far it may rise above 1; `None` means `epsilon`.
         delta: largest ratio that enters the loss of a token with negative advantage; `None` for no bound.
         clip_ratio_c: largest multiple of its advantage that a token with negative advantage may cost (dual clip, c);
             `None` for no bound.
         advantage_estimator: "grpo" compares with the mean of the group, "rloo" with the mean of the others in it, "gae"
-            with a critic; "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "grpo_passk" and "gdpo" are in
-            `lit_specrl.algorithms.advantage_estimators`; or one by `class_path`, such as `GAE` with its numbers.
+            with a critic; "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "grpo_passk", "gpg" and "gdpo"
+            are in `lit_specrl.algorithms.advantage_estimators`; or one by `class_path`, such as `GAE` with its numbers.
         scale_rewards: "grpo", "grpo_passk" and "rloo" divide advantages by the standard deviation of the "group", of
             the "batch", or not ("none"). "rloo" knows no "group".
         beta: weight of the KL penalty towards the initial policy; 0 loads no reference model.

@@ -13,13 +13,18 @@ from lit_specrl.losses.aggregation import Aggregation, token_weights
 from lit_specrl.losses.importance import ImportanceSampling, ImportanceSamplingMode, MismatchStatistics
 from lit_specrl.losses.kl import KLEstimator, kl_penalty
 from lit_specrl.losses.kl_coefficient import KLCoefficient, KLPenalty
-from lit_specrl.losses.loss_types import LOSS_TYPES, SOFT_GATES, LossType, named_loss, resolve_loss_type
+from lit_specrl.losses.loss_types import LOSS_TYPES, NAMES, SOFT_GATES, LossType, named_loss, resolve_loss_type
 from lit_specrl.losses.policy_loss import ClipStatistics, ImportanceSamplingLevel, PolicyLoss, Surrogate, TokenLoss
-from lit_specrl.losses.soft_gates import SAPO, VESPO
+from lit_specrl.losses.soft_gates import DRO, SAPO, VESPO, PolicyGradient
+from lit_specrl.losses.trust_regions import DPPO, GMPO
 from lit_specrl.losses.value_loss import ValueClipStatistics, value_loss
 
 __all__ = [
+    "DPPO",
+    "DRO",
+    "GMPO",
     "LOSS_TYPES",
+    "NAMES",
     "SAPO",
     "SOFT_GATES",
     "VESPO",
@@ -33,6 +38,7 @@ __all__ = [
     "KLPenalty",
     "LossType",
     "MismatchStatistics",
+    "PolicyGradient",
     "PolicyLoss",
     "Surrogate",
     "TokenLoss",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lit_specrl.losses.aggregation import Aggregation
 from lit_specrl.losses.policy_loss import ImportanceSamplingLevel, PolicyLoss, Surrogate, TokenLoss
-from lit_specrl.losses.soft_gates import SAPO, VESPO, SoftGate
+from lit_specrl.losses.soft_gates import SAPO, VESPO, PolicyGradient, SoftGate
+from lit_specrl.losses.trust_regions import DPPO, GMPO, Divergence
 
 
 class LossType(NamedTuple):
@@ -33,8 +35,12 @@ it is an alias of "dapo", which it equals when there is one micro-batch. "gspo" 
 `loss_type="grpo"` with `importance_sampling_level="sequence"`.
 """
 
-SOFT_GATES: dict[str, type[SoftGate]] = {"sapo": SAPO, "vespo": VESPO}
-"""TRL's names of losses without a clip, with the paper's numbers; others by `class_path`."""
+SOFT_GATES: dict[str, Callable[[], SoftGate]] = {"sapo": SAPO, "vespo": VESPO, "gpg": PolicyGradient}
+"""TRL's and verl's names of losses without a clip, with the paper's numbers; others by `class_path`."""
+
+_DIVERGENCES: dict[str, Divergence] = {"dppo_tv": "tv", "dppo_kl": "kl"}
+NAMES = (*LOSS_TYPES, *SOFT_GATES, "geo_mean", *_DIVERGENCES)
+"""All that `named_loss` knows."""
 
 
 def resolve_loss_type(name: str) -> LossType:
@@ -48,7 +54,7 @@ def resolve_loss_type(name: str) -> LossType:
         'fixed'
     """
     if name not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join([*LOSS_TYPES, *SOFT_GATES])}, got {name!r}")
+        raise ValueError(f"loss_type must be one of {', '.join(NAMES)}, got {name!r}")
     return LOSS_TYPES[name]
 
 
@@ -59,7 +65,7 @@ def named_loss(
     delta: float | None = None,
     clip_ratio_c: float | None = None,
 ) -> TokenLoss:
-    """The loss of a name of `LOSS_TYPES` or `SOFT_GATES`; the numbers are those of `PolicyLoss`.
+    """The loss of a name of `NAMES`; the numbers are those of `PolicyLoss`, `GMPO` ("geo_mean") and `DPPO`.
 
     Raises:
         ValueError: unknown name, a number out of its range, or a bound that the loss has not.
@@ -68,11 +74,19 @@ def named_loss(
         >>> named_loss("gspo", epsilon=3e-4)  # doctest: +ELLIPSIS
         PolicyLoss(epsilon=0.0003, ..., importance_sampling_level='sequence', surrogate='clip', aggregation='sequence')
     """
+    if name in _DIVERGENCES:
+        _refuse(name, delta=delta)
+        return DPPO(
+            _DIVERGENCES[name],
+            epsilon,
+            epsilon_high,
+            **({} if clip_ratio_c is None else {"clip_ratio_c": clip_ratio_c}),
+        )
+    if name == "geo_mean":
+        _refuse(name, delta=delta, clip_ratio_c=clip_ratio_c)
+        return GMPO(epsilon, epsilon_high)
     if name in SOFT_GATES:
-        if delta is not None or clip_ratio_c is not None:
-            raise ValueError(
-                f"delta and clip_ratio_c bound a clipped ratio; loss_type={name!r} has none, leave them out"
-            )
+        _refuse(name, delta=delta, clip_ratio_c=clip_ratio_c)
         return SOFT_GATES[name]()
     parts = resolve_loss_type(name)
     return PolicyLoss(
@@ -84,3 +98,9 @@ def named_loss(
         surrogate=parts.surrogate,
         aggregation=parts.aggregation,
     )
+
+
+def _refuse(name: str, **bounds: float | None) -> None:
+    given = " and ".join(bound for bound, value in bounds.items() if value is not None)
+    if given:
+        raise ValueError(f"{given} bounds a clipped ratio; loss_type={name!r} has none, leave it out")

@@ -114,3 +114,45 @@ class VESPO(SoftGate):
         k = torch.where(advantages >= 0, self.k_pos, self.k_neg)
         rate = torch.where(advantages >= 0, self.lambda_pos, self.lambda_neg).clamp(min=1e-4)
         return (rate + k * log_w - rate * log_w.exp()).exp()
+
+
+@dataclass(frozen=True)
+class PolicyGradient(SoftGate):
+    """`-A * log(policy)`: the plain policy gradient, which trusts that the step is small.
+
+    REINFORCE (Williams 1992); the loss of GPG (2025, arXiv 2504.02546) and verl's `loss_mode="gpg"`. Goes with one
+    update per step: in later ones nothing says that the rows are of an older policy.
+
+    Args:
+        aggregation: how tokens are averaged, see `token_weights`.
+    """
+
+    aggregation: Aggregation = "token"
+
+    def gated(self, token_log_ratio: Tensor, advantages: Tensor, policy_logprobs: Tensor) -> Tensor:
+        return -advantages * policy_logprobs
+
+
+@dataclass(frozen=True)
+class DRO(SoftGate):
+    """`-(A * log(policy) - beta / 2 * log(r)^2)`: the plain policy gradient, held back by the square of the log-ratio.
+
+    Direct Reward Optimization (Richemond et al. 2024, arXiv 2405.19107); verl's `loss_mode="dro"`, `dro_beta`.
+
+    Args:
+        beta: weight of the square.
+        aggregation: how tokens are averaged, see `token_weights`.
+
+    Raises:
+        ValueError: `beta` is not positive.
+    """
+
+    beta: float
+    aggregation: Aggregation = "token"
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+
+    def gated(self, token_log_ratio: Tensor, advantages: Tensor, policy_logprobs: Tensor) -> Tensor:
+        return -advantages * policy_logprobs + self.beta / 2 * token_log_ratio.square()

@@ -12,7 +12,7 @@ from training import EveryStep, make_trainer, weights_of, without_clock
 
 from lit_specrl import DAPO, GRPO, DynamicSampling, OverlongReward, PromptBatch, PromptDataModule
 from lit_specrl.callbacks import RolloutCallback
-from lit_specrl.losses import LOSS_TYPES
+from lit_specrl.losses import NAMES
 from lit_specrl.models.policy import Policy
 
 NUM_GENERATIONS, MAX_LENGTH = 4, 8
@@ -146,7 +146,7 @@ def test_rounds_end_where_no_prompt_is_useful_and_nothing_is_learned(model_folde
     torch.testing.assert_close(weights_of(module), dict(Policy.build(model_folder).named_parameters()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", NAMES)
 def test_groups_that_stay_without_spread_do_not_dilute_the_gradient(model_folder, data, loss_type):
     """Two useful groups of four, and no round to replace the others: the update is that of the two alone."""
     options = {

@@ -22,7 +22,7 @@ from lit_specrl import (
 )
 from lit_specrl.callbacks import RolloutCallback
 from lit_specrl.data.order import even_chunks
-from lit_specrl.losses import LOSS_TYPES, KLCoefficient, PolicyLoss
+from lit_specrl.losses import NAMES, KLCoefficient, PolicyLoss
 from lit_specrl.models.micro_batches import MicroBatch
 from lit_specrl.models.policy import Policy
 from lit_specrl.rewards import RewardFunction
@@ -435,7 +435,7 @@ def test_settings_of_the_loss_reach_the_updates(model_folder, data_file, case):
     assert spy.metrics[0][clipped] > 0
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", NAMES)
 def test_the_gradient_is_the_same_for_any_number_of_micro_batches(model_folder, data_file, monkeypatch, loss_type):
     gradients = []
     for count in (1, 2, 8):

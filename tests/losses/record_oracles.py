@@ -25,7 +25,7 @@ from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.metric_utils import compute_data_metrics
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
 from verl.utils.torch_functional import masked_whiten
-from verl.workers.config import ActorConfig
+from verl.workers.config import ActorConfig, PolicyLossConfig
 
 PATH = Path(__file__).parent / "oracles.json"
 LENGTHS = [6, 3, 0, 1, 5, 6, 2, 4]
@@ -363,6 +363,15 @@ def verl_oracles(inputs: dict) -> dict:
         "gspo": verl_loss(inputs, "gspo", "seq-mean-token-mean", by_row, clip_ratio_low=0.1, clip_ratio_high=0.1),
         "gspo by token": verl_loss(inputs, "gspo", "token-mean", clip_ratio_low=0.1, clip_ratio_high=0.1),
         "cispo": verl_loss(inputs, "cispo", "token-mean", clip_ratio_low=1.0, clip_ratio_high=0.3),
+        "gpg": verl_loss(inputs, "gpg", "token-mean"),
+        "geo_mean": verl_loss(inputs, "geo_mean", "token-mean", by_row, clip_ratio_low=0.2, clip_ratio_high=0.3),
+        "dppo_tv": verl_loss(
+            inputs, "dppo_tv", "token-mean", clip_ratio_low=0.05, clip_ratio_high=0.02, clip_ratio_c=1.5
+        ),
+        "dppo_kl": verl_loss(
+            inputs, "dppo_kl", "token-mean", clip_ratio_low=0.02, clip_ratio_high=0.01, clip_ratio_c=1.5
+        ),
+        "dro": verl_loss(inputs, "dro", "token-mean", policy_loss=PolicyLossConfig(dro_beta=0.5)),
     }
     estimators = ("kl", "abs", "mse", "low_var_kl", "k1", "k2", "k3", "k1+", "abs+", "k2+", "k3+", "low_var_kl+")
     gae = {
@@ -375,6 +384,7 @@ def verl_oracles(inputs: dict) -> dict:
     for row, length in enumerate(LENGTHS):
         at_the_end[row, max(0, length - 1)] = inputs["rewards"][row]
     estimated = {
+        "gpg": core_algos.compute_gpg_outcome_advantage(row_rewards, mask, index)[0],
         "opo": core_algos.compute_opo_outcome_advantage(row_rewards, mask, index)[0],
         "passk": core_algos.compute_grpo_passk_outcome_advantage(
             row_rewards, ones, index, config={"norm_adv_by_std_in_grpo": True}

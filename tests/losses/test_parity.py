@@ -13,14 +13,18 @@ from lit_specrl.advantages import (
     leave_one_out_advantages,
     pass_at_k_advantages,
 )
-from lit_specrl.algorithms.advantage_estimators import OPO, ReinforcePlusPlus, ReinforcePlusPlusBaseline
+from lit_specrl.algorithms.advantage_estimators import GPG, OPO, ReinforcePlusPlus, ReinforcePlusPlusBaseline
 from lit_specrl.algorithms.entropy_bonus import EntropyCoefficient
 from lit_specrl.algorithms.entropy_mask import TopEntropy
 from lit_specrl.algorithms.objective import Objective, is_on_policy
 from lit_specrl.experience import padded_rows
 from lit_specrl.losses import (
+    DPPO,
+    DRO,
+    GMPO,
     ImportanceSampling,
     KLPenalty,
+    PolicyGradient,
     PolicyLoss,
     kl_penalty,
     named_loss,
@@ -193,6 +197,11 @@ VERL_LOSSES = {
     "gspo": (PolicyLoss(epsilon=0.1, importance_sampling_level="sequence"), "sequence"),
     "gspo by token": (PolicyLoss(epsilon=0.1, importance_sampling_level="sequence"), "token"),
     "cispo": (PolicyLoss(epsilon_high=1.3, surrogate="cispo"), "token"),
+    "gpg": (PolicyGradient(), "token"),
+    "dro": (DRO(beta=0.5), "token"),
+    "geo_mean": (GMPO(0.2, 0.3), "sequence"),
+    "dppo_tv": (DPPO("tv", 0.05, 0.02, clip_ratio_c=1.5), "token"),
+    "dppo_kl": (DPPO("kl", 0.02, 0.01, clip_ratio_c=1.5), "token"),
 }
 
 
@@ -201,19 +210,25 @@ def test_policy_losses_are_those_of_verl(case, oracles, inputs, loss_mask):
     policy_loss, aggregation = VERL_LOSSES[case]
     expected = oracles["verl"]["losses"][case]
     policy_logprobs = inputs["policy_logprobs"].clone().requires_grad_()
-    advantages = inputs["row_advantages"][:, None].expand(8, 6) if case == "gspo" else inputs["token_advantages"]
+    by_row = case in ("gspo", "geo_mean")
+    advantages = inputs["row_advantages"][:, None].expand(8, 6) if by_row else inputs["token_advantages"]
+    num_sequences = len(loss_mask) if case == "geo_mean" else loss_mask.any(-1).sum()
 
     per_token_loss, clipped = policy_loss(policy_logprobs, inputs["old_logprobs"], advantages, loss_mask)
     if case == "with importance":
         per_token_loss = per_token_loss * oracles["verl"]["importance"]["token 1.2"]
-    weights = token_weights(loss_mask, aggregation, num_sequences=loss_mask.any(-1).sum(), max_completion_length=6)
+    weights = token_weights(loss_mask, aggregation, num_sequences=num_sequences, max_completion_length=6)
     loss = (per_token_loss * weights).sum()
     loss.backward()
 
     assert_equal(loss, expected["loss"])
     assert_equal(policy_logprobs.grad, expected["gradient"])
-    assert_equal(clipped.bound_mean, expected["actor/pg_clipfrac_lower"])
-    if policy_loss.surrogate == "clip" and policy_loss.importance_sampling_level == "token":
+    if isinstance(policy_loss, PolicyLoss):
+        assert_equal(clipped.bound_mean, expected["actor/pg_clipfrac_lower"])
+    if (
+        isinstance(policy_loss, DPPO)
+        or getattr(policy_loss, "importance_sampling_level", None) == "token" != case != "cispo"
+    ):
         assert_equal(clipped.region_mean, expected["actor/pg_clipfrac"])
 
 
@@ -256,6 +271,7 @@ def test_best_rows_are_those_of_verl(oracles, inputs):
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
+        ("gpg", GPG()),
         ("opo", OPO()),
         ("reinforce_plus_plus", ReinforcePlusPlus(gamma=0.9)),
         ("reinforce_plus_plus_baseline", ReinforcePlusPlusBaseline()),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lit_specrl.losses import PolicyLoss
+from lit_specrl.losses import DPPO, DRO, GMPO, PolicyLoss, named_loss
 
 
 def loss_of_ratios(policy_loss, ratios, advantages):
@@ -173,3 +173,27 @@ def test_statistics_of_micro_batches_add_up():
 def test_senseless_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PolicyLoss(**settings)
+
+
+def test_names_take_the_bounds_that_they_have():
+    assert named_loss("geo_mean", 0.4, 0.5) == GMPO(0.4, 0.5)
+    assert named_loss("dppo_kl", 0.1, clip_ratio_c=5.0) == DPPO("kl", 0.1, None, 5.0)
+    assert named_loss("dppo_tv").clip_ratio_c == 20
+    for name, bound in (("geo_mean", "delta"), ("geo_mean", "clip_ratio_c"), ("dppo_tv", "delta"), ("gpg", "delta")):
+        with pytest.raises(ValueError, match=f"{bound} bounds a clipped ratio; loss_type='{name}' has none"):
+            named_loss(name, **{bound: 2.0})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DPPO("js"), "divergence must be 'tv' or 'kl', got 'js'"),
+        (lambda: DPPO(epsilon=-0.1), "epsilon must not be negative"),
+        (lambda: DPPO(clip_ratio_c=1.0), "clip_ratio_c must exceed 1"),
+        (lambda: GMPO(epsilon_high=-1), "epsilon_high must not be negative"),
+        (lambda: DRO(0), "beta must be positive"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
