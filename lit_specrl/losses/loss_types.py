@@ -76,12 +76,8 @@ def named_loss(
     """
     if name in _DIVERGENCES:
         _refuse(name, delta=delta)
-        return DPPO(
-            _DIVERGENCES[name],
-            epsilon,
-            epsilon_high,
-            **({} if clip_ratio_c is None else {"clip_ratio_c": clip_ratio_c}),
-        )
+        largest_weight = DPPO.clip_ratio_c if clip_ratio_c is None else clip_ratio_c
+        return DPPO(_DIVERGENCES[name], epsilon, epsilon_high, largest_weight)
     if name == "geo_mean":
         _refuse(name, delta=delta, clip_ratio_c=clip_ratio_c)
         return GMPO(epsilon, epsilon_high)
