@@ -8,7 +8,6 @@ any, all. The weights are changed behind the start, so that weights that vLLM ha
 
 import multiprocessing
 import os
-import queue
 import sys
 import tempfile
 import time
@@ -45,21 +44,23 @@ def tell(name, answers):
     try:
         difference = largest_difference(name)
     except (ImportError, RuntimeError, ValueError) as error:
-        answers.put(f"refused: {type(error).__name__}: {error}")
+        answers.send(f"refused: {type(error).__name__}: {error}")
     else:
-        answers.put(f"{'works' if difference < TOLERANCE else 'WRONG'}, {difference:.1g} nats")
+        answers.send(f"{'works' if difference < TOLERANCE else 'WRONG'}, {difference:.1g} nats")
 
 
 def try_family(name):
     """In a forked process, which has vLLM's import behind it."""
     context = multiprocessing.get_context("fork")
-    answers = context.Queue()
+    answer, answers = context.Pipe(duplex=False)
     process = context.Process(target=tell, args=(name, answers))
     process.start()
+    answers.close()
     try:
-        return answers.get(timeout=TIME_LIMIT_S)
-    except queue.Empty:
-        return f"no answer in {TIME_LIMIT_S} s"
+        return answer.recv() if answer.poll(TIME_LIMIT_S) else f"no answer in {TIME_LIMIT_S} s"
+    except EOFError:
+        process.join()
+        return f"no answer: its process ended with {process.exitcode}; -9 is most often want of memory"
     finally:
         process.join(10)
         process.kill()
