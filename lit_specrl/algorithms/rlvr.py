@@ -39,6 +39,7 @@ from lit_specrl.algorithms.run_checks import (
     max_length_of_run,
     write_atomic_checkpoints,
 )
+from lit_specrl.algorithms.step_log import StepLog
 from lit_specrl.algorithms.step_report import StepReport
 from lit_specrl.algorithms.updater import Updater
 from lit_specrl.allocator import keep_freed_memory
@@ -264,7 +265,7 @@ class RLVRModule(L.LightningModule):
         """Of the latest validation or test, as logged."""
         self._policy_step = GradientStep("actor", max_grad_norm, max_skipped_updates)
         self._critic_step = GradientStep("critic", critic.max_grad_norm if critic else 1.0, max_skipped_updates)
-        self._signals = DeferredSignals()
+        self._signals, self._log = DeferredSignals(), StepLog()
 
     # ------------------------------------------------------------------------------------------------------- algorithm
 
@@ -290,7 +291,7 @@ class RLVRModule(L.LightningModule):
         self.reference.follow(self.scorer, self.step)
         self.step_metrics |= step_lr_schedulers(self)
         self.step += 1
-        self._log_step()
+        self._log.write(self, self.report.finish(self.policy_version))
 
     def reward(self, rollouts: Rollouts) -> None:
         """Ask the rewards; the answers go into `rollouts`."""
@@ -381,14 +382,6 @@ class RLVRModule(L.LightningModule):
         block_backward_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         with block_backward_sync():
             self.manual_backward(loss)
-
-    def _log_step(self) -> None:
-        metrics = self.report.finish(self.policy_version)
-        # as tensors of the host: Lightning would copy each number to the device, and back for the logger
-        for name, value in zip(metrics, torch.tensor(list(metrics.values())).unbind(), strict=True):
-            self.log(name, value, prog_bar=name == "reward")
-        tokens_per_s = torch.tensor(metrics["perf/rollout_tokens_per_s"])
-        self.log("tokens/s", tokens_per_s, prog_bar=True, logger=False)
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,9 +136,22 @@ class CSVSink(LogSink):
     def _append(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         path = Path(self.logger.log_dir) / f"{name.replace('/', '_')}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and _header(path) != columns:  # of a run with other rewards
+            path.rename(_free_name(path))
         is_new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([columns, *rows] if is_new else rows)
+
+
+def _header(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
+
+
+def _free_name(path: Path) -> Path:
+    """`completions.1.csv`, or with the next number that is free."""
+    names = (path.with_suffix(f".{number}{path.suffix}") for number in count(1))
+    return next(name for name in names if not name.exists())
 
 
 _SINKS: list[tuple[type[Logger], type[LogSink]]] = [

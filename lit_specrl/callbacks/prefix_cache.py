@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -250,7 +251,11 @@ class PrefixCache(RolloutCallback):
         rollouts, experience = self._trained
         assert experience.recorded_logprobs is not None
         recorded = experience.recorded_logprobs.cpu().numpy()
-        reference = None if experience.reference_logprobs is None else experience.reference_logprobs.cpu().numpy()
+        reference = None
+        if (
+            experience.reference_logprobs is not None and not pl_module.reference.is_on
+        ):  # a moving one is another next time
+            reference = experience.reference_logprobs.cpu().numpy()
         position = {seed: row for row, seed in enumerate(rollouts.request.seeds)}
         for current in self._rounds:
             self.store.put(current.cached_rows(pl_module.step - 1, position, recorded, reference))
@@ -370,6 +375,7 @@ class PrefixCache(RolloutCallback):
                 drop_what_is_of_others(self.store, self._owner[1], pl_module)
             else:
                 self.store = RolloutStore(self.max_bytes)
+            self.store.put([replace(row, step=min(row.step, pl_module.step)) for row in self.store])  # steps begin anew
         self._owner = owner
 
     def _keep_own_rows(self, uids: list[str] | None) -> None:

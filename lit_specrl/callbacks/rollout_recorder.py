@@ -68,14 +68,16 @@ class RolloutRecorder(RolloutCallback):
 
 
 def rollout_records(rollouts: Rollouts, experience: Experience, step: int) -> list[dict[str, Any]]:
-    """One record per row, of plain values.
+    """One record per row, of plain values; its advantage is the mean over the tokens that have one.
 
     Args:
         rollouts: N rows, scored.
         experience: of the same N rows.
         step: training step they belong to.
     """
-    advantages, rewards = experience.advantages[:, 0].tolist(), experience.rewards.tolist()
+    # the same for all tokens of a row, but 0 where `top_entropy_quantile` leaves tokens out; by token under GAE
+    learned = experience.advantages != 0  # [N, R]
+    advantages = (experience.advantages.sum(-1) / learned.sum(-1).clamp(min=1)).tolist()
     prompts = rollouts.prompts
     return [
         {
@@ -88,7 +90,7 @@ def rollout_records(rollouts: Rollouts, experience: Experience, step: int) -> li
             "completion": rollouts.texts[row],
             "completion_ids": rollouts.response_ids[row],
             "finish_reason": rollouts.finish_reasons[row],
-            "reward": rewards[row],
+            "reward": rollouts.total_rewards[row],
             "advantage": advantages[row],
             **({"turns": rollouts.episodes[row].turns} if rollouts.episodes else {}),
             **{f"reward/{name}": values[row] for name, values in rollouts.rewards.items()},

@@ -126,9 +126,11 @@ def _arithmetic(trainer: L.Trainer, module: RLVRModule) -> dict[str, str]:
         f"passes x {module.num_minibatches} minibatches = {updates} updates of {rollouts // module.num_minibatches} "
         "rollouts"
     )
-    num_steps = _num_steps(trainer, data)
+    num_steps = _num_steps(trainer, data, updates)
     if num_steps is not None:
         rows["the run"] = f"{num_steps[0]} steps, {num_steps[1]} an epoch of {data.num_train_prompts} prompts"
+        if trainer.max_steps >= 0 and updates > 1:
+            rows["the run"] += f"; max_steps={trainer.max_steps} counts updates of the policy, {updates} a step"
     return rows
 
 
@@ -138,14 +140,14 @@ def _micro_batches(trainer: L.Trainer, module: RLVRModule) -> str:
     return f"{module.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS} tokens"
 
 
-def _num_steps(trainer: L.Trainer, data: Any) -> tuple[int, int] | None:
-    """Steps of the run and of an epoch, where both are known."""
+def _num_steps(trainer: L.Trainer, data: Any, num_updates: int) -> tuple[int, int] | None:
+    """Steps of the run and of an epoch, where both are known; `max_steps` of Lightning is of the policy's updates."""
     if getattr(data, "num_train_prompts", None) is None:
         return None
     per_epoch = data.num_train_prompts // data.batch_size
     limit = trainer.limit_train_batches
     per_epoch = min(per_epoch, limit) if isinstance(limit, int) else int(per_epoch * limit)
-    bounds = [bound for bound in (trainer.max_steps,) if bound >= 0]
+    bounds = [math.ceil(trainer.max_steps / num_updates)] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         bounds.append(trainer.max_epochs * per_epoch)
     return (min(bounds), per_epoch) if bounds else None

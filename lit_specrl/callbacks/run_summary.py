@@ -33,6 +33,9 @@ class RunSummary(L.Callback):
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.rewards: dict[int, list[float]] = defaultdict(list)
         self.accuracies: list[float] = []
@@ -50,6 +53,9 @@ class RunSummary(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_rlvr_module(self, pl_module)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin()  # of an earlier fit there was a table
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

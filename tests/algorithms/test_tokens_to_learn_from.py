@@ -1,5 +1,7 @@
 """Losses that leave tokens out, and a reference that moves, through real steps."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -7,6 +9,7 @@ from training import EveryStep, History, arithmetic, assert_identical, grpo, mak
 
 from lit_specrl import FSDP2Strategy, KLPenalty, PrefixCache, SpeculativeRollout, VLLMEngine
 from lit_specrl.algorithms.entropy_mask import TopEntropy
+from lit_specrl.algorithms.objective import is_on_policy
 from lit_specrl.callbacks.rollout_callback import RolloutCallback
 
 
@@ -59,6 +62,20 @@ def test_rows_that_the_policy_has_left_do_not_push_it_on(model_folder, threshold
     masked, _ = run(model_folder, off_policy_mask_threshold=threshold, **options)
     plain, _ = run(model_folder, **options)
     assert (largest_difference(masked, plain) == 0) == (threshold == 1e9)
+
+
+def test_reused_rows_that_the_policy_has_left_do_not_push_it_on_either():
+    """The engine did not sample their tokens, so that only the log-probs at the start of the step are known."""
+    part = SimpleNamespace(
+        sampling_logprobs=torch.tensor([[torch.nan, torch.nan], [torch.nan, -1.0], [torch.nan, torch.nan]]),
+        old_logprobs=torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0]]),
+        loss_mask=torch.ones(3, 2, dtype=torch.bool),
+        advantages=-torch.ones(3, 2),
+    )
+    now = torch.tensor([[-2.0, -2.0], [-2.0, -2.0], [-1.1, -1.1]])
+    assert is_on_policy(now, part, 0.5).tolist() == [[False] * 2, [False] * 2, [True] * 2]
+    part.old_logprobs = None  # one update: the policy is the one that the step began with
+    assert is_on_policy(now, part, 0.5).tolist() == [[True] * 2, [True] * 2, [True] * 2]
 
 
 def test_a_reference_that_is_copied_each_step_costs_no_penalty(model_folder):

@@ -120,6 +120,14 @@ def assert_every_chart_has_curves(events):
             assert any(re.search(pattern, curve) for curve in curves), pattern
 
 
+def test_a_curve_has_points_where_it_was_measured(report):
+    """Lightning repeats a value to the end of the epoch; the engine starts in the first step alone."""
+    events, lengths = report()
+    assert len(lengths) == 2
+    assert len(events.Scalars("reward")) == 2
+    assert [event.step for event in events.Scalars("timing_s/start_engine")] == [events.Scalars("reward")[0].step]
+
+
 def test_every_curve_of_the_layout_exists_and_every_chart_has_one(report):
     events, _ = report(beta=0.1)
     assert charts_of(events) == {

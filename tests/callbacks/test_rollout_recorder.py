@@ -3,6 +3,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from reuse_runs import GROUP, fit, grpo, questions
 
 from lit_specrl.callbacks import RolloutCallback, RolloutRecorder
 
@@ -64,6 +65,31 @@ def test_each_step_has_a_file_of_its_own_with_every_rollout(module, data, make_t
             else pq.read_table(path).to_pylist()
         )
     assert records == expected_records(spy)
+
+
+def test_rows_without_reward_and_tokens_that_are_left_out(tiny_model, tmp_path):
+    def some(prompts, completion_ids, **columns):
+        return [None if "Hi" in prompt else float(ids[0]) for prompt, ids in zip(prompts, completion_ids, strict=True)]
+
+    module = grpo(tiny_model, [some], top_entropy_quantile=0.3, scale_rewards="none")
+    fit(module, questions(tmp_path), RolloutRecorder(str(tmp_path / "kept")), max_epochs=1)
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    records = []
+    for path in sorted((tmp_path / "kept").iterdir()):
+        records += [json.loads(line, parse_constant=refuse) for line in path.read_text("utf-8").splitlines()]
+    assert {record["reward"] is None for record in records} == {True, False}
+    for start in range(0, len(records), GROUP):
+        group = records[start : start + GROUP]
+        if group[0]["reward"] is not None:
+            mean = sum(record["reward"] for record in group) / GROUP
+            for record in group:
+                assert record["advantage"] == pytest.approx(record["reward"] - mean, rel=1e-4, abs=1e-4) or (
+                    record["advantage"] == 0  # none of its tokens is among the undecided
+                )
+    assert any(record["advantage"] for record in records)
 
 
 @pytest.mark.parametrize("logger", [False, True], ids=["no logger", "logger"])

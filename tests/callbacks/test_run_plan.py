@@ -1,12 +1,14 @@
 """The table before a run: what it says, and that it comes before anything large is loaded."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
 from reuse_runs import GROUP, MAX_LENGTH, fit, grpo, questions
+from training import small_tokens
 
-from lit_specrl import PPO, SeparateCritic
+from lit_specrl import PPO, SeparateCritic, SharedTrunkCritic
 from lit_specrl.callbacks import (
     AdaptiveScheduler,
     DrafterDistillation,
@@ -58,6 +60,21 @@ def test_a_plain_run(plan, tiny_model):
     assert re.fullmatch(r"32-true \(the processor has .*\)", rows["precision"])
     assert re.search(r"torch 2\.\d+", rows["versions"])
     assert rows["memory of a rank"].endswith("weights 0.01, gradients 0.01, reference 0.01")  # plain SGD keeps nothing
+
+
+def test_lightning_counts_updates(plan, tiny_model):
+    rows = plan(grpo(tiny_model, num_iterations=2, num_minibatches=2), max_steps=6)
+    told = "2 steps, 2 an epoch of 4 prompts; max_steps=6 counts updates of the policy, 4 a step"
+    assert rows["the run"] == told
+    assert plan(grpo(tiny_model), max_steps=3)["the run"] == "3 steps, 2 an epoch of 4 prompts"
+
+
+@pytest.mark.parametrize("critic", [None, SeparateCritic(), SharedTrunkCritic()])
+def test_a_run_of_so_many_updates_has_as_many_steps_as_the_table_says(tiny_model, tmp_path, critic):
+    make = grpo if critic is None else partial(PPO, rewards=[small_tokens], num_generations=GROUP, critic=critic)
+    module = make(tiny_model, num_minibatches=2, max_completion_length=MAX_LENGTH)
+    trace = fit(module, questions(tmp_path), max_epochs=-1, max_steps=6)
+    assert len(trace.metrics) == 3
 
 
 def test_everything_on(plan, make_llama):
