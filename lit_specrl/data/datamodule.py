@@ -16,7 +16,7 @@ from lit_specrl.data.files import FileSource
 from lit_specrl.data.hub import HubSource
 from lit_specrl.data.loader import PromptLoader
 from lit_specrl.data.presets import PRESETS, DataName, resolve_source
-from lit_specrl.data.prompts import REWARD_ARGUMENTS, build_prompts
+from lit_specrl.data.prompts import OF_ENVIRONMENTS, REWARD_ARGUMENTS, build_prompts
 from lit_specrl.data.schedule import PromptSchedule
 from lit_specrl.data.sources import PromptSource
 from lit_specrl.data.template import PromptTemplate
@@ -211,9 +211,16 @@ class PromptDataModule(L.LightningDataModule):
         """Refuse rewards that would be called without an argument which they need."""
         rewards = getattr(getattr(self._trainer().lightning_module, "rewards", None), "rewards", [])
         present = sorted({name for columns in prompts.columns for name in columns})
+        has_turns = getattr(self._trainer().lightning_module, "environment", None) is not None
+        arguments = set(REWARD_ARGUMENTS) - (set() if has_turns else OF_ENVIRONMENTS)
         for reward in rewards:
             needed = getattr(reward, "required_columns", ())
-            if missing := sorted(set(needed) - set(present) - set(REWARD_ARGUMENTS)):
+            if missing := sorted(set(needed) - set(present) - arguments):
+                if missing[0] in REWARD_ARGUMENTS:
+                    raise MisconfigurationException(
+                        f"reward {reward.name!r} needs {missing[0]!r}, {REWARD_ARGUMENTS[missing[0]]}; the module has "
+                        "no environment. Give it one, or give the argument a default"
+                    )
                 similar = get_close_matches(missing[0], [*present, *REWARD_ARGUMENTS], 1)
                 raise MisconfigurationException(
                     f"{split} data: reward {reward.name!r} needs the column {missing[0]!r}, which no prompt has; "

@@ -70,6 +70,7 @@ class PromptLoader:
         self.world_size = world_size
         self.sources = sorted(set(prompts.sources))
         self._schedule = schedule or (Shuffled() if shuffle else InOrder())
+        self._schedule.check(self.sources)
         self.reads_pass_rates = self._schedule.reads_pass_rates
         self._scheduled = [
             ScheduledPrompt(uid, source, columns)
@@ -84,6 +85,7 @@ class PromptLoader:
         self._pass_rates: dict[str, tuple[float, int]] = {}  # of all ranks: rate and epoch of the last visit
         self._epoch_pass_rates: dict[str, tuple[float, int]] = {}  # when the epoch began
         self._epoch = 0
+        self._all_in_epoch: int | None = None  # epoch that the schedule has too few prompts for
         self._num_drawn = 0  # prompts of this rank in this epoch, in batches and in draws
         self._orders: list[list[int]] = []  # of each rank, in the current epoch
         self._ordered_epoch: int | None = None  # epoch that `_orders` belongs to
@@ -167,6 +169,8 @@ class PromptLoader:
             )
             self._epoch_pass_rates = {}
             self._ordered_epoch = None
+            self._all_in_epoch = self._epoch if self._num_of_rank < num_prompts else None  # not for want of pass rates
+            self._ordered_epoch = None
 
     @property
     def _num_of_rank(self) -> int:
@@ -178,7 +182,8 @@ class PromptLoader:
         ranks only the number counts."""
         if self._ordered_epoch != self._epoch:
             self._orders = [[] for _ in range(self.world_size)]
-            for prompt in self._schedule(self._known(), self._epoch, self.seed):
+            schedule = Shuffled() if self._all_in_epoch == self._epoch else self._schedule
+            for prompt in schedule(self._known(), self._epoch, self.seed):
                 self._orders[self._owner[prompt.uid]].append(self._place.get(prompt.uid, -1))
             self._ordered_epoch = self._epoch
         return self._orders
@@ -203,6 +208,7 @@ class PromptLoader:
             "order": self._order_identity(),
             "pass_rates": dict(self._pass_rates),
             "epoch_pass_rates": dict(self._epoch_pass_rates),
+            "all_in_epoch": self._all_in_epoch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -214,7 +220,10 @@ class PromptLoader:
         another seed or other data. Where the epoch now has too few prompts to go on, the next one begins.
         """
         now = self._order_identity()
-        changed = [f"{name} {old} -> {now[name]}" for name, old in state_dict["order"].items() if old != now[name]]
+        before = dict(state_dict["order"])
+        if now["schedule"].startswith(f"{before.get('schedule')}("):  # older ones have its name alone
+            del before["schedule"]
+        changed = [f"{name} {old} -> {now[name]}" for name, old in before.items() if old != now[name]]
         if changed:
             rank_zero_warn(
                 f"The order of prompts differs from that of the checkpoint ({', '.join(changed)}): the epoch continues"
@@ -222,6 +231,7 @@ class PromptLoader:
             )
         self._pass_rates = dict(state_dict.get("pass_rates", {}))  # older ones have none
         self._epoch_pass_rates = dict(state_dict.get("epoch_pass_rates", {}))
+        self._all_in_epoch = state_dict.get("all_in_epoch")
         self._ordered_epoch = None
         self._epoch, self._num_drawn = state_dict["epoch"], state_dict["num_drawn"] // self.world_size
 
@@ -230,12 +240,20 @@ class PromptLoader:
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "schedule": type(self._schedule).__name__,
+            "schedule": _described(self._schedule),
             "batch_size": self.batch_size,
             "world_size": self.world_size,
             "num_prompts": self.num_prompts,
             "fingerprint": self._fingerprint,
         }
+
+
+def _described(value: Any) -> str:
+    """A schedule with its settings, and those within it."""
+    if isinstance(value, PromptSchedule):
+        settings = ", ".join(f"{name}={_described(setting)}" for name, setting in sorted(vars(value).items()))
+        return f"{type(value).__name__}({settings})"
+    return repr(value) if isinstance(value, str | int | float | dict | list | tuple | None) else type(value).__name__
 
 
 def check_batch_size(batch_size: int, world_size: int) -> None:

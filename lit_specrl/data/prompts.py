@@ -29,6 +29,9 @@ REWARD_ARGUMENTS = {
 }
 """Names under which rewards are given something else than a column of the data."""
 
+OF_ENVIRONMENTS = {"transcripts", "turns", "environment_reward", "environments"}
+"""Those that are given with an environment alone."""
+
 
 def build_prompts(
     rows: dict[str, list[dict[str, Any]]],

@@ -45,6 +45,16 @@ class PromptSchedule(ABC):
     reads_pass_rates: bool = False
     """Whether the run must note `ScheduledPrompt.pass_rate`."""
 
+    def check(self, sources: Sequence[str]) -> None:
+        """Asked once, before the first epoch: whether the data has what the schedule names.
+
+        Args:
+            sources: names of the data sources of all prompts.
+
+        Raises:
+            ValueError: it has not.
+        """
+
     @abstractmethod
     def __call__(self, prompts: Sequence[ScheduledPrompt], epoch: int, seed: int) -> list[ScheduledPrompt]:
         """The prompts of an epoch.
@@ -83,13 +93,15 @@ class Mixture(PromptSchedule):
     seen whole. Of the others each epoch takes the next part. (`interleave_datasets` of Hugging Face's datasets calls
     this `first_exhausted`, and draws the sources at random.)
 
+    A source of which another schedule has left out all prompts, such as `SkipSolved`, is left out of the epoch.
+
     Args:
         weights: share of each source by its name; they need not sum to 1.
         shuffle: take a source's prompts in a new order each time that it is gone through, or in the order of the data;
             by the name of the source where sources differ, True for those that are not named.
 
     Raises:
-        ValueError: a weight is not positive; from a call, where the names are not those of the data.
+        ValueError: a weight is not positive; before the first epoch, where the names are not those of the data.
 
     Example: two prompts of `hard` for each of `easy`::
 
@@ -108,6 +120,8 @@ class Mixture(PromptSchedule):
 
     def __call__(self, prompts: Sequence[ScheduledPrompt], epoch: int, seed: int) -> list[ScheduledPrompt]:
         members = self._members(prompts)
+        if not members:
+            return []
         length = min(len(found) / self.weights[name] for name, found in members.items())  # of an epoch, by weight
         placed = [
             ((place + 0.5) / len(part), prompt)
@@ -123,9 +137,11 @@ class Mixture(PromptSchedule):
             members.setdefault(prompt.source, []).append(prompt)
         if unknown := sorted(set(members) - set(self.weights)):
             raise ValueError(f"no weight for the sources {unknown}; give one to each of {sorted(members)}")
-        if without := sorted(set(self.weights) - set(members)):
-            raise ValueError(f"no prompts of the sources {without}, which have weights; sources: {sorted(members)}")
         return members
+
+    def check(self, sources: Sequence[str]) -> None:
+        if without := sorted(set(self.weights) - set(sources)):
+            raise ValueError(f"no prompts of the sources {without}, which have weights; sources: {sorted(sources)}")
 
     def _part(self, name: str, found: list[ScheduledPrompt], size: int, epoch: int, seed: int) -> list[ScheduledPrompt]:
         """The next `size` prompts of a source, without repetition."""
@@ -142,9 +158,9 @@ class Curriculum(PromptSchedule):
     """Easy prompts before hard ones.
 
     Args:
-        column: column that says how hard a prompt is, larger for harder ones (numbers, or texts that sort, such as
-            "Level 3"); `None` goes by the pass rate that the policy had at the last visit, higher for easier ones. A
-            prompt that was not visited yet counts as one half.
+        column: column that says how hard a prompt is, larger for harder ones: numbers, also as the texts of a CSV file,
+            or texts that sort, such as "Level 3". `None` goes by the pass rate that the policy had at the last visit,
+            higher for easier ones. A prompt that was not visited yet counts as one half.
         descending: hard prompts first.
         num_epochs: epochs in this order; `None` for all.
         rest: order of the epochs after them, and of prompts that are equally hard; `Shuffled()` by default.
@@ -170,11 +186,14 @@ class Curriculum(PromptSchedule):
         self.rest = rest or Shuffled()
         self.reads_pass_rates = column is None or self.rest.reads_pass_rates
 
+    def check(self, sources: Sequence[str]) -> None:
+        self.rest.check(sources)
+
     def __call__(self, prompts: Sequence[ScheduledPrompt], epoch: int, seed: int) -> list[ScheduledPrompt]:
         found = self.rest(prompts, epoch, seed)
         if self.num_epochs is not None and epoch >= self.num_epochs:
             return found
-        hardness = {prompt.uid: self._hardness(prompt) for prompt in found}
+        hardness = _numbers({prompt.uid: self._hardness(prompt) for prompt in found})
         try:
             return sorted(found, key=lambda prompt: hardness[prompt.uid], reverse=self.descending)
         except TypeError as error:
@@ -188,12 +207,23 @@ class Curriculum(PromptSchedule):
         if self.column is None:
             return -(0.5 if prompt.pass_rate is None else prompt.pass_rate)
         value = prompt.columns.get(self.column)
-        if value is None:
+        if value is None or value != value:
             raise ValueError(
                 f"a prompt of {prompt.source!r} has no value in the column {self.column!r}, which Curriculum sorts by;"
                 f" columns: {', '.join(prompt.columns) or 'none'}"
             )
         return value
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Texts as the numbers that they all are, such as cells of a CSV file; anything else as it is."""
+    if not all(isinstance(value, str) for value in values.values()):
+        return values
+    try:
+        numbers = {uid: float(value) for uid, value in values.items()}
+    except ValueError:
+        return values
+    return values if any(number != number for number in numbers.values()) else numbers
 
 
 class SkipSolved(PromptSchedule):
@@ -227,6 +257,9 @@ class SkipSolved(PromptSchedule):
         if num_epochs < 1:
             raise ValueError(f"num_epochs must be at least 1, got {num_epochs}; leave the schedule out to skip nothing")
         self.low, self.high, self.num_epochs, self.rest = low, high, num_epochs, rest or Shuffled()
+
+    def check(self, sources: Sequence[str]) -> None:
+        self.rest.check(sources)
 
     def __call__(self, prompts: Sequence[ScheduledPrompt], epoch: int, seed: int) -> list[ScheduledPrompt]:
         return self.rest([prompt for prompt in prompts if not self._sits_out(prompt, epoch)], epoch, seed)

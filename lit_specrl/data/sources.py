@@ -89,7 +89,10 @@ def read_rows(
                 f"{where}: expected a question as text or chat messages in column {question!r}, got"
                 f" {type(prompt).__name__}: {str(prompt)[:200]}"
             )
-        row["question" if isinstance(prompt, str) else "messages"] = prompt
+        if isinstance(prompt, str):
+            row["question"] = prompt
+        else:
+            row["messages"] = [_without_nothing(turn) for turn in prompt]
         row["answer"] = None
         if answer is not None and (needs_answer or answer.split(".")[0] in record):
             row["answer"] = _reference(_column(record, answer, where), answer_format, where)
@@ -106,6 +109,13 @@ def read_rows(
             + "; to keep it under another name, name the further columns, such as `columns: {answer: given_answer}`."
         )
     return rows
+
+
+def _without_nothing(turn: Any) -> Any:
+    """A turn without the fields that are there because other turns have them (Parquet): templates ask for presence."""
+    if not isinstance(turn, dict):
+        return turn
+    return {name: value for name, value in turn.items() if value is not None or name in ("role", "content")}
 
 
 def _further_columns(

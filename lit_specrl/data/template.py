@@ -165,7 +165,7 @@ class PromptTemplate:
         arguments |= self.chat_template_kwargs or {}
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(turn["role"] for turn in messages)
             raise ValueError(f"the chat template cannot show messages of {roles}: {str(error)[:200]}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from typing import Any, TypeVar
 
 from lit_specrl.environments import Environment, Observation
@@ -42,7 +43,7 @@ class RowEnvironments:
         for row in range(len(self.prompts) * size):
             self.of_rows.append(self._call(self.environment, "copy", row))
         columns = [_columns(self.prompts, index) for index in range(len(self.prompts))]
-        said = self._map(lambda row: self._reset(row, dict(columns[row // size])), range(len(self.of_rows)))
+        said = self._map(lambda row: self._reset(row, deepcopy(columns[row // size])), range(len(self.of_rows)))
         for index in range(len(self.prompts)):
             group = said[index * size : (index + 1) * size]
             if any(text != group[0] for text in group):

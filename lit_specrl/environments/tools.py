@@ -12,7 +12,10 @@ from typing import Any, Self
 from transformers.utils import get_json_schema
 
 from lit_specrl.environments.base import Environment, Observation
+from lit_specrl.rewards.event_loop import EventLoop
 from lit_specrl.rewards.function import import_function
+
+_EVENT_LOOP = EventLoop()  # one for all rows: what belongs to a loop, such as an HTTP session, may be shared by them
 
 
 class ToolEnvironment(Environment):
@@ -20,7 +23,8 @@ class ToolEnvironment(Environment):
 
     A call names a tool and its arguments in JSON, as Qwen and Hermes models write it:
     `<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>`. Results of several calls of a turn are
-    lines of one message. What a tool raises, and a call that cannot be read, is told to the policy, as in TRL.
+    lines of one message. Coroutine functions are awaited. What a tool raises, and a call that cannot be read, is told
+    to the policy, as in TRL.
 
     `PromptDataModule` shows the tools to the chat template, which needs types and a docstring with `Args:` for each.
 
@@ -95,7 +99,7 @@ class ToolEnvironment(Environment):
 
     def reset(self, row: dict[str, Any]) -> str | None:
         begin = getattr(self._object, "reset", None)
-        return None if begin is None else begin(**row)
+        return None if begin is None else _awaited(begin(**row))
 
     def step(self, text: str) -> Observation | None:
         calls = [match[1] for match in self._calls.finditer(text)]
@@ -106,7 +110,7 @@ class ToolEnvironment(Environment):
     def close(self) -> None:
         end = getattr(self._object, "close", None)
         if end is not None:
-            end()
+            _awaited(end())
 
     def _result(self, call: str) -> str:
         """What the policy is told of a call."""
@@ -119,6 +123,16 @@ class ToolEnvironment(Environment):
         except (KeyError, TypeError) as error:
             return f"error: expected a name of {', '.join(tools)} and arguments, {error} is missing"
         try:
-            return str(tool(**arguments))
+            return str(_awaited(tool(**arguments)))
         except Exception as error:  # of the policy's making, which it may learn to avoid
             return f"error: {error!r}" if isinstance(error, KeyError) else f"error: {error}"
+
+
+def _awaited(value: Any) -> Any:
+    """What a call has returned, or what a coroutine that it has returned gives."""
+    if not inspect.isawaitable(value):
+        return value
+    (result,) = _EVENT_LOOP.gather([value])
+    if isinstance(result, BaseException):
+        raise result
+    return result

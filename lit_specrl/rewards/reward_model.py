@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
 from typing import Any
 
@@ -79,14 +81,13 @@ class RewardModel(Reward):
         if self._classifier is None:
             self._load()
         messages = columns.get("prompt_messages") or [[]] * len(prompts)
-        token_ids = [self._read(*row) for row in zip(prompts, messages, completions, strict=True)]
-        token_ids = self._cut(token_ids)
-        order = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
-        scores: list[float | None] = [None] * len(token_ids)
+        texts = self._cut([self._read(*row) for row in zip(prompts, messages, completions, strict=True)])
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]["input_ids"]))
+        scores: list[float | None] = [None] * len(texts)
         size = self.batch_size if self._reader.pad_token_id is not None else 1
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            for row, score in zip(rows, self._scores([token_ids[row] for row in rows]), strict=True):
+            for row, score in zip(rows, self._scores([texts[row] for row in rows]), strict=True):
                 scores[row] = score
         return scores
 
@@ -108,41 +109,69 @@ class RewardModel(Reward):
         dtype = fast_dtype(device).name if self.dtype == "auto" else self.dtype
         self._reader = AutoTokenizer.from_pretrained(self.tokenizer)
         classifier = AutoModelForSequenceClassification.from_pretrained(self.model, dtype=getattr(torch, dtype))
-        if self._reader.pad_token_id is not None and classifier.config.get_text_config().pad_token_id is None:
-            classifier.config.get_text_config().pad_token_id = self._reader.pad_token_id
+        if self._reader.pad_token_id is not None:  # by it transformers finds the end of a row
+            for config in (classifier.config, classifier.config.get_text_config()):
+                config.pad_token_id = self._reader.pad_token_id
+        self._arguments = inspect.signature(classifier.forward).parameters
+        self._limit = _longest_text(classifier, self._reader, self._positions)
         self._classifier = classifier.to(device).eval().requires_grad_(False)
 
-    def _read(self, prompt: str, turns: list[dict[str, str]], completion: str) -> list[int]:
-        """Token ids of a row."""
+    def _read(self, prompt: str, turns: list[dict[str, str]], completion: str) -> dict[str, list[int]]:
+        """What the classifier is given of a row: lists of numbers, one per token."""
         turns = turns or [{"role": "user", "content": prompt}]
         opening = turns[-1]["content"] if turns[-1]["role"] == "assistant" else ""
         asked = turns[:-1] if opening else turns
         if self._reader.chat_template is None:
-            return list(self._reader(asked[-1]["content"], opening + completion).input_ids)
+            return self._inputs(self._reader(asked[-1]["content"], opening + completion))
         answered = [*asked, {"role": "assistant", "content": opening + completion}]
         text = self._reader.apply_chat_template(answered, tokenize=False)
-        return list(self._reader(text, add_special_tokens=False).input_ids)
+        return self._inputs(self._reader(text, add_special_tokens=False))
 
-    def _cut(self, token_ids: list[list[int]]) -> list[list[int]]:
-        limit = self.max_length or self._positions
-        num_cut = 0 if limit is None else sum(len(ids) > limit for ids in token_ids)
+    def _inputs(self, encoding: Any) -> dict[str, list[int]]:
+        read = {"attention_mask": [1] * len(encoding["input_ids"]), **encoding}
+        return {name: list(values) for name, values in read.items() if name in self._arguments}
+
+    def _cut(self, texts: list[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+        limit = min(self.max_length or self._limit, self._limit)
+        num_cut = sum(len(text["input_ids"]) > limit for text in texts)
         if num_cut and not self.counters.get("cut"):
             warnings.warn(
-                f"reward {self.name!r}: {num_cut} of {len(token_ids)} texts are longer than {limit} tokens and lose "
+                f"reward {self.name!r}: {num_cut} of {len(texts)} texts are longer than {limit} tokens and lose "
                 "their beginning; raise max_length as far as the model has positions, or shorten prompts and responses",
                 stacklevel=3,
             )
         self.counters = {"cut": num_cut}
-        return [ids[-limit:] for ids in token_ids] if num_cut and limit else token_ids
+        return [self._shortened(text, len(text["input_ids"]) - limit) for text in texts] if num_cut else texts
 
-    def _scores(self, token_ids: list[list[int]]) -> list[float]:
-        """[n] logits of rows [n] of token ids, padded on the right."""
+    def _shortened(self, text: dict[str, list[int]], num_cut: int) -> dict[str, list[int]]:
+        """A text without its first tokens; a special one before them, which an encoder reads its score from, stays."""
+        if num_cut <= 0:
+            return text
+        start = int(self._reader.chat_template is None and text["input_ids"][0] in self._reader.all_special_ids)
+        return {name: values[:start] + values[start + num_cut :] for name, values in text.items()}
+
+    def _scores(self, texts: list[dict[str, list[int]]]) -> list[float]:
+        """[n] logits of n texts, padded on the right."""
         import torch
 
-        device, width = self._classifier.device, max(map(len, token_ids))
-        padding = self._reader.pad_token_id or 0
-        ids = torch.tensor([row + [padding] * (width - len(row)) for row in token_ids], device=device)  # [n, L]
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in token_ids], device=device)
+        device, width = self._classifier.device, max(len(text["input_ids"]) for text in texts)
+        padding = {"input_ids": self._reader.pad_token_id or 0, "token_type_ids": self._reader.pad_token_type_id}
+        inputs = {
+            name: torch.tensor(
+                [text[name] + [padding.get(name, 0)] * (width - len(text[name])) for text in texts], device=device
+            )  # [n, L]
+            for name in texts[0]
+        }
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):  # the trainer's
-            logits = self._classifier(input_ids=ids, attention_mask=mask).logits  # [n, labels]
+            logits = self._classifier(**inputs).logits  # [n, labels]
         return logits[:, self.label or 0].float().cpu().tolist()
+
+
+def _longest_text(classifier: Any, tokenizer: Any, num_positions: int | None) -> int:
+    """In tokens, as far as model and tokenizer tell."""
+    limits = [sys.maxsize if num_positions is None else num_positions, tokenizer.model_max_length]
+    for module in classifier.modules():
+        table: Any = getattr(module, "position_embeddings", None)
+        if getattr(table, "padding_idx", None) is not None:  # RoBERTa and its kin count from behind the padding token
+            limits.append(table.num_embeddings - table.padding_idx - 1)
+    return min(limits)

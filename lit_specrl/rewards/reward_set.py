@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-import threading
 import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,10 +12,9 @@ from numbers import Real
 from typing import Any
 
 from lit_specrl.rewards.base import Reward, Scores
+from lit_specrl.rewards.event_loop import EventLoop
 from lit_specrl.rewards.function import RewardFunction
 from lit_specrl.rewards.watchdog import warning_when_slow
-
-CLOSE_LIMIT_S = 5.0
 
 
 @dataclass
@@ -80,7 +77,7 @@ class RewardSet:
         self.warn_after_s = warn_after_s
         # Taken now: what a reward counts or keeps while it is called is no setting.
         self._identity = "\n".join(f"{reward.name}: {reward.identity()}" for reward in self.rewards)
-        self._event_loop = _EventLoop()
+        self._event_loop = EventLoop()
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> RewardScores:
         """Score every row with every reward.
@@ -130,7 +127,7 @@ class RewardSet:
         try:
             for reward in self.rewards:
                 with _naming(reward), warning_when_slow(reward, self.warn_after_s):
-                    scores.append(reward(prompts, completions, **columns))
+                    scores.append(reward(list(prompts), list(completions), **_copies(columns)))
         except RuntimeError:
             for score in scores:
                 if inspect.iscoroutine(score):
@@ -251,38 +248,15 @@ def _result(reward: Reward, outcome: Any) -> Any:
     return outcome
 
 
-class _EventLoop:
-    """An event loop on a thread of its own, started when it is first needed.
+def _copies(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Columns that a reward may change: the lists and mappings in them are those of the rollouts and of the data."""
+    return {
+        name: [list(value) if name == "completion_ids" else _copy(value) for value in values]
+        for name, values in columns.items()
+    }
 
-    `asyncio.run` would not do: it fails inside a running loop (a notebook), and each call would close the loop that the
-    network sessions of the rewards belong to.
-    """
 
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    def __reduce__(self) -> tuple[type[_EventLoop], tuple[()]]:
-        return _EventLoop, ()
-
-    def gather(self, awaitables: list[Awaitable[Any]]) -> list[Any]:
-        """Await all at the same time; an exception comes back as a value."""
-        if not awaitables:
-            return []
-        if self._loop is None or self._thread is None or not self._thread.is_alive():  # not alive: a forked child
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="async rewards", daemon=True)
-            self._thread.start()
-
-        async def gather_all() -> list[Any]:
-            return await asyncio.gather(*awaitables, return_exceptions=True)
-
-        return asyncio.run_coroutine_threadsafe(gather_all(), self._loop).result()
-
-    def close(self) -> None:
-        if self._loop is not None and self._thread is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(CLOSE_LIMIT_S)
-            if not self._thread.is_alive():  # alive: an async reward blocks it; waiting on would hide that from Ctrl-C
-                self._loop.close()
-        self._loop = self._thread = None
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copy(entry) for name, entry in value.items()}
+    return [_copy(entry) for entry in value] if isinstance(value, list) else value

@@ -310,6 +310,21 @@ def test_columns_that_a_reward_needs_are_asked_for_before_the_run(setup, tokeniz
         setup(data, stage, model=model)
 
 
+def test_a_reward_that_reads_environments_needs_one(setup, tokenizer):
+    def of_environment(environments, **columns):
+        return [0.0 for _ in environments]
+
+    model = Model(tokenizer)
+    model.rewards = SimpleNamespace(rewards=[RewardFunction(of_environment)])
+    with pytest.raises(
+        MisconfigurationException,
+        match="reward 'of_environment' needs 'environments', the environments of the rows; the module has no environment",
+    ):
+        setup(PromptDataModule(Rows("1"), batch_size=1), "fit", model=model)
+    model.environment = object()
+    setup(PromptDataModule(Rows("1"), batch_size=1), "fit", model=model)
+
+
 def test_every_prompt_has_the_columns_of_all_sources(setup, tokenizer):
     """A step whose prompts all came from the other source called the reward without its argument."""
     data = setup(PromptDataModule([Rows("1", name="x", gold="5"), Rows("2", name="y")], batch_size=1))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 from training import EveryStep, History, grpo, make_trainer
@@ -112,7 +112,11 @@ def test_shuffling_by_source():
         (lambda: Mixture({"a": float("nan")}), "weights must be positive numbers"),
         (lambda: Mixture({"a": 1}, {"b": False}), r"without a weight: \['b'\]"),
         (lambda: Mixture({"a": 1})(prompts_of(a=2, b=2), 0, 0), r"no weight for the sources \['b'\]"),
-        (lambda: Mixture({"a": 1, "c": 1})(prompts_of(a=2), 0, 0), r"no prompts of the sources \['c'\]"),
+        (lambda: loaders(prompts_of(a=2), 2, Mixture({"a": 1, "c": 1})), r"no prompts of the sources \['c'\]"),
+        (
+            lambda: loaders(prompts_of(a=2), 2, SkipSolved(rest=Curriculum("x", rest=Mixture({"a": 1, "c": 1})))),
+            r"no prompts of the sources \['c'\]",
+        ),
         (lambda: Curriculum("length")(prompts_of(a=2), 0, 0), "no value in the column 'length'.*columns: level"),
         (lambda: Curriculum(num_epochs=0), "num_epochs must be at least 1"),
         (lambda: SkipSolved(0.5, 0.5), "low must be below high"),
@@ -157,6 +161,20 @@ def test_a_curriculum_by_pass_rate_has_easy_prompts_first_and_new_ones_in_the_mi
     assert Curriculum().reads_pass_rates
     assert not Curriculum("level").reads_pass_rates
     assert Curriculum("level", rest=SkipSolved()).reads_pass_rates
+
+
+def test_numbers_of_a_csv_file_are_compared_as_numbers():
+    levels = ["1", "10", "2", "12", "3"]
+    prompts = [ScheduledPrompt(level, "a", {"level": level}) for level in levels]
+    assert epochs(Curriculum("level"), prompts, 1) == [["1", "2", "3", "10", "12"]]
+    texts = [ScheduledPrompt(text, "a", {"level": text}) for text in ("Level 3", "Level 1", "2")]
+    assert epochs(Curriculum("level"), texts, 1) == [["2", "Level 1", "Level 3"]]
+
+
+def test_no_number_is_no_level():
+    prompts = [ScheduledPrompt("x", "a", {"level": 1.0}), ScheduledPrompt("y", "a", {"level": float("nan")})]
+    with pytest.raises(ValueError, match="has no value in the column 'level'"):
+        Curriculum("level")(prompts, 0, 0)
 
 
 @pytest.mark.parametrize("num_epochs", [1, 2, 3])
@@ -209,6 +227,61 @@ def test_an_epoch_with_too_few_prompts_for_a_step_has_all_and_says_so():
     loader.record_pass_rates({f"a{n}": 1.0 for n in range(7)})
     with pytest.warns(UserWarning, match="epoch 1: SkipSolved leaves 1 prompts for a rank, a step needs 4"):
         assert len({uid for batch in loader for uid in batch.uids}) == 8
+
+
+def test_a_mixture_goes_on_without_a_source_that_is_solved():
+    (loader,) = loaders(prompts_of(a=8, b=24), 4, SkipSolved(low=-1, num_epochs=50, rest=Mixture({"a": 1, "b": 3})))
+    list(loader)
+    loader.record_pass_rates({f"a{n}": 1.0 for n in range(8)})
+    second = [uid for batch in loader for uid in batch.uids]
+    assert {uid[0] for uid in second[: len(second) // 2]} == {"b"}
+    loader.record_pass_rates({f"b{n}": 1.0 for n in range(24)})
+    with pytest.warns(UserWarning, match="leaves 0 prompts for a rank, a step needs 4; the epoch visits all prompts"):
+        assert len([loader.draw(4) for _ in range(20)]) == 20
+
+
+def test_every_rank_has_full_batches_where_parts_of_a_mixture_fall_unevenly():
+    """An epoch has twice the short source, shared out among the ranks by chance."""
+    seen_short = False
+    for seed in range(6):
+        ranks = loaders(prompts_of(a=20, b=1000), 16, Mixture({"a": 1, "b": 1}), 2, seed=seed) if _fits(seed) else []
+        states = []
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(20 if ranks else 0):
+                batches = [loader.draw(8).uids for loader in ranks]
+                assert [len(set(uids)) for uids in batches] == [8, 8]
+                states.append(([loader.state_dict() for loader in ranks], batches))
+        seen_short |= any("the epoch visits all prompts" in str(warning.message) for warning in told)
+        for (before, _), (_, expected) in pairwise(states):
+            resumed = loaders(prompts_of(a=20, b=1000), 16, Mixture({"a": 1, "b": 1}), 2, seed=seed)
+            for loader, state in zip(resumed, before, strict=True):
+                loader.load_state_dict(state)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert [loader.draw(8).uids for loader in resumed] == expected
+    assert seen_short
+
+
+def _fits(seed):
+    """Whether the first epoch has enough for each rank, which is asked at the start."""
+    try:
+        loaders(prompts_of(a=20, b=1000), 16, Mixture({"a": 1, "b": 1}), 2, seed=seed)
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_schedule_with_other_settings_is_another_order():
+    prompts = [ScheduledPrompt(str(n), "a", {"x": n, "y": -n}) for n in range(6)]
+    (first,) = loaders(prompts, 2, Curriculum("x"))
+    (second,) = loaders(prompts, 2, Curriculum("y", rest=InOrder()))
+    with pytest.warns(UserWarning, match=r"schedule Curriculum\(column='x', .*\) -> Curriculum\(column='y'"):
+        second.load_state_dict(first.state_dict())
+    old = first.state_dict() | {"order": first.state_dict()["order"] | {"schedule": "Curriculum"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first.load_state_dict(old)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

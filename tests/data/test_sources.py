@@ -426,3 +426,18 @@ def test_an_unknown_preset_lists_the_known_ones():
         ValueError, match=r"unknown data 'deepmaths'; .* deepmath, gsm8k, gsm8k_test, math500, dapo_math, a path"
     ):
         resolve_source("deepmaths")
+
+
+def test_fields_that_other_turns_have_are_no_fields_of_a_turn(tmp_path):
+    """Parquet gives all turns the fields of any; templates ask whether a turn has tool calls."""
+    turns = [
+        {"role": "user", "content": "2 + 3?", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]},
+    ]
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": turns, "answer": "5"}]), path)
+    (row,) = FileSource(str(path), question="prompt").load()
+    assert row["messages"] == [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]},
+    ]

@@ -1,5 +1,6 @@
 """Tools of one's own, and TRL's environments as they are."""
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -139,3 +140,53 @@ def test_a_run_shows_the_tools_and_asks_rewards_of_trl(make_llama, tmp_path):
     assert all(prompt.startswith("[increment]<|user|>") and "\nCount.<|end|>" in prompt for prompt in prompts)
     assert len(found) == 8 and {type(entry) for entry in found} == {Counter} and len(set(map(id, found))) == 8
     assert found[0].columns["answer"] == "5"
+
+
+async def slow_add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: the first.
+        b: the second.
+    """
+    await asyncio.sleep(0)
+    if a > 100:
+        raise ValueError("too large")
+    return a + b
+
+
+class AsyncCounter(Counter):
+    async def reset(self, **columns) -> str | None:
+        return super().reset(**columns)
+
+    async def increment(self, step: int) -> str:
+        """Go on counting.
+
+        Args:
+            step: by how much.
+        """
+        return super().increment(step)
+
+
+def call(name, **arguments):
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def test_coroutine_functions_are_awaited():
+    def play():
+        tools, counter = ToolEnvironment([slow_add]), ToolEnvironment(environment_factory=AsyncCounter).copy()
+        return (
+            tools.step(call("slow_add", a=2, b=3)).text,
+            tools.step(call("slow_add", a=200, b=3)).text,
+            counter.reset({}),
+            counter.step(call("increment", step=2)).text,
+        )
+
+    async def in_a_notebook():
+        return play()
+
+    plain = ToolEnvironment(environment_factory=Counter).copy()
+    plain.reset({})
+    expected = ("5", "error: too large", "Count.", plain.step(call("increment", step=2)).text)
+    assert play() == expected
+    assert asyncio.run(in_a_notebook()) == expected

@@ -194,7 +194,7 @@ def test_an_impossible_deadline_is_refused(timeout_s):
 
 
 def test_closing_does_not_wait_for_an_async_reward_that_blocks(monkeypatch):
-    monkeypatch.setattr("lit_specrl.rewards.reward_set.CLOSE_LIMIT_S", SOON_S)
+    monkeypatch.setattr("lit_specrl.rewards.event_loop.CLOSE_LIMIT_S", SOON_S)
     entered, release = threading.Event(), threading.Event()
 
     async def blocking(completions):

@@ -5,7 +5,22 @@ import warnings
 import pytest
 import torch
 from tiny_models import SHAPE, build_tokenizer
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from lit_specrl.rewards import RewardModel, RewardSet
 
@@ -91,3 +106,69 @@ def test_what_cannot_be_a_reward_model_is_refused(tmp_path, folder):
         RewardModel(folder, batch_size=0)
     same, other = RewardModel(folder, batch_size=2).identity(), RewardModel(folder, max_length=9).identity()
     assert RewardModel(folder).identity() == same != other
+
+
+ENCODERS = {
+    "bert": (BertConfig, BertForSequenceClassification, {}),
+    "roberta": (RobertaConfig, RobertaForSequenceClassification, {"pad_token_id": 1}),
+    "deberta": (DebertaV2Config, DebertaV2ForSequenceClassification, {}),
+}
+
+
+@pytest.fixture(params=ENCODERS)
+def encoder(request, tmp_path):
+    """A classifier that reads pairs, with positions for 24 tokens, and its tokenizer."""
+    config, model, options = ENCODERS[request.param]
+    shape = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    classifier = model(
+        config(**shape, intermediate_size=32, max_position_embeddings=24, type_vocab_size=2, num_labels=1, **options)
+    )
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{n}" for n in range(50))]
+    core = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = Whitespace()
+    core.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    classifier.save_pretrained(tmp_path)
+    return str(tmp_path), AutoModelForSequenceClassification.from_pretrained(tmp_path).eval(), tokenizer
+
+
+@torch.no_grad()
+def test_an_encoder_scores_pairs_as_transformers_does(encoder):
+    folder, classifier, tokenizer = encoder
+    completions = ["w4 w5", "w6 w7 w8 w9", "w1"]
+    expected = [float(classifier(**tokenizer("w2 w3", text, return_tensors="pt")).logits) for text in completions]
+    reward = RewardModel(folder, "cpu", "float32")
+    assert reward(["w2 w3"] * 3, completions) == pytest.approx(expected, abs=1e-4)
+    assert len({round(score, 4) for score in expected}) == 3
+
+
+@torch.no_grad()
+def test_an_encoder_reads_as_much_as_it_has_positions_for_from_its_first_token_on(encoder):
+    folder, classifier, tokenizer = encoder
+    text = " ".join(f"w{n}" for n in range(10, 40))
+    reward = RewardModel(folder, "cpu", "float32")
+    with pytest.warns(UserWarning, match="1 of 1 texts are longer than 2[0-9] tokens"):
+        (score,) = reward(["w2 w3"], [text])
+    pair = tokenizer("w2 w3", text, return_tensors="pt")
+    limit = 24 - (2 if classifier.config.model_type == "roberta" else 0)
+    kept = [0, *range(pair.input_ids.shape[1] - limit + 1, pair.input_ids.shape[1])]
+    assert score == pytest.approx(float(classifier(**{k: v[:, kept] for k, v in pair.items()}).logits), abs=1e-4)
+
+
+def test_scores_do_not_depend_on_the_batch_where_config_and_tokenizer_pad_otherwise(tmp_path):
+    folder = save(tmp_path)
+    config = LlamaConfig.from_pretrained(folder)
+    config.pad_token_id = 63
+    config.save_pretrained(folder)
+    alone, together = RewardModel(folder, "cpu", "float32"), RewardModel(folder, "cpu", "float32")
+    short, long = "5", "It is 5, and a bit more than that."
+    assert together(["p"] * 2, [short, long])[0] == pytest.approx(alone(["p"], [short])[0], abs=1e-4)

@@ -159,11 +159,9 @@ class VLLMEngine(RolloutEngine):
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
         self._on_gpu = policy.device.type == "cuda"
-        if not self._on_gpu and not policy.keeps_cache_by_row:
-            raise RuntimeError(
-                f"vLLM 0.32 on a CPU samples from something else than {type(policy.model).__name__}, whose layers keep "
-                "a state instead of keys and values; use TransformersEngine"
-            )
+        if not self._on_gpu and not (policy.keeps_cache_by_row and policy.model.config.model_type != "gpt_oss"):
+            name = type(policy.model).__name__
+            raise RuntimeError(f"vLLM 0.32 on a CPU samples from something else than {name}; use TransformersEngine")
         self.stop_token_ids = frozenset(stop_token_ids)
         positions = policy.model.config.get_text_config().max_position_embeddings
         # vLLM samples a token after scoring; where drafts might not fit behind the longest row, it drafts token 0

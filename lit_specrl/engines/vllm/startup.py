@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_specrl.checkpoints.locks import ProcessFolder
 from lit_specrl.drafting.drafters import Drafter, DraftModel
+from lit_specrl.engines.vllm.borrowed_classes import BorrowedClasses
 from lit_specrl.engines.vllm.sampler import CPUSampler, RejectionCounter, score_tokens
 from lit_specrl.engines.vllm.speculation import Speculation
 from lit_specrl.engines.vllm.startup_log import told_by_vllm
@@ -74,10 +75,21 @@ def build_llm(
     } | hub_options(model)
     folder = _meeting_folder()
     configure_logging_if_needed(LoggingConfig())  # otherwise the first engine does, and takes our listener away
-    with told_by_vllm(rank_zero_info), _environment(placing):
+    borrowed = BorrowedClasses()
+    with told_by_vllm(rank_zero_info), _environment(placing), borrowed.noting():
         llm: Any = LLM(model=str(model), **(own_options | options | _speculative_options(drafter, options)))
+    runner = _runner(llm)
+    borrowed.give_back([model for model in (runner.model, _draft_network(runner)) if model is not None])
     llm.meeting_folder = folder
     return llm
+
+
+def _runner(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def _draft_network(runner: Any) -> Any:
+    return getattr(getattr(runner, "drafter", None), "model", None)
 
 
 def _place_of_rank(device: torch.device, rank: int) -> dict[str, str]:
@@ -147,7 +159,7 @@ def take_over_sampling(llm: Any, drafter: Drafter | None) -> Speculation | None:
     Returns:
         The control of its speculation, if there is a drafter.
     """
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner = _runner(llm)
     sampler: CPUSampler | RejectionCounter
     if runner.device.type == "cpu":
         sampler = CPUSampler(runner, _draft_vocabulary(runner))
@@ -162,7 +174,7 @@ def take_over_sampling(llm: Any, drafter: Drafter | None) -> Speculation | None:
 
 def _draft_vocabulary(runner: Any) -> Tensor | None:
     """[V'] token ids that the drafter can draft, where they are ascending and not all."""
-    offsets = getattr(getattr(getattr(runner, "drafter", None), "model", None), "draft_id_to_target_id", None)
+    offsets = getattr(_draft_network(runner), "draft_id_to_target_id", None)
     if offsets is None:
         return None
     token_ids = offsets.detach() + torch.arange(len(offsets), device=offsets.device)
