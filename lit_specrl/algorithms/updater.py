@@ -174,7 +174,8 @@ class Updater:
         shares_passes = self.critic is not None and self.critic.updates_with_policy
         if self.warms_up(step) and not shares_passes:
             return []
-        every_row_matters = kl_coef > 0 or shares_passes or self.objective.entropy.is_on
+        own = self.objective.policy_loss.needs_every_row or self.objective.entropy.is_on
+        every_row_matters = kl_coef > 0 or shares_passes or own
         return rows_with_gradient(experience, every_row_matters=every_row_matters)
 
     def _token_weights(self, experience: Experience, aggregation: Aggregation) -> Tensor:

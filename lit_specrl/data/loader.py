@@ -253,7 +253,10 @@ def _described(value: Any) -> str:
     if isinstance(value, PromptSchedule):
         settings = ", ".join(f"{name}={_described(setting)}" for name, setting in sorted(vars(value).items()))
         return f"{type(value).__name__}({settings})"
-    return repr(value) if isinstance(value, str | int | float | dict | list | tuple | None) else type(value).__name__
+    if not isinstance(value, str | int | float | dict | list | tuple | None):
+        return type(value).__name__
+    text = repr(value)
+    return text if len(text) <= 80 else xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def check_batch_size(batch_size: int, world_size: int) -> None:

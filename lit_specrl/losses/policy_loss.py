@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ class TokenLoss(ABC):
 
     aggregation: Aggregation
     """How the tokens of a step are averaged, see `token_weights`."""
+    needs_every_row: ClassVar[bool] = False
+    """Whether rows without advantage have a gradient, too; otherwise they are not computed."""
 
     @abstractmethod
     def __call__(

@@ -147,6 +147,8 @@ class DRO(SoftGate):
         ValueError: `beta` is not positive.
     """
 
+    needs_every_row = True
+
     beta: float
     aggregation: Aggregation = "token"
 

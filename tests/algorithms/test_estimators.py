@@ -22,7 +22,7 @@ from lit_specrl import (
 )
 from lit_specrl.callbacks import RolloutCallback
 from lit_specrl.data.order import even_chunks
-from lit_specrl.losses import NAMES, KLCoefficient, PolicyLoss
+from lit_specrl.losses import DPPO, GMPO, NAMES, KLCoefficient, PolicyLoss
 from lit_specrl.models.micro_batches import MicroBatch
 from lit_specrl.models.policy import Policy
 from lit_specrl.rewards import RewardFunction
@@ -397,13 +397,15 @@ LOSSES = {
         {"loss_type": "luspo", "epsilon": 3e-3, "epsilon_high": 4e-3},
         PolicyLoss(3e-3, 4e-3, importance_sampling_level="sequence", aggregation="sequence_sum"),
     ),
+    "GMPO": ({"loss_type": "geo_mean", "epsilon": 0.01}, GMPO(0.01)),
+    "DPPO": ({"loss_type": "dppo_tv", "epsilon": 3e-4}, DPPO("tv", 3e-4)),
     "CISPO": ({"loss_type": "cispo", "epsilon_high": 1.1}, PolicyLoss(epsilon_high=1.1, surrogate="cispo")),
 }
 
 
 def loss_of_rows(per_row, loss_type):
     """Losses of tokens, row by row, brought into one number."""
-    if loss_type == "gspo":
+    if loss_type in ("gspo", "geo_mean"):
         return sum(row.mean() for row in per_row) / len(per_row)
     if loss_type == "luspo":
         return sum(row.sum() for row in per_row) / len(per_row)

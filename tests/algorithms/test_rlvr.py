@@ -18,6 +18,7 @@ from lit_specrl.algorithms.constant_rewards import ConstantRewards
 from lit_specrl.callbacks import RolloutCallback, SpeculativeRollout
 from lit_specrl.data import ArithmeticSource
 from lit_specrl.engines import TransformersEngine, VLLMEngine
+from lit_specrl.losses import DRO
 from lit_specrl.models.policy import Policy
 from lit_specrl.types import SamplingConfig
 
@@ -248,13 +249,8 @@ def test_gradient_does_not_depend_on_micro_batches(fit, tiny_model):
 
 
 def test_rows_without_gradient_are_skipped_and_counted(fit, tiny_model, monkeypatch):
-    def first_prompt_only(prompts, completions, **columns):
-        return [
-            value if prompt == prompts[0] else 0.0 for prompt, value in zip(prompts, variety(completions), strict=True)
-        ]
-
     def module():
-        return grpo(tiny_model, [first_prompt_only], optimizer=SGD)
+        return grpo(tiny_model, [half_constant], optimizer=SGD)
 
     skipping, history = fit(module(), limit_train_batches=1)
     assert history.steps[1]["perf/rows_without_gradient"] == GROUP
@@ -266,6 +262,22 @@ def test_rows_without_gradient_are_skipped_and_counted(fit, tiny_model, monkeypa
     computing_all, history = fit(module(), limit_train_batches=1)
     assert history.steps[1]["perf/rows_without_gradient"] == 0
     torch.testing.assert_close(weights_of(skipping), weights_of(computing_all))
+
+
+def test_a_loss_that_holds_all_rows_back_computes_rows_without_advantage(fit, tiny_model):
+    """The square of the log-ratio has a gradient from the second update on."""
+    module = grpo(tiny_model, [half_constant], optimizer=SGD, num_iterations=2, loss_type=DRO(beta=5.0))
+    held, history = fit(module, limit_train_batches=1)
+    assert history.steps[1]["frac_reward_zero_std"] == 0.5
+    assert history.steps[1]["perf/rows_without_gradient"] == 0
+    plain = grpo(tiny_model, [half_constant], optimizer=SGD, num_iterations=2, loss_type="gpg")
+    free, history = fit(plain, limit_train_batches=1)
+    assert history.steps[1]["perf/rows_without_gradient"] == 2 * GROUP
+    assert any(not torch.equal(weight, weights_of(free)[name]) for name, weight in weights_of(held).items())
+
+
+def half_constant(prompts, completions, **columns):
+    return [value if prompt == prompts[0] else 0.0 for prompt, value in zip(prompts, variety(completions), strict=True)]
 
 
 def test_equal_rewards_leave_the_policy_as_it_is(fit, tiny_model):
