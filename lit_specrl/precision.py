@@ -117,3 +117,15 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
         (left @ right).sum().item()
         durations.append(time.perf_counter() - started_at)
     return min(durations)
+
+
+OTHER_DEFAULT_DTYPES = ("16-true", "bf16-true", "64-true", "64")
+"""Precisions of Lightning under which torch makes every new tensor in another type than float32, also log-probs."""
+
+
+def other_default_dtype(precision: object) -> str:
+    """What to say of one of `OTHER_DEFAULT_DTYPES`."""
+    return (
+        f"precision={str(precision)!r} makes log-probs and advantages in that type, too; use 'bf16-mixed', or '32-true' "
+        "with dtype='bfloat16' of the module for weights in bfloat16"
+    )

@@ -43,6 +43,8 @@ class Evaluator:
         correct, said = rollouts.rewards[self.reward.name], rollouts.said
         for index, source in enumerate(rollouts.prompts.sources):
             rows = range(index * size, (index + 1) * size)
+            if all(correct[row] is None for row in rows):
+                continue  # the reward does not apply to the prompt
             self._meters[size].update(
                 source,
                 correct=[correct[row] or 0.0 for row in rows],

@@ -307,8 +307,6 @@ class DrafterDistillation(RolloutCallback):
             losses.append(self.training.update(updates[index] if index < len(updates) else []))
             if max(gather_objects(time.perf_counter() - started_at)) > budget_s:
                 break
-        if self.scheduler is not None:
-            self.scheduler.step()
         after = self._evaluate(held_out)
         self.version += 1
         metrics = {
@@ -328,6 +326,8 @@ class DrafterDistillation(RolloutCallback):
             self._newest_sample_version = max(
                 [sample.policy_version for sample in drawn], default=self._newest_sample_version
             )
+        if self.scheduler is not None:  # behind a rollback, which brings the former rate back
+            self.scheduler.step()
         if after.num_drafts:
             metrics |= {
                 "drafter/kl": after.kl,

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_specrl.checkpoints.integrity import check_checkpoint
 from lit_specrl.cli.messages import ConfigurationError
+from lit_specrl.precision import OTHER_DEFAULT_DTYPES, other_default_dtype
 
 _RESUMED = ("last", "best", "hpc", "registry")  # names that Lightning finds the checkpoint for
 _RANKS_OF_A_CORE = 4
@@ -43,6 +44,8 @@ def _check_precision(precision: Any) -> None:
             "or '32-true'",
             "trainer.precision",
         )
+    if str(precision) in OTHER_DEFAULT_DTYPES:
+        raise ConfigurationError(other_default_dtype(precision), "trainer.precision")
 
 
 def _check_strategy(strategy: Any) -> None:

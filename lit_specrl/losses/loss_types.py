@@ -54,7 +54,7 @@ def resolve_loss_type(name: str) -> LossType:
         'fixed'
     """
     if name not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"loss_type must be one of {', '.join(NAMES)}, or a loss by class_path, got {name!r}")
     return LOSS_TYPES[name]
 
 

@@ -1,8 +1,11 @@
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lit_specrl.algorithms.evaluation import AccuracyMeter, maj_at_k, mean_at_k, normalise_answer, pass_at_k
+from lit_specrl.algorithms.evaluator import Evaluator
 
 
 def test_mean_at_k():
@@ -109,3 +112,20 @@ def test_wrong_updates_are_refused():
         meter.update("a", [1.0], [None, None])
     with pytest.raises(ValueError, match=r"pass_ks must lie between 1 and num_generations=2, got \[4\]"):
         AccuracyMeter(["a"], 2, pass_ks=[4])
+
+
+def test_prompts_that_the_reward_does_not_apply_to_do_not_count():
+    class Judge:
+        name = "judge"
+
+    evaluator = Evaluator(Judge())
+    rollouts = SimpleNamespace(
+        request=SimpleNamespace(sampling=SimpleNamespace(num_generations=2)),
+        prompts=SimpleNamespace(sources=["a", "b", "a"]),
+        rewards={"judge": [1.0, 0.0, None, None, None, 1.0]},
+        said=["x"] * 6,
+    )
+    evaluator.update(rollouts, ["a", "b"], torch.device("cpu"))
+    found = evaluator.compute()
+    assert found["val_accuracy"] == 0.5
+    assert not [name for name in found if name.startswith("val-core/b/")]

@@ -441,6 +441,15 @@ def test_minibatches_that_do_not_divide_the_batch_are_refused(fit, tiny_model):
 
 
 @pytest.mark.usefixtures("no_policy")
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_another_default_dtype_is_refused(tiny_model, tmp_path, precision):
+    """It made new tensors in that type, and the first rollout ended with an error of torch."""
+    trainer = make_trainer(default_root_dir=tmp_path, precision=precision)
+    with pytest.raises(MisconfigurationException, match=rf"precision='{precision}' makes log-probs .* 'bf16-mixed'"):
+        trainer.fit(grpo(tiny_model), datamodule=arithmetic())
+
+
+@pytest.mark.usefixtures("no_policy")
 def test_float16_is_refused(tiny_model, tmp_path, monkeypatch):
     trainer = make_trainer(default_root_dir=tmp_path)
     monkeypatch.setattr(type(trainer), "precision", "16-mixed")  # Lightning itself refuses it on a CPU

@@ -90,5 +90,7 @@ def test_fixed_needs_the_length_it_divides_by():
 def test_unknown_names_are_refused_with_the_valid_ones():
     with pytest.raises(ValueError, match="'token', 'sequence', 'sequence_sum' or 'fixed', got 'mean'"):
         token_weights(MASK, "mean")
-    with pytest.raises(ValueError, match=r"grpo, dapo, .* vespo, gpg, geo_mean, dppo_tv, dppo_kl, got 'apo'"):
+    with pytest.raises(
+        ValueError, match=r"grpo, dapo, .* vespo, gpg, geo_mean, dppo_tv, dppo_kl, or a loss by class_path, got 'apo'"
+    ):
         resolve_loss_type("apo")

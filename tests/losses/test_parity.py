@@ -140,7 +140,10 @@ def test_the_undecided_tokens_are_those_of_trl(oracles, inputs, loss_mask):
 def test_rows_off_the_policy_are_those_of_trl(oracles, inputs, loss_mask):
     def on_policy(logprobs, advantages):
         part = SimpleNamespace(
-            sampling_logprobs=inputs["sampling_logprobs"], loss_mask=loss_mask, advantages=advantages
+            sampling_logprobs=inputs["sampling_logprobs"],
+            old_logprobs=inputs["old_logprobs"],
+            loss_mask=loss_mask,
+            advantages=advantages,
         )
         kept = is_on_policy(logprobs, part, 0.1)
         assert 0 < kept[loss_mask].float().mean() < 1
