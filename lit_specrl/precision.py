@@ -119,13 +119,14 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     return min(durations)
 
 
-OTHER_DEFAULT_DTYPES = ("16-true", "bf16-true", "64-true", "64")
-"""Precisions of Lightning under which torch makes every new tensor in another type than float32, also log-probs."""
-
-
-def other_default_dtype(precision: object) -> str:
-    """What to say of one of `OTHER_DEFAULT_DTYPES`."""
-    return (
-        f"precision={str(precision)!r} makes log-probs and advantages in that type, too; use 'bf16-mixed', or '32-true' "
-        "with dtype='bfloat16' of the module for weights in bfloat16"
-    )
+def unusable(precision: object) -> str | None:
+    """What to say of a precision of Lightning's trainer that training cannot have; `None` for the others."""
+    told = f"precision={str(precision)!r}"
+    if str(precision) in ("16", "16-mixed"):
+        return f"{told} scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' or '32-true'"
+    if str(precision) in ("16-true", "bf16-true", "64-true", "64"):
+        return (
+            f"{told} lets torch make every new tensor in that type, log-probs and advantages too; use 'bf16-mixed', or "
+            "'32-true' with dtype='bfloat16' of the module for weights in bfloat16"
+        )
+    return None

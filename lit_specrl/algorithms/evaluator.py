@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_specrl.algorithms.evaluation import AccuracyMeter
 from lit_specrl.answers import extract_answer
+from lit_specrl.distributed.collectives import gather_objects
 from lit_specrl.rewards import Reward
 from lit_specrl.types import PromptBatch, Rollouts
 
@@ -28,6 +30,7 @@ class Evaluator:
     def begin(self) -> None:
         """Forget the evaluation before."""
         self._meters: dict[int, AccuracyMeter] = {}
+        self._num_unscored = 0  # prompts without a score for any row
 
     def update(self, rollouts: Rollouts, sources: Sequence[str], device: torch.device) -> None:
         """Take in scored rollouts.
@@ -44,7 +47,8 @@ class Evaluator:
         for index, source in enumerate(rollouts.prompts.sources):
             rows = range(index * size, (index + 1) * size)
             if all(correct[row] is None for row in rows):
-                continue  # the reward does not apply to the prompt
+                self._num_unscored += 1
+                continue
             self._meters[size].update(
                 source,
                 correct=[correct[row] or 0.0 for row in rows],
@@ -52,7 +56,12 @@ class Evaluator:
             )
 
     def compute(self) -> dict[str, float]:
-        """Accuracies over all ranks."""
+        """Accuracies over all ranks, of the prompts that have a score; every rank must call it."""
+        if num_unscored := sum(gather_objects(self._num_unscored)):
+            rank_zero_warn(
+                f"{num_unscored} prompts of this evaluation have no score: {self.reward.name!r}, the first reward, gave "
+                "None for all their responses; they are left out of the accuracies"
+            )
         return {name: value for meter in self._meters.values() for name, value in meter.compute().items()}
 
 

@@ -62,10 +62,10 @@ class Objective:
         """
         logprobs, mask = statistics.logprobs, part.loss_mask
         per_token_loss, clipped = self.policy_loss(logprobs, part.old_logprobs, part.advantages, mask)  # [n, R]
-        old_logprobs = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
         if self.off_policy_mask_threshold is not None:
             kept = is_on_policy(logprobs.detach(), part, self.off_policy_mask_threshold)
             per_token_loss = per_token_loss * kept
+        old_logprobs = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
         # without a correction the ratios are still reported
         correction, mismatch = (self.importance_sampling or ImportanceSampling())(
             old_logprobs, part.sampling_logprobs, mask
@@ -102,9 +102,8 @@ def is_on_policy(logprobs: Tensor, part: Experience, threshold: float) -> Tensor
     Returns:
         [n, R] bool.
     """
-    sampled = part.sampling_logprobs
-    if part.old_logprobs is not None:  # known also of tokens that the engine did not sample, such as reused ones
-        sampled = torch.where(sampled.isnan(), part.old_logprobs, sampled)
-    moved = (sampled - logprobs).nan_to_num(0.0)  # without either, the policy is the one that the step began with
-    distance = masked_mean(moved, part.loss_mask, dim=-1, keepdim=True)  # [n, 1]
+    old_logprobs = logprobs if part.old_logprobs is None else part.old_logprobs
+    # the engine gives none of tokens that it did not sample, such as reused ones
+    sampled = torch.where(part.sampling_logprobs.isnan(), old_logprobs, part.sampling_logprobs)
+    distance = masked_mean(sampled - logprobs, part.loss_mask, dim=-1, keepdim=True)  # [n, 1]
     return (part.advantages >= 0) | (distance <= threshold)

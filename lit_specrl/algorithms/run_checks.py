@@ -17,7 +17,7 @@ from lit_specrl.environments import Environment
 from lit_specrl.losses import ImportanceSampling
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.pretrained import check_model_exists
-from lit_specrl.precision import OTHER_DEFAULT_DTYPES, other_default_dtype
+from lit_specrl.precision import unusable
 from lit_specrl.rewards import EnvironmentReward, RewardSet
 from lit_specrl.types import SamplingConfig, check_at_least_one
 
@@ -89,13 +89,8 @@ def check_run(
             f"prompts and responses of up to {max_length} tokens do not fit the {positions} positions of {model}; "
             "lower max_prompt_length or max_completion_length"
         )
-    if trainer.precision == "16-mixed":
-        raise MisconfigurationException(
-            "precision='16-mixed' scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' "
-            "or '32-true'"
-        )
-    if trainer.precision in OTHER_DEFAULT_DTYPES:
-        raise MisconfigurationException(other_default_dtype(trainer.precision))
+    if complaint := unusable(trainer.precision):
+        raise MisconfigurationException(complaint)
     batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     if batch_size is not None and batch_size // trainer.world_size % num_minibatches:
         raise MisconfigurationException(

@@ -174,8 +174,8 @@ class Updater:
         shares_passes = self.critic is not None and self.critic.updates_with_policy
         if self.warms_up(step) and not shares_passes:
             return []
-        own = self.objective.policy_loss.needs_every_row or self.objective.entropy.is_on
-        every_row_matters = kl_coef > 0 or shares_passes or own
+        by_objective = self.objective.entropy.is_on or self.objective.policy_loss.needs_every_row
+        every_row_matters = kl_coef > 0 or shares_passes or by_objective
         return rows_with_gradient(experience, every_row_matters=every_row_matters)
 
     def _token_weights(self, experience: Experience, aggregation: Aggregation) -> Tensor:

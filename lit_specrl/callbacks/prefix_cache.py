@@ -251,11 +251,10 @@ class PrefixCache(RolloutCallback):
         rollouts, experience = self._trained
         assert experience.recorded_logprobs is not None
         recorded = experience.recorded_logprobs.cpu().numpy()
-        reference = None
-        if (
-            experience.reference_logprobs is not None and not pl_module.reference.is_on
-        ):  # a moving one is another next time
-            reference = experience.reference_logprobs.cpu().numpy()
+        reference_logprobs = experience.reference_logprobs
+        if pl_module.reference.is_on:  # it will have moved when the rows are met again
+            reference_logprobs = None
+        reference = None if reference_logprobs is None else reference_logprobs.cpu().numpy()
         position = {seed: row for row, seed in enumerate(rollouts.request.seeds)}
         for current in self._rounds:
             self.store.put(current.cached_rows(pl_module.step - 1, position, recorded, reference))

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lit_specrl.checkpoints.integrity import check_checkpoint
 from lit_specrl.cli.messages import ConfigurationError
-from lit_specrl.precision import OTHER_DEFAULT_DTYPES, other_default_dtype
+from lit_specrl.precision import unusable
 
 _RESUMED = ("last", "best", "hpc", "registry")  # names that Lightning finds the checkpoint for
 _RANKS_OF_A_CORE = 4
@@ -38,14 +38,8 @@ def check_settings(settings: Any) -> None:
 
 
 def _check_precision(precision: Any) -> None:
-    if str(precision) in ("16", "16-mixed"):
-        raise ConfigurationError(
-            f"precision={precision} scales the loss, which manual gradient clipping does not know of; use 'bf16-mixed' "
-            "or '32-true'",
-            "trainer.precision",
-        )
-    if str(precision) in OTHER_DEFAULT_DTYPES:
-        raise ConfigurationError(other_default_dtype(precision), "trainer.precision")
+    if complaint := unusable(precision):
+        raise ConfigurationError(complaint, "trainer.precision")
 
 
 def _check_strategy(strategy: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lit_specrl.checkpoints.identity import identity_of, settings_of
 from lit_specrl.data.order import rank_share, take
 from lit_specrl.data.schedule import InOrder, PromptSchedule, ScheduledPrompt, Shuffled
 from lit_specrl.types import PromptBatch
@@ -23,7 +24,8 @@ class PromptLoader:
 
     Every rank yields full batches, equally many, and no batch or draw holds a prompt twice: where an epoch has fewer
     prompts left than are asked for, they sit out and the next epoch begins. An epoch has the prompts of the schedule,
-    a pass as many batches as the schedule's first epoch. A later epoch with too few prompts for a batch has them all.
+    a pass as many batches as the schedule's first epoch. A later epoch with too few prompts for a batch goes without
+    pass rates, or visits all prompts.
 
     Args:
         prompts: all prompts of all ranks.
@@ -71,6 +73,7 @@ class PromptLoader:
         self.sources = sorted(set(prompts.sources))
         self._schedule = schedule or (Shuffled() if shuffle else InOrder())
         self._schedule.check(self.sources)
+        self._schedule_settings = identity_of(type(self._schedule), settings_of(self._schedule)).rpartition("#")[0]
         self.reads_pass_rates = self._schedule.reads_pass_rates
         self._scheduled = [
             ScheduledPrompt(uid, source, columns)
@@ -85,7 +88,7 @@ class PromptLoader:
         self._pass_rates: dict[str, tuple[float, int]] = {}  # of all ranks: rate and epoch of the last visit
         self._epoch_pass_rates: dict[str, tuple[float, int]] = {}  # when the epoch began
         self._epoch = 0
-        self._all_in_epoch: int | None = None  # epoch that the schedule has too few prompts for
+        self._shuffled_epoch: int | None = None  # of all prompts, for the schedule has too few
         self._num_drawn = 0  # prompts of this rank in this epoch, in batches and in draws
         self._orders: list[list[int]] = []  # of each rank, in the current epoch
         self._ordered_epoch: int | None = None  # epoch that `_orders` belongs to
@@ -159,18 +162,21 @@ class PromptLoader:
         self._pass_rates |= {uid: (rate, self._epoch) for uid, rate in pass_rates.items() if uid in self._owner}
 
     def _begin_epoch(self, num_prompts: int) -> None:
-        """The next epoch; with all prompts where the schedule leaves too few for what is asked for."""
+        """The next epoch; with more prompts where the schedule leaves too few for what is asked for."""
         self._epoch, self._num_drawn = self._epoch + 1, 0
         self._epoch_pass_rates = dict(self._pass_rates)
+        left = self._num_of_rank
+        if left >= num_prompts:
+            return
+        self._epoch_pass_rates, self._ordered_epoch = {}, None
+        remedy = "pass rates do not count in it"
         if self._num_of_rank < num_prompts:
-            rank_zero_warn(
-                f"epoch {self._epoch}: {type(self._schedule).__name__} leaves {self._num_of_rank} prompts for a rank, "
-                f"a step needs {num_prompts}; the epoch visits all prompts"
-            )
-            self._epoch_pass_rates = {}
-            self._ordered_epoch = None
-            self._all_in_epoch = self._epoch if self._num_of_rank < num_prompts else None  # not for want of pass rates
-            self._ordered_epoch = None
+            self._shuffled_epoch, self._ordered_epoch = self._epoch, None
+            remedy = "it visits all prompts, shuffled"
+        rank_zero_warn(
+            f"epoch {self._epoch}: {type(self._schedule).__name__} leaves {left} prompts for a rank, a step needs "
+            f"{num_prompts}; {remedy}"
+        )
 
     @property
     def _num_of_rank(self) -> int:
@@ -182,7 +188,7 @@ class PromptLoader:
         ranks only the number counts."""
         if self._ordered_epoch != self._epoch:
             self._orders = [[] for _ in range(self.world_size)]
-            schedule = Shuffled() if self._all_in_epoch == self._epoch else self._schedule
+            schedule = Shuffled() if self._shuffled_epoch == self._epoch else self._schedule
             for prompt in schedule(self._known(), self._epoch, self.seed):
                 self._orders[self._owner[prompt.uid]].append(self._place.get(prompt.uid, -1))
             self._ordered_epoch = self._epoch
@@ -208,7 +214,7 @@ class PromptLoader:
             "order": self._order_identity(),
             "pass_rates": dict(self._pass_rates),
             "epoch_pass_rates": dict(self._epoch_pass_rates),
-            "all_in_epoch": self._all_in_epoch,
+            "shuffled_epoch": self._shuffled_epoch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -221,7 +227,7 @@ class PromptLoader:
         """
         now = self._order_identity()
         before = dict(state_dict["order"])
-        if now["schedule"].startswith(f"{before.get('schedule')}("):  # older ones have its name alone
+        if before.get("schedule") == type(self._schedule).__name__:  # older ones have no settings
             del before["schedule"]
         changed = [f"{name} {old} -> {now[name]}" for name, old in before.items() if old != now[name]]
         if changed:
@@ -231,7 +237,7 @@ class PromptLoader:
             )
         self._pass_rates = dict(state_dict.get("pass_rates", {}))  # older ones have none
         self._epoch_pass_rates = dict(state_dict.get("epoch_pass_rates", {}))
-        self._all_in_epoch = state_dict.get("all_in_epoch")
+        self._shuffled_epoch = state_dict.get("shuffled_epoch")
         self._ordered_epoch = None
         self._epoch, self._num_drawn = state_dict["epoch"], state_dict["num_drawn"] // self.world_size
 
@@ -240,23 +246,12 @@ class PromptLoader:
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "schedule": _described(self._schedule),
+            "schedule": self._schedule_settings,
             "batch_size": self.batch_size,
             "world_size": self.world_size,
             "num_prompts": self.num_prompts,
             "fingerprint": self._fingerprint,
         }
-
-
-def _described(value: Any) -> str:
-    """A schedule with its settings, and those within it."""
-    if isinstance(value, PromptSchedule):
-        settings = ", ".join(f"{name}={_described(setting)}" for name, setting in sorted(vars(value).items()))
-        return f"{type(value).__name__}({settings})"
-    if not isinstance(value, str | int | float | dict | list | tuple | None):
-        return type(value).__name__
-    text = repr(value)
-    return text if len(text) <= 80 else xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def check_batch_size(batch_size: int, world_size: int) -> None:

@@ -193,7 +193,7 @@ class Curriculum(PromptSchedule):
         found = self.rest(prompts, epoch, seed)
         if self.num_epochs is not None and epoch >= self.num_epochs:
             return found
-        hardness = _numbers({prompt.uid: self._hardness(prompt) for prompt in found})
+        hardness = self._hardness(found)
         try:
             return sorted(found, key=lambda prompt: hardness[prompt.uid], reverse=self.descending)
         except TypeError as error:
@@ -203,16 +203,19 @@ class Curriculum(PromptSchedule):
                 "numbers or texts"
             ) from error
 
-    def _hardness(self, prompt: ScheduledPrompt) -> Any:
+    def _hardness(self, prompts: Sequence[ScheduledPrompt]) -> dict[str, Any]:
+        """By uid."""
         if self.column is None:
-            return -(0.5 if prompt.pass_rate is None else prompt.pass_rate)
-        value = prompt.columns.get(self.column)
-        if value is None or value != value:
-            raise ValueError(
-                f"a prompt of {prompt.source!r} has no value in the column {self.column!r}, which Curriculum sorts by;"
-                f" columns: {', '.join(prompt.columns) or 'none'}"
-            )
-        return value
+            return {prompt.uid: -(0.5 if prompt.pass_rate is None else prompt.pass_rate) for prompt in prompts}
+        values = _numbers({prompt.uid: prompt.columns.get(self.column) for prompt in prompts})
+        for prompt in prompts:
+            value = values[prompt.uid]
+            if value is None or value != value:  # NaN
+                raise ValueError(
+                    f"a prompt of {prompt.source!r} has no value in the column {self.column!r}, which Curriculum sorts "
+                    f"by; columns: {', '.join(prompt.columns) or 'none'}"
+                )
+        return values
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
@@ -220,10 +223,9 @@ def _numbers(values: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(value, str) for value in values.values()):
         return values
     try:
-        numbers = {uid: float(value) for uid, value in values.items()}
+        return {uid: float(value) for uid, value in values.items()}
     except ValueError:
         return values
-    return values if any(number != number for number in numbers.values()) else numbers
 
 
 class SkipSolved(PromptSchedule):

@@ -112,10 +112,17 @@ def read_rows(
 
 
 def _without_nothing(turn: Any) -> Any:
-    """A turn without the fields that are there because other turns have them (Parquet): templates ask for presence."""
+    """A turn without the fields, and fields of its tool calls, that are there because other turns have them (Parquet):
+    templates ask whether they are there."""
+    if isinstance(turn, list):
+        return [_without_nothing(entry) for entry in turn]
     if not isinstance(turn, dict):
         return turn
-    return {name: value for name, value in turn.items() if value is not None or name in ("role", "content")}
+    return {
+        name: _without_nothing(value)
+        for name, value in turn.items()
+        if value is not None or name in ("role", "content")
+    }
 
 
 def _further_columns(

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer
 
+from lit_specrl.checkpoints.identity import identity_of, settings_of
 from lit_specrl.data.end_of_turn import end_of_turn_id
 from lit_specrl.data.template import PromptTemplate
 from lit_specrl.engines.base import RolloutEngine
@@ -24,7 +25,6 @@ from lit_specrl.models.model_name import hub_options
 from lit_specrl.models.policy import Policy
 from lit_specrl.models.pretrained import check_model_exists, unreachable_model_message
 from lit_specrl.rewards import RewardSet
-from lit_specrl.rewards.identity import identity_of, settings_of
 from lit_specrl.seeds import rollout_seeds
 from lit_specrl.timing import StageTimer
 from lit_specrl.types import PromptBatch, RolloutRequest, Rollouts, SamplingConfig

@@ -1,4 +1,5 @@
-"""Losses with a smooth gate in place of the clip: SAPO and VESPO."""
+"""Losses that clip nothing: smooth gates in place of the clip (SAPO, VESPO), and the plain policy gradient, alone or
+held back by a square (DRO)."""
 
 from __future__ import annotations
 

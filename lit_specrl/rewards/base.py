@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Collection, Sequence
 from typing import Any, ClassVar
 
-from lit_specrl.rewards.identity import identity_of, settings_of
+from lit_specrl.checkpoints.identity import identity_of, settings_of
 
 Scores = Sequence[float | None]
 """One number per row; `None` where the reward does not apply."""

@@ -14,7 +14,7 @@ class EventLoop:
     """An event loop on a thread of its own, started when it is first needed.
 
     `asyncio.run` would not do: it fails inside a running loop (a notebook), and each call would close the loop that the
-    network sessions of the rewards belong to.
+    network sessions of rewards and tools belong to.
     """
 
     def __init__(self) -> None:
@@ -41,6 +41,7 @@ class EventLoop:
         return asyncio.run_coroutine_threadsafe(gather_all(), self._loop).result()
 
     def close(self) -> None:
+        """Stop the loop; the next call starts another."""
         if self._loop is not None and self._thread is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(CLOSE_LIMIT_S)

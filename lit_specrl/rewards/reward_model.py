@@ -26,7 +26,7 @@ class RewardModel(Reward):
         device: "cpu", "cuda", "cuda:1"; `None` is the current GPU, or the CPU where there is none.
         dtype: of its weights; "auto" is bfloat16 where the device has instructions for it, and float32 elsewhere.
         batch_size: rows in one pass.
-        max_length: most tokens that it reads; `None` for as many as it has positions.
+        max_length: most tokens that it reads; `None` for as many as its tokenizer says, and as it has positions.
         label: which of its logits is the reward; may be left out where it has one.
         tokenizer: hub name or folder of its tokenizer, where that is another one.
         weight: factor of this reward in the total.
@@ -113,7 +113,7 @@ class RewardModel(Reward):
             for config in (classifier.config, classifier.config.get_text_config()):
                 config.pad_token_id = self._reader.pad_token_id
         self._arguments = inspect.signature(classifier.forward).parameters
-        self._limit = _longest_text(classifier, self._reader, self._positions)
+        self._num_positions = _num_positions(classifier, self._positions)
         self._classifier = classifier.to(device).eval().requires_grad_(False)
 
     def _read(self, prompt: str, turns: list[dict[str, str]], completion: str) -> dict[str, list[int]]:
@@ -132,7 +132,7 @@ class RewardModel(Reward):
         return {name: list(values) for name, values in read.items() if name in self._arguments}
 
     def _cut(self, texts: list[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
-        limit = min(self.max_length or self._limit, self._limit)
+        limit = min(self.max_length or self._reader.model_max_length, self._num_positions)
         num_cut = sum(len(text["input_ids"]) > limit for text in texts)
         if num_cut and not self.counters.get("cut"):
             warnings.warn(
@@ -167,11 +167,10 @@ class RewardModel(Reward):
         return logits[:, self.label or 0].float().cpu().tolist()
 
 
-def _longest_text(classifier: Any, tokenizer: Any, num_positions: int | None) -> int:
-    """In tokens, as far as model and tokenizer tell."""
-    limits = [sys.maxsize if num_positions is None else num_positions, tokenizer.model_max_length]
+def _num_positions(classifier: Any, told: int | None) -> int:
+    """Tokens that a model has positions for; as many as one likes where neither it nor its configuration tells."""
     for module in classifier.modules():
         table: Any = getattr(module, "position_embeddings", None)
         if getattr(table, "padding_idx", None) is not None:  # RoBERTa and its kin count from behind the padding token
-            limits.append(table.num_embeddings - table.padding_idx - 1)
-    return min(limits)
+            return int(table.num_embeddings - table.padding_idx - 1)
+    return sys.maxsize if told is None else told

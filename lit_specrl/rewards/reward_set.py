@@ -249,7 +249,10 @@ def _result(reward: Reward, outcome: Any) -> Any:
 
 
 def _copies(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Columns that a reward may change: the lists and mappings in them are those of the rollouts and of the data."""
+    """Columns that a reward may change: the lists and mappings in them are those of the rollouts and of the data.
+
+    Objects such as the environments of the rows stay themselves. Token ids are numbers, which need no look at each.
+    """
     return {
         name: [list(value) if name == "completion_ids" else _copy(value) for value in values]
         for name, values in columns.items()

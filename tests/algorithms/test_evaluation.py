@@ -126,6 +126,7 @@ def test_prompts_that_the_reward_does_not_apply_to_do_not_count():
         said=["x"] * 6,
     )
     evaluator.update(rollouts, ["a", "b"], torch.device("cpu"))
-    found = evaluator.compute()
+    with pytest.warns(UserWarning, match="1 prompts of this evaluation have no score: 'judge', the first reward"):
+        found = evaluator.compute()
     assert found["val_accuracy"] == 0.5
     assert not [name for name in found if name.startswith("val-core/b/")]

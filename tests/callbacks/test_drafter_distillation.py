@@ -158,8 +158,11 @@ def test_lessons_that_are_lost_are_missed_and_no_more(kept, model, tmp_path):
 
 @pytest.mark.parametrize("kept", ["head"], indirect=True)
 def test_a_training_that_makes_the_drafter_worse_is_undone(kept, model, tmp_path):
-    learner = distillation(optimizer=partial(torch.optim.SGD, lr=1e3), max_grad_norm=1e3)
+    halving = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    learner = distillation(optimizer=partial(torch.optim.SGD, lr=1e3), max_grad_norm=1e3, lr_scheduler=halving)
     _, trace, watch = run(kept, model, tmp_path, learner, max_epochs=3)
+    num_trainings = sum("drafter/loss" in step for step in trace.metrics)
+    assert learner.training.optimizer.param_groups[0]["lr"] == 1e3 * 0.5**num_trainings  # also behind those undone
     undone = [step.get("drafter/rolled_back") == 1 for step in trace.metrics]
     assert any(undone)
     for index in [index for index, back in enumerate(undone) if back]:

@@ -432,12 +432,12 @@ def test_fields_that_other_turns_have_are_no_fields_of_a_turn(tmp_path):
     """Parquet gives all turns the fields of any; templates ask whether a turn has tool calls."""
     turns = [
         {"role": "user", "content": "2 + 3?", "tool_calls": None},
-        {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}, {"name": "say", "id": 1}]},
     ]
     path = tmp_path / "train.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": turns, "answer": "5"}]), path)
     (row,) = FileSource(str(path), question="prompt").load()
     assert row["messages"] == [
         {"role": "user", "content": "2 + 3?"},
-        {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}, {"name": "say", "id": 1}]},
     ]

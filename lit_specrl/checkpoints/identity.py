@@ -1,4 +1,4 @@
-"""What made the numbers of a reward: its code and its settings, as a text to compare.
+"""What made the numbers of a reward, or an order of prompts: code and settings, as a text to compare.
 
 Two texts are equal when the code and the settings are, in whatever process they were read. Code is compared as
 bytecode: comments, line numbers and formatting do not count, another minor version of Python does. What is said of a
