@@ -134,7 +134,9 @@ def encoder(request, tmp_path):
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=core,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **{"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
     )
     tokenizer.save_pretrained(tmp_path)
     classifier.save_pretrained(tmp_path)
@@ -145,6 +147,7 @@ def encoder(request, tmp_path):
 def test_an_encoder_scores_pairs_as_transformers_does(encoder):
     folder, classifier, tokenizer = encoder
     completions = ["w4 w5", "w6 w7 w8 w9", "w1"]
+    assert 1 in tokenizer("w2", "w3").token_type_ids
     expected = [float(classifier(**tokenizer("w2 w3", text, return_tensors="pt")).logits) for text in completions]
     reward = RewardModel(folder, "cpu", "float32")
     assert reward(["w2 w3"] * 3, completions) == pytest.approx(expected, abs=1e-4)
