@@ -28,6 +28,7 @@ from lit_specrl.algorithms.kl_reward import kl_in_reward
 from lit_specrl.algorithms.micro_batch_size import DEFAULT_MICRO_BATCH_TOKENS
 from lit_specrl.algorithms.moving_reference import MovingReference
 from lit_specrl.algorithms.objective import Objective
+from lit_specrl.algorithms.optimizer_settings import OptimizerSettings
 from lit_specrl.algorithms.optimizers import make_optimizers, optimizers_of, step_lr_schedulers
 from lit_specrl.algorithms.pass_rates import record_pass_rates
 from lit_specrl.algorithms.run_checks import (
@@ -266,6 +267,7 @@ class RLVRModule(L.LightningModule):
         self._policy_step = GradientStep("actor", max_grad_norm, max_skipped_updates)
         self._critic_step = GradientStep("critic", critic.max_grad_norm if critic else 1.0, max_skipped_updates)
         self._signals, self._log = DeferredSignals(), StepLog()
+        self._optimizer_settings = OptimizerSettings()
 
     # ------------------------------------------------------------------------------------------------------- algorithm
 
@@ -485,10 +487,13 @@ class RLVRModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
-        return make_optimizers(self.policy, self.critic, self.make_optimizer, self.make_lr_scheduler)
+        made = make_optimizers(self.policy, self.critic, self.make_optimizer, self.make_lr_scheduler)
+        self._optimizer_settings.record(*made)
+        return made
 
     def on_train_start(self) -> None:
         self._signals.install(self.trainer)
+        self._optimizer_settings.check()
         count_resumed_epoch(self.trainer)
         if self.dynamic_sampling and not isinstance(self.trainer.train_dataloader, PromptStream):
             raise MisconfigurationException(
@@ -512,6 +517,7 @@ class RLVRModule(L.LightningModule):
             "skipped_updates": [self._policy_step.num_skipped, self._critic_step.num_skipped],
             "kl_coefficient": self.kl_coefficient.value,
             "entropy_coefficient": self.objective.entropy.state_dict(),
+            "optimizer_settings": self._optimizer_settings.state_dict(),
             **self.reference.state_dict(self.scorer),
         }
 
@@ -530,6 +536,7 @@ class RLVRModule(L.LightningModule):
             self.kl_coefficient.value = state["kl_coefficient"]
         self.objective.entropy.load_state_dict(state.get("entropy_coefficient", self.objective.entropy.state_dict()))
         self.reference.load_state_dict(self.scorer, state)
+        self._optimizer_settings.load_state_dict(state.get("optimizer_settings", {}) if self.trainer.training else {})
 
     # ------------------------------------------------------------------------------------------- what callbacks may use
 
