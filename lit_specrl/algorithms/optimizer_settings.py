@@ -21,9 +21,16 @@ class OptimizerSettings:
     A checkpoint holds the state of both, and with it the arguments: whatever a resumed run asks for, the state brings
     the checkpoint's back. Different arguments are therefore told, and different classes, whose state does not fit, are
     refused.
+
+    Args:
+        owner: whose they are, for messages.
+        writer: what writes the weights alone, for messages.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, owner: str = "optimizer", writer: str = "`lit-specrl export` writes them as a folder for `model`"
+    ) -> None:
+        self._owner, self._way_out = owner, f"start from the checkpoint's weights alone: {writer}"
         self._of_run: dict[str, list[dict[str, Any]]] = {}
         self._of_checkpoint: dict[str, list[dict[str, Any]]] = {}
 
@@ -53,9 +60,8 @@ class OptimizerSettings:
             ours = self._of_run[kind]
             if _classes(ours) != _classes(theirs):
                 raise MisconfigurationException(
-                    f"the checkpoint was trained with {kind} {_classes(theirs)}, and this run has {_classes(ours)}, "
-                    "which its state does not fit; take the same, or start from its weights alone: `lit-specrl export` "
-                    "writes them as a folder for `model`"
+                    f"the state of the {self._owner} in the checkpoint is of {kind} {_classes(theirs)}, and does not "
+                    f"fit this run's {_classes(ours)}; take the same, or {self._way_out}"
                 )
             for our, their in zip(ours, theirs, strict=True):
                 differing += [
@@ -64,8 +70,8 @@ class OptimizerSettings:
                 ]
         if differing:
             warnings.warn(
-                f"the optimizer goes on with the checkpoint's settings: {'; '.join(differing)}. To train with others, "
-                "start from the checkpoint's weights alone: `lit-specrl export` writes them as a folder for `model`",
+                f"the {self._owner} goes on with the checkpoint's settings: {'; '.join(differing)}. To train with "
+                f"others, {self._way_out}",
                 stacklevel=2,
             )
         self._of_run, self._of_checkpoint = self._of_checkpoint or self._of_run, {}

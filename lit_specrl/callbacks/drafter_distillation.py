@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -16,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_specrl.algorithms.optimizer_settings import OptimizerSettings
 from lit_specrl.algorithms.rlvr import RLVRModule
 from lit_specrl.callbacks.rank_store import RankStore
 from lit_specrl.callbacks.rollout_callback import RolloutCallback, callbacks_of, require_only_one, require_rlvr_module
@@ -26,7 +26,7 @@ from lit_specrl.drafting import Drafter
 from lit_specrl.drafting.distillation.buffer import DistillationBuffer, DistillationSample
 from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
 from lit_specrl.drafting.distillation.draft_losses import DraftLoss, resolve_draft_loss
-from lit_specrl.drafting.distillation.reward_weights import WeightScope, reward_weights
+from lit_specrl.drafting.distillation.reward_weights import WeightScope, reward_weights, weighted
 from lit_specrl.drafting.distillation.samples import (
     SampleChoice,
     copied,
@@ -158,6 +158,8 @@ class DrafterDistillation(RolloutCallback):
         self._newest_sample_version = 0  # policy version
         self._has_new_samples, self._step_s = False, 0.0
         self._restored: dict[str, Any] | None = None
+        self._learned_from: tuple[RLVRModule, Drafter] | None = None
+        self._settings = OptimizerSettings("drafter's optimizer", "`lit-specrl export --drafter` writes them")
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
@@ -191,7 +193,10 @@ class DrafterDistillation(RolloutCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
         self._files.sweep(trainer)
         self.drafter.prepare(pl_module.model_name)
-        self.network = self.drafter.network()
+        if self._learned_from != (pl_module, self.drafter):  # otherwise a further fit goes on
+            self._learned_from = pl_module, self.drafter
+            self._begin()
+        assert self.network is not None
         self.network.module.to(pl_module.device)
         self.collector = TeacherOutputCollector(self.network, self.num_top, self._generator)
         self.training = DrafterTrainer(
@@ -205,9 +210,16 @@ class DrafterDistillation(RolloutCallback):
             self.loss,
         )
         self.scheduler: Any = self.make_lr_scheduler(self.training.optimizer) if self.make_lr_scheduler else None
+        self._settings.record([self.training.optimizer], [self.scheduler] if self.scheduler else [])
         if self._restored is not None:
             self._restore(trainer, pl_module, self._restored)
         self._restored = None
+
+    def _begin(self) -> None:
+        """The drafter as its files have it, and nothing to learn from."""
+        self.network = self.drafter.network()
+        self.samples = DistillationBuffer(self.samples.max_bytes, self.samples.max_age)
+        self.version, self._newest_sample_version, self._has_new_samples = 0, 0, False
 
     # ------------------------------------------------------------------------------------------------------- algorithm
 
@@ -237,8 +249,7 @@ class DrafterDistillation(RolloutCallback):
     def _publish(self, pl_module: RLVRModule) -> None:
         assert self.network is not None
         engine = pl_module.current_engine()
-        is_intact = all(gather_objects(engine.drafter_is_intact()))
-        if not is_intact:
+        if not all(gather_objects(engine.drafter_is_intact())):
             rank_zero_warn(
                 "the engine has lost the drafter's weights, they are loaded again; look for what frees its memory"
             )
@@ -266,21 +277,8 @@ class DrafterDistillation(RolloutCallback):
 
     def _keep(self, pl_module: RLVRModule) -> None:
         """Weigh what was kept of this step by the rewards of all ranks, and store it."""
-        collected = self.collector.pop()
-        found = gather_objects([(sample.uid, sample.reward) for sample in collected])
-        everyone = [entry for rank in found for entry in rank]
-        if everyone:
-            numbers = {uid: number for number, uid in enumerate(dict.fromkeys(uid for uid, _ in everyone))}
-            weights = reward_weights(
-                torch.tensor([reward for _, reward in everyone]),
-                [numbers[uid] for uid, _ in everyone],
-                self.weight_scope,
-                self.weight_floor,
-                self.max_weight,
-            ).tolist()
-            start = sum(len(entries) for entries in found[: pl_module.global_rank])
-            own = weights[start : start + len(collected)]
-            self.samples.put(replace(sample, weight=weight) for sample, weight in zip(collected, own, strict=True))
+        scope = self.weight_scope, self.weight_floor, self.max_weight
+        self.samples.put(weighted(self.collector.pop(), pl_module.global_rank, *scope))
         self.samples.expire(pl_module.policy_version)
 
     def _train(self) -> dict[str, float]:
@@ -319,8 +317,7 @@ class DrafterDistillation(RolloutCallback):
         if after.num_drafts and after.acceptance_length < before.acceptance_length - _ROLLBACK_TOLERANCE:
             self.network.load_weights(weights, self.network.vocabulary)
             self.training.optimizer.load_state_dict(optimizer)
-            metrics["drafter/rolled_back"] = 1.0
-            after = before
+            metrics["drafter/rolled_back"], after = 1.0, before
             self.version -= 1
         else:
             self._newest_sample_version = max(
@@ -358,6 +355,7 @@ class DrafterDistillation(RolloutCallback):
             "vocabulary": None if self.network.vocabulary is None else self.network.vocabulary.cpu(),
             "optimizer": copied(self.training.optimizer.state_dict(), "cpu"),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "settings": self._settings.state_dict(),
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -371,6 +369,8 @@ class DrafterDistillation(RolloutCallback):
         except ValueError as error:
             rank_zero_warn(f"the checkpoint's drafter is not used, that of the configuration starts as it is: {error}")
             return
+        self._settings.load_state_dict(state.get("settings", {}))
+        self._settings.check()
         self.training.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])

@@ -40,7 +40,7 @@ def resume(model, checkpoint, **options):
 
 
 @pytest.mark.parametrize(
-    "then, now, said",
+    ("then", "now", "said"),
     [
         ({"optimizer": adam()}, {"optimizer": adam(1e-4)}, "lr 0.001 in the checkpoint and 0.0001 here"),
         ({"optimizer": adam()}, {"optimizer": adam(weight_decay=0.1)}, "weight_decay 0.01 in the checkpoint and 0.1"),
@@ -65,16 +65,16 @@ def test_other_arguments_are_told(tiny_model, tmp_path, then, now, said):
 
 
 @pytest.mark.parametrize(
-    "then, now, said",
+    ("then", "now", "said"),
     [
-        ({}, {"optimizer": partial(torch.optim.SGD, lr=1e-3)}, "optimizer AdamW, and this run has SGD"),
-        ({"optimizer": partial(torch.optim.SGD, lr=1e-3)}, {}, "optimizer SGD, and this run has AdamW"),
-        ({}, {"lr_scheduler": LINEAR}, "lr_scheduler none, and this run has LinearLR"),
-        ({"lr_scheduler": LINEAR}, {}, "lr_scheduler LinearLR, and this run has none"),
+        ({}, {"optimizer": partial(torch.optim.SGD, lr=1e-3)}, "optimizer AdamW, and does not fit this run's SGD"),
+        ({"optimizer": partial(torch.optim.SGD, lr=1e-3)}, {}, "optimizer SGD, and does not fit this run's AdamW"),
+        ({}, {"lr_scheduler": LINEAR}, "lr_scheduler none, and does not fit this run's LinearLR"),
+        ({"lr_scheduler": LINEAR}, {}, "lr_scheduler LinearLR, and does not fit this run's none"),
         (
             {"lr_scheduler": LINEAR},
             {"lr_scheduler": partial(CosineAnnealingLR, T_max=9)},
-            "LinearLR, and this run has Cos",
+            "LinearLR, and does not fit this run's Cos",
         ),
     ],
 )

@@ -186,6 +186,45 @@ def test_weights_that_the_engine_has_lost_are_noticed_and_loaded_again(kept, mod
 
 
 @pytest.mark.parametrize("kept", ["head"], indirect=True)
+def test_a_second_fit_goes_on_with_the_drafter_of_the_first(kept, model, tmp_path):
+    learner, data, module = distillation(), questions(tmp_path), grpo(model)
+    watch = Watch(kept[0], learner)
+    callbacks = SpeculativeRollout(*kept), learner, watch
+    fit(module, data, *callbacks, max_epochs=3)
+    learned, version, num_steps = watch.weights[-1], learner.version, len(watch.weights)
+    assert version > 0
+    learner.make_optimizer = partial(torch.optim.SGD, lr=0.0)  # stands still
+    fit(module, data, *callbacks, max_epochs=1)
+    assert watch.versions[num_steps] == version + 1, "trained on what the first fit had kept"
+    assert_identical(watch.weights[-1], learned)
+
+
+@pytest.mark.parametrize("kept", ["head"], indirect=True)
+def test_a_fit_of_another_module_begins_anew(kept, model, tmp_path):
+    learner, data = distillation(), questions(tmp_path)
+    first, second = Watch(kept[0], learner), Watch(kept[0], learner)
+    for watch in (first, second):
+        fit(grpo(model), data, SpeculativeRollout(*kept), learner, watch, max_epochs=2)
+        assert max(sample.policy_version for sample in learner.samples) == 2 * STEPS - 1
+    assert second.versions == first.versions
+    assert_identical(second.weights, first.weights)
+
+
+@pytest.mark.parametrize("kept", ["head"], indirect=True)
+def test_a_resumed_run_tells_that_it_keeps_the_drafters_learning_rate(kept, model, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="last", save_top_k=1)
+    run(kept, model, tmp_path, distillation(), saver, max_epochs=1)
+    slow = distillation(optimizer=partial(FAST, lr=1e-5))
+    with pytest.warns(UserWarning, match="drafter's optimizer goes on .*: lr 0.003 in the checkpoint and 1e-05 here"):
+        run(kept, model, tmp_path, slow, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+    other = distillation(optimizer=partial(torch.optim.SGD, lr=1e-5))
+    with pytest.raises(
+        MisconfigurationException, match="drafter's optimizer .* AdamW, and does not fit this run's SGD"
+    ):
+        run(kept, model, tmp_path, other, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+
+
+@pytest.mark.parametrize("kept", ["head"], indirect=True)
 def test_the_drafter_is_written_at_the_end(kept, model, tmp_path):
     learner = distillation(output=str(tmp_path / "drafter"))
     _, _, watch = run(kept, model, tmp_path, learner, max_epochs=2)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lit_specrl.distributed.collectives import gather_objects
+from lit_specrl.drafting.distillation.buffer import DistillationSample
 
 WeightScope = Literal["group", "batch", "none"]
 
@@ -73,6 +77,28 @@ def reward_weights(
     weights = floor + (1 - floor) * rescaled
     # the highest of a scope has weight 1, so that the mean is not 0
     return (weights / weights.mean()).clamp(max=max_weight)
+
+
+def weighted(
+    samples: Sequence[DistillationSample], rank: int, scope: WeightScope, floor: float, max_weight: float
+) -> list[DistillationSample]:
+    """This rank's samples with the weights that the rewards of all ranks give them.
+
+    Args:
+        samples: of this rank, maybe none.
+        rank: of this process among those that call this together.
+        scope: as in `reward_weights`, as are the others.
+    """
+    found = gather_objects([(sample.uid, sample.reward) for sample in samples])
+    everyone = [entry for entries in found for entry in entries]
+    if not everyone:
+        return []
+    numbers = {uid: number for number, uid in enumerate(dict.fromkeys(uid for uid, _ in everyone))}
+    rewards = torch.tensor([reward for _, reward in everyone])
+    weights = reward_weights(rewards, [numbers[uid] for uid, _ in everyone], scope, floor, max_weight).tolist()
+    start = sum(len(entries) for entries in found[:rank])
+    own = weights[start : start + len(samples)]
+    return [replace(sample, weight=weight) for sample, weight in zip(samples, own, strict=True)]
 
 
 def _check(scope: str, floor: float, max_weight: float) -> None:
