@@ -30,6 +30,7 @@ from lit_specrl.drafting.drafter_folders import check_output
 from lit_specrl.drafting.eagle3 import build_head, draft_vocabulary
 from lit_specrl.drafting.networks import DraftNetwork, Eagle3Network
 from lit_specrl.experience import Experience, observation_mask_of, padded_rows
+from lit_specrl.masking import pad_right
 from lit_specrl.models.pretrained import check_model_exists, load_pretrained
 from lit_specrl.types import PromptBatch, check_at_least_one
 
@@ -44,10 +45,10 @@ class DrafterPretraining(RolloutCallback):
     Args:
         output: folder that the drafter goes to, as vLLM takes it: a new one, an empty one, or an older drafter, which
             it replaces.
-        drafter: what to start from; `None` for a new `Eagle3Drafter`, grown from the policy.
+        drafter: what to start from: an `Eagle3Drafter` or a `DraftModel`; `None` for a new head, grown from the policy.
         num_rollouts: responses to learn from.
         rollouts: JSONL file of responses to take instead: an object per line with `prompt` and `completion`, and maybe
-            `completion_ids`, as `RolloutRecorder` writes them.
+            `completion_ids`, as `RolloutRecorder` writes them. Of several turns it needs `observation_mask`, too.
         vocabulary_size: tokens that a new head can draft: the most frequent ones of the responses. `None` for 4096.
         num_speculative_tokens: tokens that the drafter is trained to draft in a row.
         num_passes: over the responses.
@@ -98,6 +99,12 @@ class DrafterPretraining(RolloutCallback):
         )
         if not 0 < holdout_fraction < 1:
             raise ValueError(f"holdout_fraction must lie in (0, 1), got {holdout_fraction}")
+        if isinstance(drafter, Eagle3Drafter) and drafter.model is None:  # grown here, where responses are counted
+            vocabulary_size, drafter = vocabulary_size or drafter.vocabulary_size, None
+        if drafter is not None and vocabulary_size is not None:
+            raise ValueError(f"vocabulary_size={vocabulary_size} is of a new head; the drafter given has its own")
+        if drafter is not None and type(drafter).network is Drafter.network:
+            raise ValueError(f"{type(drafter).__name__} has no weights to train; take an Eagle3Drafter or a DraftModel")
         if not 0 <= kl_warmup <= 1:
             raise ValueError(f"kl_warmup must lie in [0, 1], got {kl_warmup}")
         if rollouts is not None and not Path(rollouts).is_file():
@@ -121,7 +128,7 @@ class DrafterPretraining(RolloutCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
         responses = list(self._responses(trainer, pl_module))
-        network = self._new_head(pl_module, responses) if self.drafter is None else self.drafter.network()
+        network = self._starting_network(pl_module, responses)
         network.module.to(pl_module.device)
         collector = TeacherOutputCollector(network, self.num_top, torch.Generator().manual_seed(self.seed))
         buffer = DistillationBuffer(self.max_bytes, max_age=0)
@@ -170,8 +177,11 @@ class DrafterPretraining(RolloutCallback):
             scheduler.step()
         return before, _evaluate(training, held_out)
 
-    def _new_head(self, pl_module: RLVRModule, responses: list[Experience]) -> DraftNetwork:
-        """An EAGLE-3 head with the vocabulary of the responses of all ranks."""
+    def _starting_network(self, pl_module: RLVRModule, responses: list[Experience]) -> DraftNetwork:
+        """The drafter's, or a new EAGLE-3 head with the vocabulary of the responses of all ranks."""
+        if self.drafter is not None:
+            self.drafter.prepare(pl_module.model_name)
+            return self.drafter.network()
         policy = load_pretrained(AutoModelForCausalLM, pl_module.model_name)
         size = policy.config.get_text_config().vocab_size
         counts = torch.zeros(size, dtype=torch.long)
@@ -204,7 +214,8 @@ def _read(path: str, pl_module: RLVRModule, num_rollouts: int, trainer: L.Traine
     """This rank's share of the responses of a file, 32 at a time; shares are equal, for sharded ranks read them
     together."""
     with open(path, encoding="utf-8") as lines:
-        records = [_record(path, number, line) for number, line in enumerate(islice(lines, num_rollouts), start=1)]
+        numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        records = [_record(path, number, line) for number, line in islice(numbered, num_rollouts)]
     size = len(records) // trainer.world_size
     if not size:
         raise MisconfigurationException(
@@ -216,7 +227,12 @@ def _read(path: str, pl_module: RLVRModule, num_rollouts: int, trainer: L.Traine
         part = own[start : start + 32]
         prompts = _prompt_ids([record["prompt"] for record in part], tokenizer, trainer)
         responses = [_response(record, tokenizer, stop_strings) for record in part]
-        yield padded_rows(prompts, list(range(len(part))), responses)
+        experience = padded_rows(prompts, list(range(len(part))), responses)
+        observed = [
+            record.get("observation_mask") or [0] * len(ids) for record, ids in zip(part, responses, strict=True)
+        ]
+        experience.observation_mask = pad_right(observed, dtype=torch.bool)[0]
+        yield experience
 
 
 def _prompt_ids(texts: list[str], tokenizer: Any, trainer: L.Trainer) -> list[list[int]]:
@@ -232,10 +248,23 @@ def _record(path: str, number: int, line: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise MisconfigurationException(f"{path}, line {number} is no JSON object: {error}") from error
+    if not isinstance(record, dict):
+        raise MisconfigurationException(f"{path}, line {number} must be a JSON object, got {line.strip()[:60]}")
     missing = {"prompt", "completion"} - record.keys()
     if missing:
         raise MisconfigurationException(
             f"{path}, line {number}: no {' and no '.join(sorted(missing))}; found {', '.join(sorted(record))}"
+        )
+    tokens, observed = record.get("completion_ids"), record.get("observation_mask")
+    if observed is None and len(record.get("turns") or ()) > 1:
+        raise MisconfigurationException(
+            f"{path}, line {number}: a response of several turns needs completion_ids and observation_mask, which tell "
+            "what the environment wrote; take a file of RolloutRecorder"
+        )
+    if observed is not None and (tokens is None or len(observed) != len(tokens)):
+        raise MisconfigurationException(
+            f"{path}, line {number}: observation_mask needs completion_ids and one entry for each, got {len(observed)} "
+            f"for {'none' if tokens is None else len(tokens)}"
         )
     return record
 

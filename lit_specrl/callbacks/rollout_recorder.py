@@ -92,9 +92,17 @@ def rollout_records(rollouts: Rollouts, experience: Experience, step: int) -> li
             "finish_reason": rollouts.finish_reasons[row],
             "reward": rollouts.total_rewards[row],
             "advantage": advantages[row],
-            **({"turns": rollouts.episodes[row].turns} if rollouts.episodes else {}),
+            **_of_turns(rollouts, row),
             **{f"reward/{name}": values[row] for name, values in rollouts.rewards.items()},
         }
         for row in range(rollouts.num_rows)
         for owner in [rollouts.request.prompt_index(row)]
     ]
+
+
+def _of_turns(rollouts: Rollouts, row: int) -> dict[str, Any]:
+    """What the policy said of a row with an environment, and which tokens it read."""
+    if not rollouts.episodes:
+        return {}
+    episode = rollouts.episodes[row]
+    return {"turns": episode.turns, "observation_mask": [int(observed) for observed in episode.observation_mask]}

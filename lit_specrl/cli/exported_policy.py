@@ -124,7 +124,13 @@ def _drafter(source: Path, content: dict[str, Any], model: str) -> DraftNetwork:
     if saved is None:
         raise ValueError(f"{source} holds no drafter: the run had no DrafterDistillation; export without drafter")
     origin = dict(saved["origin"])
-    drafter = {kind.__name__: kind for kind in (Eagle3Drafter, DraftModel)}[origin.pop("kind")](**origin)
+    kinds = {kind.__name__: kind for kind in (Eagle3Drafter, DraftModel)}
+    if origin["kind"] not in kinds:
+        raise ValueError(
+            f"{source} holds the drafter {origin['kind']}; only an Eagle3Drafter and a DraftModel can be exported. Let "
+            "DrafterDistillation write it at the end of the run (output), or export without drafter"
+        )
+    drafter = kinds[origin.pop("kind")](**origin)
     drafter.prepare(model)
     try:
         network = drafter.network()

@@ -81,7 +81,10 @@ class Drafter(ABC):
         """Go on with what was learnt."""
 
     def origin(self) -> dict[str, Any]:
-        """The class, as `kind`, and the arguments that make the same untrained network again."""
+        """`DraftModel` or `Eagle3Drafter`, as `kind`, and the arguments with which it makes the same untrained network.
+
+        `lit-specrl export --drafter` makes it again; other kinds it refuses.
+        """
         return {"kind": type(self).__name__}
 
     def network(self) -> DraftNetwork:
@@ -255,7 +258,7 @@ class DraftModel(Drafter):
         return {"method": "draft_model", "model": self.model, "draft_sample_method": _draft_sampling(self.sampled)}
 
     def origin(self) -> dict[str, Any]:
-        return super().origin() | {"model": self.model}
+        return {"kind": "DraftModel", "model": self.model}
 
     def network(self) -> DraftNetwork:
         return CausalNetwork.load(self.model)
@@ -301,6 +304,7 @@ class Eagle3Drafter(Drafter):
             raise ValueError(f"vocabulary_size={vocabulary_size} is of a new head; {model!r} has its own")
         self.model, self.vocabulary_size, self.sampled = model, vocabulary_size, sampled
         self._own_folder: ProcessFolder | None = None
+        self._num_policy_layers: int | None = None
 
     @classmethod
     def build(
@@ -344,6 +348,7 @@ class Eagle3Drafter(Drafter):
             check_head(self.model, policy.get_text_config())
 
     def prepare(self, model: str) -> None:
+        self._num_policy_layers = check_model_exists(model).get_text_config().num_hidden_layers
         if self.model is None:
             self._own_folder = ProcessFolder("drafter")
             folder = Path(self._own_folder.name) / "drafter"
@@ -354,11 +359,11 @@ class Eagle3Drafter(Drafter):
 
     def origin(self) -> dict[str, Any]:
         model = None if self._own_folder else self.model
-        return super().origin() | {"model": model, "vocabulary_size": self.vocabulary_size}
+        return {"kind": "Eagle3Drafter", "model": model, "vocabulary_size": self.vocabulary_size}
 
     def network(self) -> DraftNetwork:
         assert self.model is not None, "`prepare` makes it"
-        return Eagle3Network.load(self.model)
+        return Eagle3Network.load(self.model, self._num_policy_layers)
 
 
 @dataclass

@@ -96,14 +96,18 @@ def build_head(policy: PreTrainedModel, model: str, vocabulary: Tensor | None = 
     return head
 
 
-def load_head(folder: str) -> Any:
+def load_head(folder: str, num_layers: int | None = None) -> Any:
     """A head from the hub or a folder in the format of speculators.
+
+    Args:
+        folder: hub name or folder.
+        num_layers: of the policy, which tells what a head reads that does not say.
 
     Raises:
         ImportError: speculators is missing.
         ValueError: there is no such head.
     """
-    config = _head_config(folder)
+    config = _head_config(folder, num_layers)
     check_drafter_files(folder)
     from speculators.models.eagle3 import Eagle3DraftModel
 
@@ -126,7 +130,7 @@ def check_head(folder: str, policy: PreTrainedConfig) -> None:
         ImportError: speculators is missing.
         ValueError: there is no such head, or it has another width, vocabulary or layers.
     """
-    config = _head_config(folder)
+    config = _head_config(folder, policy.num_hidden_layers)
     check_drafter_files(folder)
     own, layers = config.transformer_layer_config, config.eagle_aux_hidden_state_layer_ids
     same = (own.hidden_size, own.vocab_size) == (policy.hidden_size, policy.vocab_size)
@@ -138,7 +142,7 @@ def check_head(folder: str, policy: PreTrainedConfig) -> None:
         )
 
 
-def _head_config(folder: str) -> Any:
+def _head_config(folder: str, num_layers: int | None) -> Any:
     if is_out_of_reach(folder):  # before the import, which takes long
         raise ValueError(
             f"{folder!r} is no EAGLE-3 head: there is no such folder, and the hub does not deliver it. `lit-specrl "
@@ -154,6 +158,8 @@ def _head_config(folder: str) -> Any:
             f"{folder!r} is no EAGLE-3 head in the format of speculators: {error}. `lit-specrl drafter` makes one"
         ) from error
     config.transformer_layer_config._attn_implementation = "sdpa"
+    if config.eagle_aux_hidden_state_layer_ids is None and num_layers is not None:
+        config.eagle_aux_hidden_state_layer_ids = feature_layers(num_layers)  # vLLM takes the same
     return config
 
 

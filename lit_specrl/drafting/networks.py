@@ -108,9 +108,9 @@ class Eagle3Network(DraftNetwork):
         self.layers = tuple(head.config.eagle_aux_hidden_state_layer_ids)
 
     @classmethod
-    def load(cls, folder: str) -> Eagle3Network:
-        """From a folder in the format of speculators; errors as those of `load_head`."""
-        return cls(load_head(folder))
+    def load(cls, folder: str, num_layers: int | None = None) -> Eagle3Network:
+        """From a folder in the format of speculators; arguments and errors as those of `load_head`."""
+        return cls(load_head(folder, num_layers))
 
     def draft_steps(self, samples: Sequence[DistillationSample], num_steps: int) -> Iterator[DraftStep]:
         dtype = self.module.fc.weight.dtype

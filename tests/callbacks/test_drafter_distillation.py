@@ -219,7 +219,7 @@ def test_a_resumed_run_tells_that_it_keeps_the_drafters_learning_rate(kept, mode
         run(kept, model, tmp_path, slow, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
     other = distillation(optimizer=partial(torch.optim.SGD, lr=1e-5))
     with pytest.raises(
-        MisconfigurationException, match="drafter's optimizer .* AdamW, and does not fit this run's SGD"
+        MisconfigurationException, match=r"drafter's optimizer .* AdamW, and does not fit this run's SGD"
     ):
         run(kept, model, tmp_path, other, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
 

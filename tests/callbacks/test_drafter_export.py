@@ -73,6 +73,30 @@ def test_policy_and_drafter_are_exported_for_transformers_and_vllm(make_llama, t
     assert [list(output.outputs[0].token_ids) for output in outputs] == greedy(policy)
 
 
+class OwnModel(DraftModel):
+    """One's own way of drafting, with the weights of a model."""
+
+
+class OwnDrafter(DraftModel):
+    """No kind that could be made again."""
+
+    def origin(self):
+        return {"kind": type(self).__name__}
+
+
+def test_a_drafter_of_ones_own_is_exported_as_what_it_is_made_of(make_llama, tmp_path):
+    model, small = make_llama(num_hidden_layers=3), make_llama(num_hidden_layers=1)
+    weights = trained(model, OwnModel(small, 2), tmp_path)
+    export_checkpoint(str(tmp_path / "last.ckpt"), str(tmp_path / "policy"), drafter=str(tmp_path / "drafter"))
+    assert_identical(dict(DraftModel(str(tmp_path / "drafter"), 2).network().weights()), weights)
+
+
+def test_a_drafter_that_cannot_be_made_again_is_told(make_llama, tmp_path):
+    trained(make_llama(num_hidden_layers=3), OwnDrafter(make_llama(num_hidden_layers=1), 2), tmp_path)
+    with pytest.raises(ValueError, match="holds the drafter OwnDrafter; only an Eagle3Drafter and a DraftModel can"):
+        export_checkpoint(str(tmp_path / "last.ckpt"), str(tmp_path / "policy"), drafter=str(tmp_path / "drafter"))
+
+
 def test_a_checkpoint_without_a_drafter_has_none_to_export(tiny_model, tmp_path):
     fit(grpo(tiny_model), questions(tmp_path), ModelCheckpoint(tmp_path, filename="last", save_top_k=1))
     with pytest.raises(

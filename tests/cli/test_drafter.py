@@ -8,15 +8,19 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from training import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_specrl.callbacks.drafter_pretraining import _response
+from lit_specrl.callbacks import DrafterPretraining
+from lit_specrl.callbacks.drafter_pretraining import _read, _response
 from lit_specrl.cli.drafter import pretraining_configuration
 from lit_specrl.cli.fit import train
 from lit_specrl.cli.main import COMMANDS
+from lit_specrl.drafting import Eagle3Drafter, NGramDrafter
 from lit_specrl.drafting.distillation.trainer import DrafterTrainer
 from lit_specrl.drafting.eagle3 import check_head
 from lit_specrl.drafting.networks import Eagle3Network
+from lit_specrl.types import SamplingConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,6 +188,7 @@ def test_only_engine_and_training_of_the_drafter_are_left(config):
         (["--loss=l1"], "loss must be 'kl', 'tv', 'acceptance' or a DraftLoss by class_path, got 'l1'"),
         (["--num_rollouts=0"], "num_rollouts must be at least 1, got 0"),
         (["--head=nowhere"], "'nowhere' is no EAGLE-3 head"),
+        (["--head=nowhere", "--vocabulary_size=9"], "vocabulary_size=9 is of a new head"),
     ],
 )
 def test_wrong_arguments_are_told(config, tmp_path, options, message):
@@ -192,9 +197,44 @@ def test_wrong_arguments_are_told(config, tmp_path, options, message):
     assert not (tmp_path / "head").exists()
 
 
-def test_files_that_are_no_rollouts_are_told(config, tmp_path):
-    (tmp_path / "rollouts.jsonl").write_text('{"prompt": "1", "completion": "2"}\n{"question": "3"}\n')
-    with pytest.raises(MisconfigurationException, match="line 2: no completion and no prompt; found question"):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"question": "3"}, "line 3: no completion and no prompt; found question"),
+        ([1, 2], r"line 3 must be a JSON object, got \[1, 2\]"),
+        ({"prompt": "1", "completion": "23", "turns": ["2", "3"]}, "line 3: a response of several turns needs compl"),
+        (
+            {"prompt": "1", "completion": "23", "completion_ids": [7], "observation_mask": [0, 1]},
+            "line 3: observation_mask needs completion_ids and one entry for each, got 2 for 1",
+        ),
+    ],
+)
+def test_files_that_are_no_rollouts_are_told(config, tmp_path, line, message):
+    """Blank lines are none of theirs."""
+    (tmp_path / "rollouts.jsonl").write_text('{"prompt": "1", "completion": "2"}\n\n' + json.dumps(line) + "\n")
+    with pytest.raises(MisconfigurationException, match=message):
         COMMANDS["drafter"].call(
             ["--config", config, "--output", str(tmp_path / "head"), f"--rollouts={tmp_path / 'rollouts.jsonl'}"]
         )
+
+
+def test_what_an_environment_wrote_is_read_and_not_learned(model_folder, tmp_path):
+    """A record as `RolloutRecorder` writes it."""
+
+    class Module:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        sampling = SamplingConfig()
+
+    record = {"prompt": "1", "completion": "?", "completion_ids": [20, 21, 22, 23], "turns": ["a", "b"]}
+    lines = [record | {"observation_mask": [0, 1, 1, 0]}, {"prompt": "2", "completion": "4", "completion_ids": [20]}]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    (part,) = _read(str(tmp_path / "rollouts.jsonl"), Module(), 9, make_trainer())
+    assert part.policy_mask.tolist() == [[True, False, False, True], [True, False, False, False]]
+    assert part.response_ids.tolist() == [[20, 21, 22, 23], [20, 0, 0, 0]]
+
+
+def test_a_new_head_by_class_is_grown_from_the_responses():
+    pretraining = DrafterPretraining("x", drafter=Eagle3Drafter(vocabulary_size=32))
+    assert (pretraining.drafter, pretraining.vocabulary_size) == (None, 32)
+    with pytest.raises(ValueError, match="NGramDrafter has no weights to train; take an Eagle3Drafter or a DraftModel"):
+        DrafterPretraining("x", drafter=NGramDrafter())

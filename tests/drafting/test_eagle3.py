@@ -1,10 +1,13 @@
 """The head against the forward pass of speculators, and what it begins as."""
 
+import json
+
 import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from lit_specrl.drafting import Eagle3Drafter
 from lit_specrl.drafting.eagle3 import (
     build_head,
     check_head,
@@ -147,6 +150,20 @@ def test_a_head_of_another_policy_is_refused(head, policy, tmp_path):
     check_head(str(tmp_path / "head"), policy.config)
     with pytest.raises(ValueError, match="the policy has 3 layers of width 64 and 128 tokens; make a head"):
         check_head(str(tmp_path / "head"), LlamaConfig(**SHAPE))
+
+
+def test_a_head_that_does_not_say_its_layers_reads_those_that_vllm_takes(tmp_path):
+    """Heads of speculators may leave them out."""
+    policy = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | {"num_hidden_layers": 8}))
+    save_head(build_head(policy, "policy"), tmp_path / "head")
+    config = json.loads((tmp_path / "head" / "config.json").read_text())
+    assert config.pop("eagle_aux_hidden_state_layer_ids") == [2, 4, 5]
+    (tmp_path / "head" / "config.json").write_text(json.dumps(config))
+    drafter = Eagle3Drafter(str(tmp_path / "head"))
+    drafter.check(policy.config)
+    policy.save_pretrained(tmp_path / "policy")
+    drafter.prepare(str(tmp_path / "policy"))
+    assert drafter.network().layers == (2, 4, 5)
 
 
 def test_a_head_without_weights_is_refused(head, tmp_path):

@@ -14,6 +14,8 @@ from lit_specrl.drafting.networks import DraftNetwork
 from lit_specrl.experience import Experience
 from lit_specrl.models.hidden_states import HiddenStates
 
+_CHUNK_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class CaptureSpec:
@@ -143,6 +145,12 @@ def _features(states: HiddenStates, part: Experience, row: int, length: int) -> 
 
 
 def _top_logprobs(hidden: Tensor, head: Tensor, spec: CaptureSpec, temperature: float) -> tuple[Tensor, ...]:
+    """Chunk by chunk, so that a long response needs no row of the vocabulary for each of its tokens at once."""
+    parts = [_top_of_chunk(chunk, head, spec, temperature) for chunk in hidden.split(_CHUNK_TOKENS)]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+def _top_of_chunk(hidden: Tensor, head: Tensor, spec: CaptureSpec, temperature: float) -> tuple[Tensor, ...]:
     logprobs = torch.log_softmax((hidden @ head.T.to(hidden.dtype)).float() / temperature, dim=-1)  # [R, V]
     drafted = logprobs if spec.vocabulary is None else logprobs[:, spec.vocabulary]  # [R, V']
     top = drafted.topk(min(spec.num_top, drafted.shape[-1]), dim=-1)

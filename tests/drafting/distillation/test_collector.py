@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_specrl.drafting.distillation import collector
 from lit_specrl.drafting.distillation.collector import TeacherOutputCollector
 from lit_specrl.drafting.eagle3 import build_head
 from lit_specrl.drafting.networks import Eagle3Network
@@ -49,3 +50,18 @@ def test_each_turn_is_a_sample_with_all_before_it_as_its_prompt(collect):
         torch.testing.assert_close(ours.log_mass, theirs.log_mass)
     assert {sample.uid for sample in found} == {sample.uid for sample in collect(PROMPTS, RESPONSES)}
     assert len(collect(PROMPTS, RESPONSES)) == 2
+
+
+def test_long_responses_are_looked_at_in_chunks(collect, monkeypatch):
+    """The logits of one chunk at a time, which end where they end."""
+    whole = collect(PROMPTS, RESPONSES)
+    shapes, chunk = [], collector._top_of_chunk
+    monkeypatch.setattr(collector, "_CHUNK_TOKENS", 3)
+    monkeypatch.setattr(
+        collector, "_top_of_chunk", lambda hidden, *rest: shapes.append(len(hidden)) or chunk(hidden, *rest)
+    )
+    for ours, theirs in zip(collect(PROMPTS, RESPONSES), whole, strict=True):
+        torch.testing.assert_close(ours.top_logprobs, theirs.top_logprobs)
+        assert torch.equal(ours.top_tokens, theirs.top_tokens)
+        torch.testing.assert_close(ours.log_mass, theirs.log_mass)
+    assert sorted(shapes) == [2, 3, 3, 3]
