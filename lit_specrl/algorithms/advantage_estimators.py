@@ -55,6 +55,23 @@ class AdvantageEstimator(ABC):
         """
 
 
+def token_advantages(estimator: AdvantageEstimator, experience: Experience, num_generations: int) -> Tensor:
+    """What an estimator says, by token, [N, R].
+
+    Raises:
+        ValueError: it says something of another shape.
+    """
+    found = estimator(experience, num_generations)
+    rows, tokens = (experience.num_rows,), tuple(experience.response_ids.shape)
+    shape = tuple(found.shape) if isinstance(found, Tensor) else None
+    if shape not in (rows, tokens):
+        raise ValueError(
+            f"{type(estimator).__name__} must return a tensor of advantages of shape {rows}, one a row, or {tokens}, one "
+            f"a token; got {f'shape {shape}' if shape is not None else f'a {type(found).__name__}'}"
+        )
+    return found[:, None] * experience.policy_mask if shape == rows else found
+
+
 class GroupAdvantages(AdvantageEstimator):
     """GRPO: the reward minus the mean of its group, see `group_advantages`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,46 +28,49 @@ class Evaluator:
 
     def begin(self) -> None:
         """Forget the evaluation before."""
-        self._meters: dict[int, AccuracyMeter] = {}
+        self._seen: list[tuple[int, str, list[float], list[str | None]]] = []
         self._num_unscored = 0  # prompts without a score for any row
 
-    def update(self, rollouts: Rollouts, sources: Sequence[str], device: torch.device) -> None:
-        """Take in scored rollouts.
-
-        Args:
-            rollouts: of one batch.
-            sources: names of all data sources of the evaluation.
-            device: where the accuracies are summed.
-        """
+    def update(self, rollouts: Rollouts) -> None:
+        """Take in the scored rollouts of one batch."""
         size = rollouts.request.sampling.num_generations
-        if size not in self._meters:
-            self._meters[size] = AccuracyMeter(list(sources), size).to(device)
         correct, said = rollouts.rewards[self.reward.name], rollouts.said
         for index, source in enumerate(rollouts.prompts.sources):
             rows = range(index * size, (index + 1) * size)
             if all(correct[row] is None for row in rows):
                 self._num_unscored += 1
                 continue
-            self._meters[size].update(
-                source,
-                correct=[correct[row] or 0.0 for row in rows],
-                answers=[extract_answer(said[row], self.answer_format) for row in rows],
-            )
+            values = [correct[row] or 0.0 for row in rows]
+            self._seen.append((size, source, values, [extract_answer(said[row], self.answer_format) for row in rows]))
 
-    def compute(self) -> dict[str, float]:
-        """Accuracies over all ranks, of the prompts that have a score; every rank must call it."""
+    def compute(self, device: torch.device) -> dict[str, float]:
+        """Accuracies over all ranks, of the prompts that have a score; every rank must call it.
+
+        Args:
+            device: where they are summed.
+        """
         if num_unscored := sum(gather_objects(self._num_unscored)):
             rank_zero_warn(
                 f"{num_unscored} prompts of this evaluation have no score: {self.reward.name!r}, the first reward, gave "
                 "None for all their responses; they are left out of the accuracies"
             )
-        return {name: value for meter in self._meters.values() for name, value in meter.compute().items()}
+        # of all ranks, for some may have seen no prompt of a source, or none at all
+        kinds = {kind for rank in gather_objects({(size, source) for size, source, *_ in self._seen}) for kind in rank}
+        found: dict[str, float] = {}
+        for size in sorted({size for size, _ in kinds}):
+            meter = AccuracyMeter(sorted(source for of, source in kinds if of == size), size).to(device)
+            for of, source, values, answers in self._seen:
+                if of == size:
+                    meter.update(source, values, answers)
+            found |= meter.compute()
+        return found
 
 
 def prediction_records(batch: PromptBatch, rollouts: Rollouts) -> list[dict[str, Any]]:
-    """Responses as one record per row."""
+    """Responses as one record per row, with the further columns of the data."""
     return [
         {
+            **(batch.columns[owner] if batch.columns else {}),
             "uid": batch.uids[owner],
             "source": batch.sources[owner],
             "prompt": rollouts.prompts.prompts[owner],
@@ -81,9 +83,3 @@ def prediction_records(batch: PromptBatch, rollouts: Rollouts) -> list[dict[str,
         for row in range(rollouts.num_rows)
         for owner in [rollouts.request.prompt_index(row)]
     ]
-
-
-def source_names(loaders: Any) -> list[str]:
-    """Names of the data sources of one loader or several."""
-    loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-    return sorted({source for loader in loaders for source in loader.sources})

@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_specrl.advantages import ScaleRewards
-from lit_specrl.algorithms.advantage_estimators import AdvantageEstimator, resolve_estimator
+from lit_specrl.algorithms.advantage_estimators import AdvantageEstimator, resolve_estimator, token_advantages
 from lit_specrl.algorithms.closing import closing_callbacks
 from lit_specrl.algorithms.dynamic_sampling import DynamicSampling, PromptStream, groups_with_spread
 from lit_specrl.algorithms.entropy_bonus import EntropyCoefficient, EntropyTarget
 from lit_specrl.algorithms.entropy_mask import TopEntropy
-from lit_specrl.algorithms.evaluator import Evaluator, prediction_records, source_names
+from lit_specrl.algorithms.evaluator import Evaluator, prediction_records
 from lit_specrl.algorithms.gradient_step import GradientStep
 from lit_specrl.algorithms.hyperparameters import hyperparameters
 from lit_specrl.algorithms.kl_reward import kl_in_reward
@@ -254,7 +254,7 @@ class RLVRModule(L.LightningModule):
         self.policy: Policy | None = None
         self.timer = StageTimer(partial(self._hook, "on_stage_start"), partial(self._hook, "on_stage_progress"))
         self.report = StepReport(self.timer)
-        self.worker = RolloutWorker(self.model_name, RewardSet(list(rewards)), seed, self.timer, self._hook)
+        self.worker = RolloutWorker(self.model_name, RewardSet(rewards), seed, self.timer, self._hook)
         self.worker.environment, self.worker.max_turns = environment, max_turns
         self.worker.skip_special_tokens = skip_special_tokens
         check_environment(environment, self.worker.rewards)
@@ -351,9 +351,7 @@ class RLVRModule(L.LightningModule):
                 experience, self.kl_coefficient, self.objective.kl.estimator
             )  # [N, R]
             self.step_metrics |= metrics
-        advantages = self.advantage_estimator(experience, self.sampling.num_generations)
-        if advantages.dim() == 1:
-            advantages = advantages[:, None] * experience.policy_mask
+        advantages = token_advantages(self.advantage_estimator, experience, self.sampling.num_generations)
         advantages, metrics = self.top_entropy(advantages, experience)
         self.step_metrics |= metrics
         experience.advantages = advantages  # [N, R]
@@ -391,26 +389,26 @@ class RLVRModule(L.LightningModule):
         self.evaluator.begin()
 
     def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, f"validation/{self.step}", self.trainer.val_dataloaders)
+        self._evaluate(batch, f"validation/{self.step}")
 
     on_test_epoch_start = on_validation_epoch_start
 
     def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, f"test/{self.step}", self.trainer.test_dataloaders)
+        self._evaluate(batch, f"test/{self.step}")
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Responses to the prompts of a batch, as one record per row."""
         rollouts = self.generate(batch, batch.sampling or self.eval_sampling, purpose=f"predict/{self.step}")
         return prediction_records(batch, rollouts)
 
-    def _evaluate(self, batch: PromptBatch, purpose: str, loaders: Any) -> None:
+    def _evaluate(self, batch: PromptBatch, purpose: str) -> None:
         rollouts = self.generate(batch, batch.sampling or self.eval_sampling, purpose)
         self.worker.score(rollouts)
-        self.evaluator.update(rollouts, source_names(loaders), self.device)
+        self.evaluator.update(rollouts)
         self.timer.pop()  # evaluation is not part of the next step
 
     def on_validation_epoch_end(self) -> None:
-        self.evaluation = self.evaluator.compute()
+        self.evaluation = self.evaluator.compute(self.device)
         if not self.trainer.sanity_checking:
             self.log_dict(self.evaluation, sync_dist=True)  # equal on all ranks already
         elif self.logger is not None and self.trainer.num_sanity_val_batches == self.trainer.num_val_batches:

@@ -39,7 +39,7 @@ class CompletionWriter(BasePredictionWriter):
         self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: list[dict[str, Any]], *unused: Any
     ) -> None:
         with self._partial.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
+            file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in prediction)
         self._num_written += len(prediction)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -22,9 +22,6 @@ class EvaluationLoader:
         world_size: number of ranks.
         sampling: how to sample for these prompts; `None` leaves it to the module.
 
-    Attributes:
-        sources: names of the data sources of all prompts, the same on every rank.
-
     Raises:
         ValueError: for a batch size that does not divide by the number of ranks, and for fewer prompts than ranks.
     """
@@ -44,7 +41,6 @@ class EvaluationLoader:
         self.num_prompts = len(prompts)
         self.world_size = world_size
         self.sampling = sampling
-        self.sources = sorted(set(prompts.sources))
         self._prompts = take(prompts, rank_share(prompts.uids, rank, world_size))
 
     def __len__(self) -> int:

@@ -37,7 +37,6 @@ class PromptLoader:
         world_size: number of ranks.
 
     Attributes:
-        sources: names of the data sources of all prompts, the same on every rank.
         reads_pass_rates: whether `record_pass_rates` is waited for.
 
     Raises:
@@ -70,9 +69,8 @@ class PromptLoader:
         self.seed = seed
         self.shuffle = shuffle
         self.world_size = world_size
-        self.sources = sorted(set(prompts.sources))
         self._schedule = schedule or (Shuffled() if shuffle else InOrder())
-        self._schedule.check(self.sources)
+        self._schedule.check(sorted(set(prompts.sources)))
         self._schedule_settings = identity_of(type(self._schedule), settings_of(self._schedule)).rpartition("#")[0]
         self.reads_pass_rates = self._schedule.reads_pass_rates
         self._scheduled = [

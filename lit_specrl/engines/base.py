@@ -142,8 +142,9 @@ class RolloutEngine(ABC):
 
         Raises:
             RuntimeError: the engine holds other weights than the request asks for.
-            ValueError: a prefix longer than a response may be, cached responses for an engine that cannot verify, or
-                stop strings without `RolloutRequest.text_end`.
+            ValueError: a prefix longer than a response may be, cached responses for an engine that cannot verify,
+                stop strings without `RolloutRequest.text_end`, or from `continue_rows` something other than it should
+                return.
         """
         self._check_version(request)
         if request.sampling.stop and request.text_end is None:
@@ -168,7 +169,9 @@ class RolloutEngine(ABC):
         if request.journal is not None:
             meter.keep = partial(request.journal.keep, request)
         asks = rows or self.generates_together
-        continued = taken | dict(zip(rows, self.continue_rows(request, rows, meter) if asks else [], strict=True))
+        found = self.continue_rows(request, rows, meter) if asks else []
+        self._check_found(request, rows, found)
+        continued = taken | dict(zip(rows, found, strict=True))
         if request.sampling.stop or request.sampling.stop_token_ids:
             continued = {row: self._ended(request, row, found) for row, found in continued.items()}
         responses = [continued.get(row, Continuation()) for row in range(request.num_rows)]
@@ -211,6 +214,28 @@ class RolloutEngine(ABC):
             ends = next(place for place, token in enumerate(token_ids[start:], start + 1) if token in stop_ids)
         text_ends = None if request.text_end is None else request.text_end(token_ids[:ends], start)
         return ends if text_ends is None else text_ends
+
+    def _check_found(self, request: RolloutRequest, rows: list[int], found: Sequence[Continuation]) -> None:
+        """Refuse what an engine of one's own may get wrong, before it becomes an error far from here."""
+        name = type(self).__name__
+        if len(found) != len(rows):
+            raise ValueError(
+                f"{name}.continue_rows must return a Continuation for each of {len(rows)} rows, got {len(found)}"
+            )
+        limit = request.sampling.max_completion_length
+        for row, continuation in zip(rows, found, strict=True):
+            num_tokens, num_logprobs = len(continuation.token_ids), len(continuation.logprobs)
+            if num_tokens != num_logprobs:
+                raise ValueError(f"{name} gave {num_tokens} tokens and {num_logprobs} log-probs for row {row}")
+            if (num_before := len(request.prefix(row))) + num_tokens > limit:
+                raise ValueError(
+                    f"{name} gave {num_tokens} tokens for row {row} behind {num_before}, a response has at most "
+                    f"max_completion_length={limit}"
+                )
+            if continuation.finish_reason not in ("stop", "length"):
+                raise ValueError(
+                    f"{name} gave finish_reason={continuation.finish_reason!r} for row {row}; use 'stop' or 'length'"
+                )
 
     def _end_what_is_known(self, request: RolloutRequest) -> None:
         """Cut prefixes and cached responses behind the first end that they hold; earlier turns have theirs."""

@@ -60,6 +60,11 @@ class RewardFunction(Reward):
         conversational: bool = False,
     ) -> None:
         self.function = import_function(function) if isinstance(function, str) else function
+        if inspect.isclass(self.function):
+            raise TypeError(
+                f"a reward must be a Reward, a function or an import path, got the class {self.function.__name__}; give "
+                f"an instance, such as {self.function.__name__}(), or class_path: {self.function.__name__} in YAML"
+            )
         if not callable(self.function):
             raise TypeError(
                 f"a reward must be a Reward, a function or an import path, got {self.function!r} "
@@ -71,7 +76,6 @@ class RewardFunction(Reward):
                 f"timeout_s must be a positive number of seconds, got {timeout_s}; leave it out to wait without limit"
             )
         self.timeout_s, self.conversational = timeout_s, conversational
-        self._accepted = _accepted_arguments(self.function)
         self.required_columns = required_arguments(self.function)
         self._thread = None if timeout_s is None else DeadlineThread(timeout_s)
         self._num_successive_timeouts = 0
@@ -80,8 +84,7 @@ class RewardFunction(Reward):
         arguments = {"prompts": prompts, "completions": completions, **columns}
         if self.conversational:
             arguments |= _conversations(prompts, completions, columns.get("prompt_messages"))
-        if self._accepted is not None:
-            arguments = {name: values for name, values in arguments.items() if name in self._accepted}
+        arguments = {name: values for name, values in arguments.items() if takes_argument(self.function, name)}
         call = partial(self.function, **arguments)
         if self._thread is None:
             return call()
@@ -189,27 +192,34 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def required_arguments(function: Callable[..., Any]) -> set[str]:
+def required_arguments(function: Callable[..., Any], num_given: int = 0) -> set[str]:
     """Names of the arguments that a call of `function` must give.
+
+    Args:
+        function: anything that can be called.
+        num_given: arguments that are given by their place, and not counted.
 
     Example:
         >>> sorted(required_arguments(lambda completions, gold, level=1, **columns: []))
         ['completions', 'gold']
     """
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())[num_given:]
     except (TypeError, ValueError):  # builtins without a signature
         return set()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {each.name for each in parameters if each.kind in named and each.default is each.empty}
 
 
-def _accepted_arguments(function: Callable[..., Any]) -> set[str] | None:
-    """Names of the keyword arguments that `function` takes; `None` when it takes any."""
+def takes_argument(function: Callable[..., Any], name: str) -> bool:
+    """Whether a call of `function` may give this argument by its name.
+
+    Example:
+        >>> takes_argument(lambda completions, gold: [], "answer"), takes_argument(lambda **columns: [], "answer")
+        (False, True)
+    """
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # builtins without a signature
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return {parameter.name for parameter in parameters}
+        return True
+    return any(each.kind is each.VAR_KEYWORD or each.name == name for each in parameters)

@@ -108,7 +108,14 @@ class RewardModel(Reward):
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = fast_dtype(device).name if self.dtype == "auto" else self.dtype
         self._reader = AutoTokenizer.from_pretrained(self.tokenizer)
-        classifier = AutoModelForSequenceClassification.from_pretrained(self.model, dtype=getattr(torch, dtype))
+        classifier, report = AutoModelForSequenceClassification.from_pretrained(
+            self.model, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"reward model {self.model!r} has no weights for {', '.join(missing[:3])}: it is no sequence classifier, "
+                "and its scores would be random. Name one that was trained as a reward model"
+            )
         if self._reader.pad_token_id is not None:  # by it transformers finds the end of a row
             for config in (classifier.config, classifier.config.get_text_config()):
                 config.pad_token_id = self._reader.pad_token_id

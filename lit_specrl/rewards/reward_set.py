@@ -13,7 +13,7 @@ from typing import Any
 
 from lit_specrl.rewards.base import Reward, Scores
 from lit_specrl.rewards.event_loop import EventLoop
-from lit_specrl.rewards.function import RewardFunction
+from lit_specrl.rewards.function import RewardFunction, takes_argument
 from lit_specrl.rewards.watchdog import warning_when_slow
 
 
@@ -63,6 +63,8 @@ class RewardSet:
     """
 
     def __init__(self, rewards: Sequence[Reward | Callable[..., Any] | str], warn_after_s: float | None = 60.0) -> None:
+        if isinstance(rewards, str) or callable(rewards):  # a single one
+            rewards = [rewards]
         if not rewards:
             raise ValueError("rewards must hold at least one reward, got none")
         if warn_after_s is not None and not 0 < warn_after_s < math.inf:
@@ -127,7 +129,8 @@ class RewardSet:
         try:
             for reward in self.rewards:
                 with _naming(reward), warning_when_slow(reward, self.warn_after_s):
-                    scores.append(reward(list(prompts), list(completions), **_copies(columns)))
+                    taken = {name: values for name, values in columns.items() if takes_argument(reward, name)}
+                    scores.append(reward(list(prompts), list(completions), **_copies(taken)))
         except RuntimeError:
             for score in scores:
                 if inspect.iscoroutine(score):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from lit_specrl import (
     GAE,
     GRPO,
+    AdvantageEstimator,
     EntropyTarget,
     KLPenalty,
     PassAtK,
@@ -20,8 +21,10 @@ from lit_specrl import (
     SeparateCritic,
     SharedTrunkCritic,
 )
+from lit_specrl.algorithms.advantage_estimators import token_advantages
 from lit_specrl.callbacks import RolloutCallback
 from lit_specrl.data.order import even_chunks
+from lit_specrl.experience import padded_rows
 from lit_specrl.losses import DPPO, GMPO, NAMES, KLCoefficient, PolicyLoss
 from lit_specrl.models.micro_batches import MicroBatch
 from lit_specrl.models.policy import Policy
@@ -472,3 +475,17 @@ def test_the_algorithm_without_a_paper_is_the_module_itself(model_folder, data_f
         fit(module, data_file)
     first, second = (module.policy.state_dict() for module in modules)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [(torch.zeros(4, 2), r"shape \(4, 2\)"), (torch.zeros(2, 2), r"shape \(2, 2\)"), ([0.0], "a list")],
+)
+def test_advantages_of_another_shape_are_told(found, got):
+    class Own(AdvantageEstimator):
+        def __call__(self, experience, num_generations):
+            return found
+
+    experience = padded_rows([[20]], [0] * 4, [[30, 31, 32]] * 4)
+    with pytest.raises(ValueError, match=rf"Own must return .* shape \(4,\), one a row, or \(4, 3\), .* got {got}"):
+        token_advantages(Own(), experience, 2)

@@ -1,11 +1,16 @@
 from itertools import combinations
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
+from training import grpo, make_trainer
 
+from lit_specrl.algorithms import evaluator
 from lit_specrl.algorithms.evaluation import AccuracyMeter, maj_at_k, mean_at_k, normalise_answer, pass_at_k
-from lit_specrl.algorithms.evaluator import Evaluator
+from lit_specrl.algorithms.evaluator import Evaluator, prediction_records
+from lit_specrl.types import PromptBatch
 
 
 def test_mean_at_k():
@@ -115,18 +120,70 @@ def test_wrong_updates_are_refused():
 
 
 def test_prompts_that_the_reward_does_not_apply_to_do_not_count():
-    class Judge:
-        name = "judge"
-
-    evaluator = Evaluator(Judge())
-    rollouts = SimpleNamespace(
-        request=SimpleNamespace(sampling=SimpleNamespace(num_generations=2)),
-        prompts=SimpleNamespace(sources=["a", "b", "a"]),
-        rewards={"judge": [1.0, 0.0, None, None, None, 1.0]},
-        said=["x"] * 6,
-    )
-    evaluator.update(rollouts, ["a", "b"], torch.device("cpu"))
+    judged = Evaluator(Judge())
+    judged.update(seen(["a", "b", "a"], [1.0, 0.0, None, None, None, 1.0], 2))
     with pytest.warns(UserWarning, match="1 prompts of this evaluation have no score: 'judge', the first reward"):
-        found = evaluator.compute()
+        found = judged.compute(torch.device("cpu"))
     assert found["val_accuracy"] == 0.5
     assert not [name for name in found if name.startswith("val-core/b/")]
+
+
+class Judge:
+    name = "judge"
+
+
+def seen(sources, scores, num_generations=1):
+    return SimpleNamespace(
+        request=SimpleNamespace(sampling=SimpleNamespace(num_generations=num_generations)),
+        prompts=SimpleNamespace(sources=sources),
+        rewards={"judge": scores},
+        said=["x"] * len(scores),
+    )
+
+
+def test_ranks_need_not_have_seen_the_same_sources(monkeypatch):
+    """Nor anything at all."""
+    here, there = Evaluator(Judge()), Evaluator(Judge())
+    there.update(seen(["b"], [1.0, 0.0], 2))
+    kinds = []
+    monkeypatch.setattr(evaluator, "gather_objects", lambda own: [own, *kinds] if isinstance(own, set) else [own])
+    kinds.append({(2, "b")})
+    assert here.compute(torch.device("cpu")) == {}
+    assert there.compute(torch.device("cpu"))["val-core/b/acc/mean@2"] == 0.5
+
+
+def test_a_data_module_of_ones_own_can_validate(tiny_model):
+    """Its loaders give prompts, and know of nothing else."""
+
+    class Own(L.LightningDataModule):
+        def val_dataloader(self):
+            return DataLoader([self.batch("a", "b"), self.batch("c")], batch_size=None)
+
+        predict_dataloader = val_dataloader
+
+        def batch(self, *sources):
+            ids = [[20 + place, 21] for place, _ in enumerate(sources)]
+            return PromptBatch(
+                [f"u{source}" for source in sources], ids, ["q"] * len(ids), ["5"] * len(ids), [*sources]
+            )
+
+    module = grpo(tiny_model)
+    make_trainer().validate(module, datamodule=Own(), verbose=False)
+    assert {name.split("/")[1] for name in module.evaluation if "/" in name} == {"a", "b", "c"}
+
+
+def test_predictions_have_the_further_columns_of_the_data():
+    batch = PromptBatch(["u"], [[20]], ["q"], ["5"], ["a"], columns=[{"level": 3, "prompt": "of the data"}])
+    rollouts = SimpleNamespace(
+        prompts=batch,
+        request=SimpleNamespace(prompt_index=lambda row: 0),
+        num_rows=1,
+        texts=["x"],
+        policy_lengths=[1],
+        finish_reasons=["stop"],
+        episodes=[],
+    )
+    (record,) = prediction_records(batch, rollouts)
+    assert record["level"] == 3 and record["prompt"] == "q" and record["completion"] == "x"
+    batch.columns = []
+    assert prediction_records(batch, rollouts)[0].keys() == record.keys() - {"level"}

@@ -19,7 +19,7 @@ from lit_specrl.data import (
     PromptTemplate,
 )
 from lit_specrl.data.datamodule import named_sources
-from lit_specrl.rewards import RewardFunction
+from lit_specrl.rewards import Reward, RewardFunction
 from lit_specrl.types import SamplingConfig
 
 
@@ -239,13 +239,6 @@ def test_the_keys_of_a_dict_name_the_sources(setup):
     assert next(iter(setup(data, "validate").val_dataloader())).sources == ["x", "y"]
 
 
-def test_every_rank_knows_all_sources(setup, monkeypatch):
-    data = PromptDataModule(validation={"x": Words("A"), "y": Words("B")}, template=PLAIN)
-    loader = setup(data, "validate", rank=1, world_size=2, monkeypatch=monkeypatch).val_dataloader()
-    assert loader.sources == ["x", "y"]
-    assert len(next(iter(loader))) == 1
-
-
 class Rows(PromptSource):
     """Rows with the given answers."""
 
@@ -261,7 +254,7 @@ def rewarding(tokenizer, **needs):
     """A module whose rewards, by name, need an answer or not."""
     model = Model(tokenizer)
     model.rewards = SimpleNamespace(
-        rewards=[SimpleNamespace(name=name, needs_answer=need) for name, need in needs.items()]
+        rewards=[SimpleNamespace(name=name, needs_answer=need, required_columns=()) for name, need in needs.items()]
     )
     return model
 
@@ -323,6 +316,18 @@ def test_a_reward_that_reads_environments_needs_one(setup, tokenizer):
         setup(PromptDataModule(Rows("1"), batch_size=1), "fit", model=model)
     model.environment = object()
     setup(PromptDataModule(Rows("1"), batch_size=1), "fit", model=model)
+
+
+def test_columns_that_a_reward_class_names_are_asked_for(setup, tokenizer):
+    class Gold(Reward):
+        def __call__(self, prompts, completions, gold, level=1):
+            return [0.0 for _ in gold]
+
+    model = Model(tokenizer)
+    model.rewards = SimpleNamespace(rewards=[Gold()])
+    setup(PromptDataModule(Rows("1", gold="1"), batch_size=1), "fit", model=model)
+    with pytest.raises(MisconfigurationException, match="reward 'gold' needs the column 'gold', which no prompt has"):
+        setup(PromptDataModule(Rows("1"), batch_size=1), "fit", model=model)
 
 
 def test_every_prompt_has_the_columns_of_all_sources(setup, tokenizer):

@@ -16,6 +16,7 @@ from transformers import (
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -64,6 +65,14 @@ def test_the_reward_is_the_logit_of_the_conversation_in_the_classifiers_own_temp
     assert len(set(scores.values[0])) == 4
     reward.close()
     assert reward([], []) == []
+
+
+def test_a_model_without_a_classifier_is_refused(tmp_path):
+    """Its scores were random, and only the report of the loading said so."""
+    LlamaForCausalLM(LlamaConfig(**SHAPE, num_labels=1)).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no weights for score\.weight: it is no sequence classifier"):
+        RewardModel(str(tmp_path), device="cpu")(["p"], ["5"])
 
 
 def test_a_prefill_is_part_of_the_answer(folder):

@@ -212,6 +212,33 @@ def test_columns_reach_every_reward_and_counters_become_metrics():
     }
 
 
+def test_a_reward_that_names_its_columns_is_given_those_alone():
+    class LevelReward(Reward):
+        def __call__(self, prompts, completions, level):
+            return [number * len(text) for number, text in zip(level, completions, strict=True)]
+
+    assert RewardSet([LevelReward()])(["q"] * 2, ["t", "uv"], level=[5, 6], answer=["a"] * 2).total == [5.0, 12.0]
+
+
+def test_a_single_reward_needs_no_list():
+    def level(level):
+        return level
+
+    assert [RewardSet(one).rewards[0].name for one in (level, FormatReward("t"), "math.sqrt")] == [
+        "level",
+        "format",
+        "sqrt",
+    ]
+
+
+@pytest.mark.parametrize("reward", [FormatReward, "lit_specrl.rewards.FormatReward"])
+def test_a_class_is_no_reward(reward):
+    with pytest.raises(
+        TypeError, match=r"got the class FormatReward; give an instance, such as FormatReward\(\), or cl"
+    ):
+        RewardSet([reward])
+
+
 def test_closing_closes_every_reward():
     closed = []
 
