@@ -44,7 +44,7 @@ class RunSummary(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: RLVRModule) -> None:  # type: ignore[override]
         if "val_accuracy" in pl_module.evaluation:
             self.accuracies.append(pl_module.evaluation["val_accuracy"])
-            when = f"after {self.num_steps} steps" if self.num_steps else "before training"
+            when = f"after {pl_module.step} steps" if pl_module.step else "before training"
             bar, told = trainer.progress_bar_callback, f"held-out accuracy {when}: {self.accuracies[-1]:.3f}"
             if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
                 rank_zero_only(tqdm.write)(told, file=sys.stderr)  # on a line of its own, above the bar

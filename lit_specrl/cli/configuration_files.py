@@ -22,7 +22,8 @@ class Source:
     origin: str
     settings: dict[str, Any]
     as_text: dict[str, Any] | None = None
-    """Of an option: the same with the value as it was typed, `123` for a text that reads like a number."""
+    """Of an option: the same with the value as it was typed, `123` for a text that reads like a number; `None` where the
+    value describes an object."""
 
 
 def sources(arguments: Sequence[str], takes_positional: bool = False) -> list[Source]:
@@ -57,9 +58,10 @@ def sources(arguments: Sequence[str], takes_positional: bool = False) -> list[So
             continue
         settings: Any = _loaded(value)
         as_text: Any = value
+        is_object = isinstance(settings, dict) and "class_path" in settings
         for part in reversed(name.lstrip("-").split(".")):
             settings, as_text = {part: settings}, {part: as_text}
-        found.append(Source(COMMAND_LINE, settings, as_text))
+        found.append(Source(COMMAND_LINE, settings, None if is_object else as_text))
     return found
 
 

@@ -36,6 +36,7 @@ from lit_specrl.cli.value_types import (
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
+_EXAMPLES = {"Optimizer": "torch.optim.AdamW", "LRScheduler": "torch.optim.lr_scheduler.LinearLR"}
 _CLASS_NAME = re.compile(r"(\w+\.)*_*[A-Z]\w*")  # not the name of a file
 
 
@@ -235,6 +236,9 @@ def _in_spec(kinds: list[tuple[Any, int]], spec: Mapping[str, Any], before: Any,
     class_path = spec.get("class_path", before.get("class_path"))
     if class_path is None:
         named = [(kind, given) for kind, given in kinds if not inspect.isabstract(kind)]
+        if named and (example := _EXAMPLES.get(named[0][0].__name__)):  # called by the library: its class knows more
+            yield _Problem(f"{key.rpartition('.')[2]} needs a class_path, such as {example}", key)
+            return
         if len(named) != 1:
             yield _Problem(f"{key.rpartition('.')[2]} needs a class_path: {class_names(kinds)}", key)
             return

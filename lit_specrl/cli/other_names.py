@@ -13,6 +13,7 @@ OTHER_NAMES = {
     "reward_funcs": "rewards",
     "peft_config": "lora",
     "learning_rate": "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: ...}}",
+    "lr": "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: ...}}",
     "gradient_accumulation_steps": "micro_batch_tokens, the most tokens of one pass",
     "per_device_train_batch_size": "data.init_args.batch_size, in prompts of all ranks",
     "torch_compile": "compile_layers",

@@ -119,7 +119,8 @@ class LengthSchedule:
         self.latency = LatencyModel()
         self.cost = StepCost()
         """Of steps whose rows draft different lengths."""
-        self._latest_drafted: deque[int] = deque(maxlen=_IDLE)  # tokens, by step
+        self._latest_drafted: deque[tuple[bool, int]] = deque(maxlen=_IDLE)  # by step: was anything found, tokens
+        self._has_found = False  # for the next step
         self.num_switches = 0
         """Batch sizes whose length has changed, over all solutions and ages."""
         self._groups = [_AgeGroup(AcceptanceRates(max_length))]
@@ -136,7 +137,7 @@ class LengthSchedule:
     def observe(self, step: DecodeStep) -> None:
         """Learn from a step of the engine; every so often choose anew."""
         self.cost.observe(step.num_active, step.num_drafted, step.seconds)
-        self._latest_drafted.append(step.num_drafted)
+        self._latest_drafted.append((self._has_found, step.num_drafted))
         if step.is_steady:
             self.latency.observe([(step.num_active, step.length, step.seconds)])
         group = self._group_to_learn(step.age)
@@ -205,6 +206,7 @@ class LengthSchedule:
             chances: [N, K] that the k first tokens of each draft are accepted; 0 where there is none.
             remaining: [N] steps that each row will probably still need; NaN where nothing is known.
         """
+        self._has_found = bool(chances.any())
         if not self._solves_rows or not chances.size:
             return None
         seconds = self.cost.curve(len(chances), chances.size)
@@ -224,9 +226,10 @@ class LengthSchedule:
 
     @property
     def is_off(self) -> bool:
-        """Whether speculation pays at no batch size and age."""
+        """Whether speculation pays at no batch size and age; not so where there was nothing to draft."""
         if self._solves_rows:
-            return len(self._latest_drafted) == _IDLE and not any(self._latest_drafted)
+            found, drafted = zip(*self._latest_drafted, strict=True) if self._latest_drafted else ((), ())
+            return len(found) == _IDLE and any(found) and not any(drafted)
         return not any(any(group.lengths) for group in self._groups)
 
     def acceptance(self, age: float = 0.0) -> AcceptanceRates:

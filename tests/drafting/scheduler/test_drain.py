@@ -5,6 +5,7 @@ import pytest
 from drafting.drain import Replay, gpu_seconds, per_row, profiled, single
 
 from lit_specrl.drafting.scheduler.draft_chances import DraftChances
+from lit_specrl.drafting.scheduler.length_schedule import DecodeStep
 
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -59,3 +60,13 @@ def test_long_drafts_are_taken_where_few_rows_are_left():
 
     replay.run(32, choose, schedule.observe, DraftChances())
     assert max(widths) > 16
+
+
+def test_speculation_is_not_off_where_there_is_only_nothing_to_look_up():
+    """As in the first steps of a run; off it is where drafts were found that are not worth their price."""
+    schedule = profiled(4, 8, gpu_seconds)
+    for chance, is_off in [(0.0, False), (1e-4, True)]:
+        for _ in range(200):
+            schedule.row_lengths(np.full((8, 4), chance), np.full(8, 100.0))
+            schedule.observe(DecodeStep(num_active=8, length=0, seconds=gpu_seconds(8, 0), num_tokens=8))
+        assert schedule.is_off == is_off
