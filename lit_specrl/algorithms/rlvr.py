@@ -453,7 +453,7 @@ class RLVRModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        if self.trainer.strategy.root_device.type == "cpu":
+        if self._trainer is None or self.trainer.strategy.root_device.type == "cpu":  # None: `load_from_checkpoint`
             keep_freed_memory()
         self.policy, reference = build_models(
             self.model_name,
@@ -534,7 +534,8 @@ class RLVRModule(L.LightningModule):
             self.kl_coefficient.value = state["kl_coefficient"]
         self.objective.entropy.load_state_dict(state.get("entropy_coefficient", self.objective.entropy.state_dict()))
         self.reference.load_state_dict(self.scorer, state)
-        self._optimizer_settings.load_state_dict(state.get("optimizer_settings", {}) if self.trainer.training else {})
+        if self._trainer is not None and self.trainer.training:
+            self._optimizer_settings.load_state_dict(state.get("optimizer_settings", {}))
 
     # ------------------------------------------------------------------------------------------- what callbacks may use
 
@@ -587,7 +588,7 @@ class RLVRModule(L.LightningModule):
     @property
     def is_sharded(self) -> bool:
         """Whether the ranks meet in every layer of every pass."""
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     @property
     def device(self) -> torch.device:

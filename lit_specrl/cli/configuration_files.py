@@ -22,8 +22,8 @@ class Source:
     origin: str
     settings: dict[str, Any]
     as_text: dict[str, Any] | None = None
-    """Of an option: the same with the value as it was typed, `123` for a text that reads like a number; `None` where the
-    value describes an object."""
+    """Of an option: the same with the value as it was typed, `123` for a text that reads like a number; `None` where
+    the value describes an object."""
 
 
 def sources(arguments: Sequence[str], takes_positional: bool = False) -> list[Source]:

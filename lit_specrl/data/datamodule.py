@@ -20,7 +20,6 @@ from lit_specrl.data.prompts import OF_ENVIRONMENTS, REWARD_ARGUMENTS, build_pro
 from lit_specrl.data.schedule import PromptSchedule
 from lit_specrl.data.sources import PromptSource
 from lit_specrl.data.template import PromptTemplate
-from lit_specrl.rewards.function import required_arguments
 from lit_specrl.types import PromptBatch, SamplingConfig
 
 Source: TypeAlias = DataName | PromptSource | str
@@ -215,8 +214,7 @@ class PromptDataModule(L.LightningDataModule):
         has_turns = getattr(self._trainer().lightning_module, "environment", None) is not None
         arguments = set(REWARD_ARGUMENTS) - (set() if has_turns else OF_ENVIRONMENTS)
         for reward in rewards:
-            needed = {*reward.required_columns, *required_arguments(reward, num_given=2)}
-            if missing := sorted(needed - set(present) - arguments):
+            if missing := sorted({*reward.required_columns} - set(present) - arguments):
                 if missing[0] in REWARD_ARGUMENTS:
                     raise MisconfigurationException(
                         f"reward {reward.name!r} needs {missing[0]!r}, {REWARD_ARGUMENTS[missing[0]]}; the module has "

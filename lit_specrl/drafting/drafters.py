@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ from lit_specrl.drafting.eagle3 import (
 )
 from lit_specrl.drafting.history import HistoryReader, RolloutTexts, RowHistory
 from lit_specrl.drafting.networks import CausalNetwork, DraftNetwork, Eagle3Network
-from lit_specrl.drafting.ngram import PromptLookup
+from lit_specrl.drafting.ngram import NGramReader
 from lit_specrl.drafting.scheduler.draft_chances import DraftChances
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.pretrained import check_model_exists, load_pretrained
@@ -199,8 +198,8 @@ class NGramDrafter(LookUpDrafter):
     def propose(self, token_ids: Sequence[int], length: int) -> list[int]:
         return self.reader().propose(token_ids, length)
 
-    def reader(self, history: RowHistory | None = None) -> _NGramReader:
-        return _NGramReader(PromptLookup(self.min_match, self.max_match))
+    def reader(self, history: RowHistory | None = None) -> NGramReader:
+        return NGramReader(self.min_match, self.max_match)
 
 
 class HistoryDrafter(LookUpDrafter):
@@ -364,17 +363,6 @@ class Eagle3Drafter(Drafter):
     def network(self) -> DraftNetwork:
         assert self.model is not None, "`prepare` makes it"
         return Eagle3Network.load(self.model, self._num_policy_layers)
-
-
-@dataclass
-class _NGramReader:
-    """Keeps the index of a growing text."""
-
-    text: PromptLookup
-
-    def propose(self, token_ids: Sequence[int], length: int) -> list[int]:
-        self.text.extend([int(token) for token in token_ids[len(self.text) :]])
-        return self.text.propose(length)
 
 
 class _RowByRow:

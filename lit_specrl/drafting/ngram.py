@@ -46,3 +46,15 @@ class PromptLookup:
             if place is not None:
                 return self._tokens[place : place + length]
         return []
+
+
+class NGramReader:
+    """Proposes for one row, whose index grows with its text; arguments as those of `PromptLookup`."""
+
+    def __init__(self, min_match: int, max_match: int) -> None:
+        self._text = PromptLookup(min_match, max_match)
+
+    def propose(self, token_ids: Sequence[int], length: int) -> list[int]:
+        """As `LookUpDrafter.propose`."""
+        self._text.extend([int(token) for token in token_ids[len(self._text) :]])
+        return self._text.propose(length)

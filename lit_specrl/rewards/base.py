@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Collection, Sequence
 from typing import Any, ClassVar
 
 from lit_specrl.checkpoints.identity import identity_of, settings_of
+from lit_specrl.rewards.arguments import required_arguments
 
 Scores = Sequence[float | None]
 """One number per row; `None` where the reward does not apply."""
@@ -34,7 +35,11 @@ class Reward(ABC):
     """Whether rows without a reference answer cannot be scored."""
 
     required_columns: Collection[str] = ()
-    """Columns without which the reward cannot be called; checked before a run."""
+    """Columns without which the reward cannot be called, those that its call names included; checked before a run."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.required_columns = {*cls.required_columns, *required_arguments(cls.__call__, num_given=3)}
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not math.isfinite(weight):

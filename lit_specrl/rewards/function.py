@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lit_specrl.rewards.arguments import required_arguments, takes_argument
 from lit_specrl.rewards.base import Reward, Scores, snake_case
 from lit_specrl.rewards.deadline import DeadlinePassed, DeadlineThread, await_until_deadline
 
@@ -190,36 +191,3 @@ def _function_name(function: Callable[..., Any]) -> str:
 
 def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-def required_arguments(function: Callable[..., Any], num_given: int = 0) -> set[str]:
-    """Names of the arguments that a call of `function` must give.
-
-    Args:
-        function: anything that can be called.
-        num_given: arguments that are given by their place, and not counted.
-
-    Example:
-        >>> sorted(required_arguments(lambda completions, gold, level=1, **columns: []))
-        ['completions', 'gold']
-    """
-    try:
-        parameters = list(inspect.signature(function).parameters.values())[num_given:]
-    except (TypeError, ValueError):  # builtins without a signature
-        return set()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {each.name for each in parameters if each.kind in named and each.default is each.empty}
-
-
-def takes_argument(function: Callable[..., Any], name: str) -> bool:
-    """Whether a call of `function` may give this argument by its name.
-
-    Example:
-        >>> takes_argument(lambda completions, gold: [], "answer"), takes_argument(lambda **columns: [], "answer")
-        (False, True)
-    """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # builtins without a signature
-        return True
-    return any(each.kind is each.VAR_KEYWORD or each.name == name for each in parameters)

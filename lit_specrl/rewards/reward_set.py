@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+from lit_specrl.rewards.arguments import takes_argument
 from lit_specrl.rewards.base import Reward, Scores
 from lit_specrl.rewards.event_loop import EventLoop
-from lit_specrl.rewards.function import RewardFunction, takes_argument
+from lit_specrl.rewards.function import RewardFunction
 from lit_specrl.rewards.watchdog import warning_when_slow
 
 

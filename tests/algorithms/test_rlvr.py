@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from training import GROUP, History, arithmetic, assert_identical, grpo, make_trainer, variety, weights_of
 
+from lit_specrl import GRPO
 from lit_specrl.algorithms.constant_rewards import ConstantRewards
 from lit_specrl.callbacks import RolloutCallback, SpeculativeRollout
 from lit_specrl.data import ArithmeticSource
@@ -51,6 +52,17 @@ def fit(tmp_path, tiny_model):
 
 def every_step(folder):
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+def test_a_checkpoint_is_loaded_without_a_trainer(fit, tiny_model, tmp_path):
+    """As Lightning's users do: arguments anew, weights from the file."""
+    module, _ = fit(callbacks=[every_step(tmp_path)])
+    arguments = {"model": tiny_model, "rewards": [constant], "max_completion_length": 12}
+    loaded = GRPO.load_from_checkpoint(tmp_path / "step=4.ckpt", **arguments)
+    assert loaded.step == module.step == 4
+    assert_identical(weights_of(loaded), weights_of(module))
+    make_trainer(max_epochs=1).fit(loaded, arithmetic())  # a run of its own
+    assert loaded.step == 8
 
 
 def resumable(model):

@@ -142,6 +142,21 @@ CONFIGURATION = {
         "PrefixCache has no lenienc; did you mean lenience?",
     ),
     "argument of an engine": (FIT, engine(max_num_seq=4), "VLLMEngine has no max_num_seq; did you mean max_num_seqs?"),
+    "argument of an optimizer without a class": (
+        [*FIT, "--model.init_args.optimizer=null", "--model.init_args.optimizer.lr=1e-5"],
+        {},
+        "optimizer needs a class_path, such as torch.optim.AdamW",
+    ),
+    "a learning rate of the module": (
+        [*FIT, "--model.lr=1e-5"],
+        {},
+        "GRPO has no lr; here it is optimizer: {class_path: torch.optim.AdamW, init_args: {lr: ...}}",
+    ),
+    "misspelt argument of a class that is written out as an option": (
+        [*FIT, "--model.init_args.rewards+={class_path: MathReward, init_args: {timeut: 5}}"],
+        {},
+        "MathReward has no timeut; did you mean timeout_s?",
+    ),
     "argument of the optimizer": (
         FIT,
         model(optimizer={"class_path": "torch.optim.AdamW", "init_args": {"weightdecay": 0}}),
