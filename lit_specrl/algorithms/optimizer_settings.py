@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -69,10 +69,9 @@ class OptimizerSettings:
                     for name, their_value, our_value in _differences(their, our)
                 ]
         if differing:
-            warnings.warn(
+            rank_zero_warn(
                 f"the {self._owner} goes on with the checkpoint's settings: {'; '.join(differing)}. To train with "
                 f"others, {self._way_out}",
-                stacklevel=2,
             )
         self._of_run, self._of_checkpoint = self._of_checkpoint or self._of_run, {}
 
