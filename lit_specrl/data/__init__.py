@@ -7,6 +7,7 @@ from lit_specrl.data.hub import HubSource
 from lit_specrl.data.loader import PromptLoader
 from lit_specrl.data.presets import PRESETS
 from lit_specrl.data.reasoning import ReasoningGymSource
+from lit_specrl.data.rows import RowsSource
 from lit_specrl.data.schedule import Curriculum, InOrder, Mixture, PromptSchedule, Shuffled, SkipSolved
 from lit_specrl.data.sources import PromptSource
 from lit_specrl.data.template import PromptTemplate
@@ -25,6 +26,7 @@ __all__ = [
     "PromptSource",
     "PromptTemplate",
     "ReasoningGymSource",
+    "RowsSource",
     "Shuffled",
     "SkipSolved",
 ]

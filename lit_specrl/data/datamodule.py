@@ -277,7 +277,7 @@ def _unanswered(predict: Sources | None, train: Sources | None) -> dict[str, Pro
     like = answered[0] if len(answered) == 1 else None
 
     def resolved(source: Source) -> PromptSource:
-        if not isinstance(source, PromptSource) and source not in PRESETS and isinstance(like, (FileSource, HubSource)):
+        if isinstance(source, str) and source not in PRESETS and isinstance(like, (FileSource, HubSource)):
             source = FileSource(source, like.question, like.answer, like.answer_format)
         source = copy.copy(resolve_source(source))
         source.needs_answer = False

@@ -53,6 +53,7 @@ def resolve_source(source: PromptSource | str) -> PromptSource:
     """Turn a preset's name or a file's path into a source; a source comes back as it is.
 
     Raises:
+        TypeError: for something else.
         ValueError: for a name that is neither; the message lists the presets.
 
     Example:
@@ -61,6 +62,11 @@ def resolve_source(source: PromptSource | str) -> PromptSource:
     """
     if isinstance(source, PromptSource):
         return source
+    if not isinstance(source, str):
+        raise TypeError(
+            f"data must be the name of a preset, the path of a file or a source, got {type(source).__name__}; rows in "
+            "memory and a Dataset go into RowsSource(...)"
+        )
     if source in PRESETS:
         return PRESETS[source]
     if file_suffix(source) in READERS or Path(source).is_dir():

@@ -12,7 +12,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lit_specrl.data import PRESETS, ArithmeticSource, FileSource, HubSource, ReasoningGymSource
+from lit_specrl.data import (
+    PRESETS,
+    ArithmeticSource,
+    FileSource,
+    HubSource,
+    PromptDataModule,
+    ReasoningGymSource,
+    RowsSource,
+)
 from lit_specrl.data.arithmetic import split_of
 from lit_specrl.data.presets import resolve_source
 from lit_specrl.data.prompts import further_columns
@@ -441,3 +449,37 @@ def test_fields_that_other_turns_have_are_no_fields_of_a_turn(tmp_path):
         {"role": "user", "content": "2 + 3?"},
         {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}, {"name": "say", "id": 1}]},
     ]
+
+
+ROWS = [{"prompt": "2 + 3?", "solution": "#### 5", "level": 1}, {"prompt": "1 + 1?", "solution": "#### 2", "level": 2}]
+
+
+@pytest.mark.parametrize("of", [list, tuple, datasets.Dataset.from_list])
+def test_rows_in_memory(of):
+    source = RowsSource(of(ROWS), "prompt", "solution", "hash", name="sums")
+    expected = [
+        {"question": "2 + 3?", "answer": "5", "level": 1},
+        {"question": "1 + 1?", "answer": "2", "level": 2},
+    ]
+    assert source.load() == source.load() == expected
+    assert RowsSource(of(ROWS), "prompt", None, limit=1, columns=[]).load() == [{"question": "2 + 3?", "answer": None}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "got"),
+    [
+        (iter(ROWS), "got list_iterator"),
+        (ROWS[0], "got dict; take one split"),
+        ("rows.jsonl", "got str"),
+        (None, "got None"),
+    ],
+)
+def test_what_is_no_rows_is_refused(rows, got):
+    with pytest.raises(TypeError, match=f"rows must be a list of mappings or a Dataset, {got}"):
+        RowsSource(rows)
+
+
+@pytest.mark.parametrize("data", [datasets.Dataset.from_list(ROWS), ROWS])
+def test_rows_in_place_of_a_source_are_told_where_they_go(data):
+    with pytest.raises(TypeError, match=r"rows in memory and a Dataset go into RowsSource\(\.\.\.\)"):
+        PromptDataModule(data)
