@@ -27,7 +27,7 @@ FLOORS = [  # from bottom to top; a room imports itself and rooms of lower floor
 ]
 MAX_LOOSE_MODULES, MAX_LINES = 10, 400
 LONGER = {
-    "algorithms.rlvr": 610,  # 210 of them are the constructor, which documents 45 arguments
+    "algorithms.rlvr": 615,  # 210 of them are the constructor, which documents 45 arguments
     "types": 430,  # carriers, whose fields are described one by one
 }
 

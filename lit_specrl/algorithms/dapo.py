@@ -49,7 +49,7 @@ class DAPO(RLVRModule):
     ) -> None:
         if overlong_buffer is None:
             overlong_buffer = max(1, max_completion_length // 5)
-        rewards = list(rewards)
+        rewards = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
         if overlong_buffer and not any(isinstance(reward, OverlongReward) for reward in rewards):
             rewards.append(OverlongReward(max_completion_length, overlong_buffer))
         super().__init__(

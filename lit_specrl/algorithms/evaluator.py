@@ -67,10 +67,11 @@ class Evaluator:
 
 
 def prediction_records(batch: PromptBatch, rollouts: Rollouts) -> list[dict[str, Any]]:
-    """Responses as one record per row, with the further columns of the data."""
-    return [
-        {
-            **(batch.columns[owner] if batch.columns else {}),
+    """Responses as one record per row, with the further columns of the data: `data_NAME` where a name is taken."""
+    records = []
+    for row in range(rollouts.num_rows):
+        owner = rollouts.request.prompt_index(row)
+        record: dict[str, Any] = {
             "uid": batch.uids[owner],
             "source": batch.sources[owner],
             "prompt": rollouts.prompts.prompts[owner],
@@ -80,6 +81,6 @@ def prediction_records(batch: PromptBatch, rollouts: Rollouts) -> list[dict[str,
             "finish_reason": rollouts.finish_reasons[row],
             **({"turns": rollouts.episodes[row].turns} if rollouts.episodes else {}),
         }
-        for row in range(rollouts.num_rows)
-        for owner in [rollouts.request.prompt_index(row)]
-    ]
+        columns = batch.columns[owner] if batch.columns else {}
+        records.append(record | {f"data_{name}" if name in record else name: columns[name] for name in columns})
+    return records

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.losses import KLPenalty
 from lit_specrl.models.scorer import Scorer
+
+_SMALL_SHARE = 0.1
+"""Of the difference to the policy; what is less is lost in the rounding of half precision."""
 
 
 class MovingReference:
@@ -28,7 +33,7 @@ class MovingReference:
     """
 
     def __init__(self, kl: KLPenalty, beta: float, lora: dict[str, Any] | None) -> None:
-        self._sync_steps, self._share = kl.sync_steps, kl.mixup_alpha
+        self._sync_steps, self._share, self._has_told = kl.sync_steps, kl.mixup_alpha, False
         if self.is_on and not beta:
             raise ValueError(
                 f"KLPenalty(sync_steps={kl.sync_steps}) moves the reference of the KL penalty, but beta=0 has none; set"
@@ -52,7 +57,17 @@ class MovingReference:
     def follow(self, scorer: Scorer, step: int) -> None:
         """Move, if this step is one to do it after."""
         if self.moves_after(step):
+            self._tell_if_rounded_away(scorer.policy.model.dtype)
             scorer.move_reference(self._share)
+
+    def _tell_if_rounded_away(self, dtype: torch.dtype) -> None:
+        if dtype != torch.float32 and self._share < _SMALL_SHARE and not self._has_told:
+            self._has_told = True
+            rank_zero_warn(
+                f"the reference hardly moves: with mixup_alpha={self._share}, most moves are less than "
+                f"{str(dtype).removeprefix('torch.')} can add to a weight; take dtype: float32, or a larger mixup_alpha "
+                "with a larger sync_steps"
+            )
 
     def check(self, is_sharded: bool) -> None:
         """Raise `MisconfigurationException` where checkpoints have no place for the reference."""
@@ -70,3 +85,8 @@ class MovingReference:
         """Go on from the reference of a checkpoint; one of a run without moves has none, and it begins anew."""
         if self.is_on and "reference" in state:
             scorer.load_reference_state(state["reference"])
+        elif "reference" in state:
+            rank_zero_warn(
+                "the checkpoint's reference had moved, and this run has no sync_steps: its KL penalty is taken from "
+                "the initial model; set sync_steps to go on with the moved one"
+            )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _NOT_TOLD = (
     *("foreach", "fused", "capturable", "differentiable"),  # the same steps by other kernels
-    *("base_lrs", "_last_lr"),  # of a schedule: the optimizer's `lr` once more
+    *("base_lrs", "_last_lr"),  # of a schedule: the rates of the optimizer once more
 )
 
 
@@ -20,7 +20,7 @@ class OptimizerSettings:
 
     A checkpoint holds the state of both, and with it the arguments: whatever a resumed run asks for, the state brings
     the checkpoint's back. Different arguments are therefore told, and different classes, whose state does not fit, are
-    refused.
+    refused, both before the state is loaded.
 
     Args:
         owner: whose they are, for messages.
@@ -31,30 +31,40 @@ class OptimizerSettings:
         self, owner: str = "optimizer", writer: str = "`lit-specrl export` writes them as a folder for `model`"
     ) -> None:
         self._owner, self._way_out = owner, f"start from the checkpoint's weights alone: {writer}"
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the run before, and its checkpoint."""
         self._of_run: dict[str, list[dict[str, Any]]] = {}
         self._of_checkpoint: dict[str, list[dict[str, Any]]] = {}
 
     def record(self, optimizers: list[Any], schedulers: list[Any]) -> None:
-        """Note what has been made, before anything of it is stepped or loaded."""
+        """Note what has been made, before anything of it is stepped or loaded; errors as those of `load_state_dict`."""
         self._of_run = {
-            "optimizer": [{"class": type(made).__name__, **_plain(made.defaults)} for made in optimizers],
+            "optimizer": [
+                {"class": type(made).__name__, **_group(group)} for made in optimizers for group in made.param_groups
+            ],
             "lr_scheduler": [{"class": type(made).__name__, **_plain(made.state_dict())} for made in schedulers],
         }
+        self._compare()
 
     def state_dict(self) -> dict[str, Any]:
         """Of what the run trains with: the checkpoint's, once it is resumed."""
         return self._of_run
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `check` compares with; empty where the checkpoint does not say."""
-        self._of_checkpoint = dict(state)
-
-    def check(self) -> None:
-        """Compare what the run asks for with what the checkpoint was trained with, once both are there.
+        """Of the checkpoint that the run goes on from; empty where it does not say.
 
         Raises:
             MisconfigurationException: classes differ, or there are more of one than of the other.
         """
+        self._of_checkpoint = dict(state)
+        self._compare()
+
+    def _compare(self) -> None:
+        """What the run asks for with what the checkpoint was trained with, once both are known."""
+        if not (self._of_run and self._of_checkpoint):
+            return
         differing: list[str] = []
         for kind, theirs in self._of_checkpoint.items():
             ours = self._of_run[kind]
@@ -73,10 +83,17 @@ class OptimizerSettings:
                 f"the {self._owner} goes on with the checkpoint's settings: {'; '.join(differing)}. To train with "
                 f"others, {self._way_out}",
             )
-        self._of_run, self._of_checkpoint = self._of_checkpoint or self._of_run, {}
+        self._of_run, self._of_checkpoint = self._of_checkpoint, {}
+
+
+def _group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a group of parameters; a schedule has noted the rate that it begins from."""
+    arguments = _plain({name: value for name, value in group.items() if name not in ("params", "initial_lr")})
+    return arguments | ({"lr": _plain(group["initial_lr"])} if "initial_lr" in group else {})
 
 
 def _classes(settings: list[dict[str, Any]]) -> str:
+    """By group of parameters."""
     return " and ".join(entry["class"] for entry in settings) or "none"
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_specrl.models.critic import Critic
 from lit_specrl.models.policy import Policy
@@ -24,7 +26,31 @@ def make_optimizers(
         owned.append((list(critic.trained_parameters(policy)), critic.make_optimizer, critic.make_lr_scheduler))
     optimizers = [make(parameters) for parameters, make, _ in owned]
     schedulers = [make(optimizer) for optimizer, (_, _, make) in zip(optimizers, owned, strict=True) if make]
+    for made in (*optimizers, *schedulers):
+        check_steps_alone(made)
     return optimizers, schedulers
+
+
+def check_steps_alone(made: Any) -> None:
+    """Refuse an optimizer or a schedule whose `step` wants something that a training step does not have.
+
+    Raises:
+        MisconfigurationException: such as `ReduceLROnPlateau`, which wants a metric, `LBFGS`, which wants a closure, or
+            Lightning's dictionary of a schedule.
+    """
+    step = getattr(type(made), "step", None)  # a schedule wraps that of its optimizer
+    if step is None:
+        raise MisconfigurationException(
+            f"an optimizer or a schedule is expected, got {type(made).__name__}; a schedule is stepped once per "
+            "training step, and needs no interval"
+        )
+    _, *parameters = inspect.signature(step).parameters.values()  # without self
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if wanted := [each.name for each in parameters if each.kind in named and each.default is each.empty]:
+        raise MisconfigurationException(
+            f"{type(made).__name__} cannot be used: its step() wants {', '.join(wanted)}, and is called without; take "
+            "one that needs none"
+        )
 
 
 def optimizers_of(module: L.LightningModule) -> list[Any]:
@@ -42,7 +68,8 @@ def optimizers_of(module: L.LightningModule) -> list[Any]:
 def step_lr_schedulers(module: L.LightningModule) -> dict[str, float]:
     """Step all schedules; returns the learning rates of before."""
     named = zip(("actor", "critic"), optimizers_of(module), strict=True)
-    rates = {f"{name}/lr": float(optimizer.param_groups[0]["lr"]) for name, optimizer in named if optimizer is not None}
+    found = {f"{name}/lr": optimizer.param_groups[0]["lr"] for name, optimizer in named if optimizer is not None}
+    rates = {name: float(rate) for name, rate in found.items() if rate is not None}  # None: it finds its own
     schedulers: Any = module.lr_schedulers() or []
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
         scheduler.step()

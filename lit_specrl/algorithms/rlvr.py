@@ -33,7 +33,9 @@ from lit_specrl.algorithms.optimizers import make_optimizers, optimizers_of, ste
 from lit_specrl.algorithms.pass_rates import record_pass_rates
 from lit_specrl.algorithms.run_checks import (
     check_environment,
+    check_lora,
     check_run,
+    check_sharding,
     check_training_sampling,
     check_weights_fit,
     count_resumed_epoch,
@@ -424,6 +426,7 @@ class RLVRModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         write_atomic_checkpoints(self.trainer.strategy)
+        self._optimizer_settings.clear()
         self.check_run(stage)
         self.worker.max_length = self.max_length
         self.worker.template = getattr(self._datamodule, "template", None) or PromptTemplate()
@@ -452,6 +455,7 @@ class RLVRModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.policy is not None:
+            check_sharding(self.scorer.is_sharded, self.is_sharded)
             return
         if self._trainer is None or self.trainer.strategy.root_device.type == "cpu":  # None: `load_from_checkpoint`
             keep_freed_memory()
@@ -464,7 +468,7 @@ class RLVRModule(L.LightningModule):
             sharding=sharding(self.trainer) if self.is_sharded else None,
         )
         self.worker.policy = self.policy
-        self.scorer = Scorer(
+        self.scorer: Scorer = Scorer(
             self.policy,
             reference,
             temperature=self.sampling.temperature,
@@ -491,7 +495,6 @@ class RLVRModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._signals.install(self.trainer)
-        self._optimizer_settings.check()
         count_resumed_epoch(self.trainer)
         if self.dynamic_sampling and not isinstance(self.trainer.train_dataloader, PromptStream):
             raise MisconfigurationException(
@@ -528,14 +531,14 @@ class RLVRModule(L.LightningModule):
         state = checkpoint["rlvr"]
         if not self.is_sharded:  # a sharded one has its weights elsewhere
             check_weights_fit(self.state_dict(), checkpoint.get("state_dict", {}), self.model_name, state["model"])
+        check_lora(self.lora, state.get("lora"))
         self.step, self.policy_version = state["step"], state["policy_version"]
         self._policy_step.num_skipped, self._critic_step.num_skipped = state["skipped_updates"]
-        if self.kl_coefficient.target is not None:
+        if self.kl_coefficient.target is not None and state["kl_coefficient"]:  # 0: trained without a penalty
             self.kl_coefficient.value = state["kl_coefficient"]
         self.objective.entropy.load_state_dict(state.get("entropy_coefficient", self.objective.entropy.state_dict()))
         self.reference.load_state_dict(self.scorer, state)
-        if self._trainer is not None and self.trainer.training:
-            self._optimizer_settings.load_state_dict(state.get("optimizer_settings", {}))
+        self._optimizer_settings.load_state_dict(state.get("optimizer_settings", {}))
 
     # ------------------------------------------------------------------------------------------- what callbacks may use
 

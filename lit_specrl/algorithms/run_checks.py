@@ -15,6 +15,7 @@ from lit_specrl.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lit_specrl.engines.base import RolloutEngine
 from lit_specrl.environments import Environment
 from lit_specrl.losses import ImportanceSampling
+from lit_specrl.models.lora import lora_config
 from lit_specrl.models.model_files import check_weights
 from lit_specrl.models.pretrained import check_model_exists
 from lit_specrl.precision import unusable
@@ -76,7 +77,7 @@ def check_run(
         ValueError: the model cannot be had, or is not whole.
         MisconfigurationException: module, trainer and data do not fit.
     """
-    positions = check_model_exists(model).get_text_config().max_position_embeddings
+    positions = getattr(check_model_exists(model).get_text_config(), "max_position_embeddings", None)
     check_weights(model)
     if isinstance(trainer.strategy, ModelParallelStrategy) and not (engine and engine.takes_sharded_weights):
         name = "TransformersEngine" if engine is None else type(engine).__name__
@@ -84,7 +85,7 @@ def check_run(
             f"{name} cannot generate with sharded weights; add SpeculativeRollout(engine=VLLMEngine()), or use "
             "strategy='ddp'"
         )
-    if max_length is not None and max_length > positions:
+    if max_length is not None and positions is not None and max_length > positions:
         raise MisconfigurationException(
             f"prompts and responses of up to {max_length} tokens do not fit the {positions} positions of {model}; "
             "lower max_prompt_length or max_completion_length"
@@ -173,4 +174,33 @@ def check_weights_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], 
             f"{len(differing)} weights differ, as {name}, {theirs.get(name, 'missing')} in the checkpoint and "
             f"{ours.get(name, 'missing')} here; take the model, critic and lora of the checkpoint's run, or leave "
             "ckpt_path out"
+        )
+
+
+def check_lora(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> None:
+    """Refuse adapters that would act otherwise than those of the checkpoint, whose shapes they have.
+
+    Args:
+        ours: arguments of peft's `LoraConfig`, of the run.
+        theirs: of the checkpoint's run; `None` where it had no adapters, or does not say.
+    """
+    if ours is None or theirs is None:
+        return
+    own, other = lora_config(ours), lora_config(theirs)
+    for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        if getattr(own, name) != getattr(other, name):
+            raise MisconfigurationException(
+                f"the checkpoint's adapters were trained with {name}={getattr(other, name)}, and this run has "
+                f"{getattr(own, name)}, with which they would be another policy; take that of the checkpoint, or "
+                "`lit-specrl export` it and begin from there"
+            )
+
+
+def check_sharding(was_sharded: bool, is_sharded: bool) -> None:
+    """Refuse a module whose weights were built for another strategy."""
+    if was_sharded != is_sharded:
+        raise MisconfigurationException(
+            f"the module has {'sharded' if was_sharded else 'whole'} weights of an earlier run or of "
+            f"load_from_checkpoint, and this strategy needs {'sharded' if is_sharded else 'whole'} ones; make a new "
+            "module, and give the weights by ckpt_path or as a folder for `model`"
         )

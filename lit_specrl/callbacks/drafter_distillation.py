@@ -194,8 +194,8 @@ class DrafterDistillation(RolloutCallback):
         self._files.sweep(trainer)
         self.drafter.prepare(pl_module.model_name)
         if self._learned_from != (pl_module, self.drafter):  # otherwise a further fit goes on
-            self._learned_from = pl_module, self.drafter
             self._begin()
+        self._learned_from, restored, self._restored = None, self._restored, None
         assert self.network is not None
         self.network.module.to(pl_module.device)
         self.collector = TeacherOutputCollector(self.network, self.num_top, self._generator)
@@ -210,10 +210,11 @@ class DrafterDistillation(RolloutCallback):
             self.loss,
         )
         self.scheduler: Any = self.make_lr_scheduler(self.training.optimizer) if self.make_lr_scheduler else None
+        self._settings.clear()
         self._settings.record([self.training.optimizer], [self.scheduler] if self.scheduler else [])
-        if self._restored is not None:
-            self._restore(trainer, pl_module, self._restored)
-        self._restored = None
+        if restored is not None:
+            self._restore(trainer, pl_module, restored)
+        self._learned_from = pl_module, self.drafter
 
     def _begin(self) -> None:
         """The drafter as its files have it, and nothing to learn from."""
@@ -370,7 +371,6 @@ class DrafterDistillation(RolloutCallback):
             rank_zero_warn(f"the checkpoint's drafter is not used, that of the configuration starts as it is: {error}")
             return
         self._settings.load_state_dict(state.get("settings", {}))
-        self._settings.check()
         self.training.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])

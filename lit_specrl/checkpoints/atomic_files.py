@@ -125,6 +125,7 @@ def replace_atomically(written: Path, path: Path) -> None:
         delete(written)
     else:
         old = path.with_name(f"{path.name}.old")
+        delete(old)  # of a killed process; `path` is whole
         os.rename(path, old)
         os.rename(written, path)
         delete(old)

@@ -214,7 +214,7 @@ class PromptDataModule(L.LightningDataModule):
         has_turns = getattr(self._trainer().lightning_module, "environment", None) is not None
         arguments = set(REWARD_ARGUMENTS) - (set() if has_turns else OF_ENVIRONMENTS)
         for reward in rewards:
-            if missing := sorted({*reward.required_columns} - set(present) - arguments):
+            if missing := sorted(reward.needed_columns() - set(present) - arguments):
                 if missing[0] in REWARD_ARGUMENTS:
                     raise MisconfigurationException(
                         f"reward {reward.name!r} needs {missing[0]!r}, {REWARD_ARGUMENTS[missing[0]]}; the module has "

@@ -228,7 +228,7 @@ class SeparateCritic(Critic):
         return self.parameters()
 
     def shard(self, **options: Any) -> None:
-        shard_by_layer(self, self.backbone.layers, **options)
+        shard_by_layer(self, self.backbone.layers, self.head, **options)
 
     def forward(
         self,

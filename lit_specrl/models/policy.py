@@ -172,7 +172,8 @@ class Policy(nn.Module):
         Args:
             options: arguments of `torch.distributed.fsdp.fully_shard`, see `lit_specrl.distributed.fsdp2.sharding`.
         """
-        shard_by_layer(self, self.model.base_model.layers, **options)  # type: ignore[union-attr, arg-type]
+        layers: Any = self.model.base_model.layers  # type: ignore[union-attr]
+        shard_by_layer(self, layers, self.value_head, **options)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -227,10 +228,12 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, whole_tensor(parameter)
 
 
-def shard_by_layer(module: nn.Module, layers: nn.ModuleList, **options: Any) -> None:
-    """Shard each layer of `module`, then what is left of it (FSDP2)."""
+def shard_by_layer(module: nn.Module, layers: nn.ModuleList, head: nn.Module | None, **options: Any) -> None:
+    """Shard each layer of `module`, its head of values, which stays float32, and what is left of it (FSDP2)."""
     for layer in layers:
         fully_shard(layer, **options)
+    if head is not None:
+        fully_shard(head, **{name: value for name, value in options.items() if name != "mp_policy"})
     fully_shard(module, **options)
 
 

@@ -30,8 +30,8 @@ def load_pretrained(
         ValueError: the model can neither be found locally nor fetched.
     """
     config = check_model_exists(name_or_path)
-    if hasattr(config.get_text_config(), "attention_dropout"):
-        config.get_text_config().attention_dropout = 0.0
+    for name in _DROPOUT.intersection(vars(config.get_text_config())):  # some models apply it as a function
+        setattr(config.get_text_config(), name, 0.0)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": config} | hub_options(name_or_path)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
@@ -45,6 +45,9 @@ def load_pretrained(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+_DROPOUT = {"attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop"}
 
 
 def unreachable_model_message(name_or_path: str) -> str:

@@ -35,11 +35,7 @@ class Reward(ABC):
     """Whether rows without a reference answer cannot be scored."""
 
     required_columns: Collection[str] = ()
-    """Columns without which the reward cannot be called, those that its call names included; checked before a run."""
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.required_columns = {*cls.required_columns, *required_arguments(cls.__call__, num_given=3)}
+    """Columns without which the reward cannot be called, beside those that its call names."""
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not math.isfinite(weight):
@@ -64,6 +60,10 @@ class Reward(ABC):
         Returns:
             [N] numbers, `None` where the reward does not apply; or an awaitable of them.
         """
+
+    def needed_columns(self) -> set[str]:
+        """Columns without which the reward cannot be called; checked before a run."""
+        return {*self.required_columns, *required_arguments(self, num_given=2, follow_wrapped=False)}
 
     def identity(self) -> str:
         """Return a text that names what makes the numbers: the code and the settings of this reward.

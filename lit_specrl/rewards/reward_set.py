@@ -130,7 +130,11 @@ class RewardSet:
         try:
             for reward in self.rewards:
                 with _naming(reward), warning_when_slow(reward, self.warn_after_s):
-                    taken = {name: values for name, values in columns.items() if takes_argument(reward, name)}
+                    taken = {
+                        name: values
+                        for name, values in columns.items()
+                        if takes_argument(reward, name, follow_wrapped=False)
+                    }
                     scores.append(reward(list(prompts), list(completions), **_copies(taken)))
         except RuntimeError:
             for score in scores:

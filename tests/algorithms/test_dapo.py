@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from training import EveryStep, make_trainer, weights_of, without_clock
 
-from lit_specrl import DAPO, GRPO, DynamicSampling, OverlongReward, PromptBatch, PromptDataModule
+from lit_specrl import DAPO, GRPO, DynamicSampling, FormatReward, OverlongReward, PromptBatch, PromptDataModule
 from lit_specrl.callbacks import RolloutCallback
 from lit_specrl.losses import NAMES
 from lit_specrl.models.policy import Policy
@@ -46,6 +46,12 @@ def small_tokens(completion_ids, useful, **columns):
     """Share of tokens below 64 in useful groups, a half for all rows of the others."""
     shares = [sum(token < 64 for token in ids) / len(ids) for ids in completion_ids]
     return [share if spread else 0.5 for share, spread in zip(shares, useful, strict=True)]
+
+
+@pytest.mark.parametrize("reward", [alternating, "math.sqrt", FormatReward("a")])
+def test_a_single_reward_needs_no_list(reward):
+    names = [each.name for each in DAPO("model", reward).rewards.rewards]
+    assert names in (["alternating", "overlong"], ["sqrt", "overlong"], ["format", "overlong"])
 
 
 def dapo(model, rewards=(alternating,), **options):

@@ -185,5 +185,6 @@ def test_predictions_have_the_further_columns_of_the_data():
     )
     (record,) = prediction_records(batch, rollouts)
     assert record["level"] == 3 and record["prompt"] == "q" and record["completion"] == "x"
+    assert record["data_prompt"] == "of the data"
     batch.columns = []
-    assert prediction_records(batch, rollouts)[0].keys() == record.keys() - {"level"}
+    assert prediction_records(batch, rollouts)[0].keys() == record.keys() - {"level", "data_prompt"}

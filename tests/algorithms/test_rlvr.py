@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from training import GROUP, History, arithmetic, assert_identical, grpo, make_trainer, variety, weights_of
 
-from lit_specrl import GRPO
+from lit_specrl import GRPO, FSDP2Strategy, KLPenalty
 from lit_specrl.algorithms.constant_rewards import ConstantRewards
 from lit_specrl.callbacks import RolloutCallback, SpeculativeRollout
 from lit_specrl.data import ArithmeticSource
@@ -63,6 +63,20 @@ def test_a_checkpoint_is_loaded_without_a_trainer(fit, tiny_model, tmp_path):
     assert_identical(weights_of(loaded), weights_of(module))
     make_trainer(max_epochs=1).fit(loaded, arithmetic())  # a run of its own
     assert loaded.step == 8
+
+
+def test_whole_weights_are_not_taken_for_sharded_ones(fit, tiny_model):
+    module, _ = fit()
+    trainer = make_trainer(SpeculativeRollout(engine=VLLMEngine()), strategy=FSDP2Strategy())
+    with pytest.raises(MisconfigurationException, match=r"whole weights of an earlier run .* needs sharded ones"):
+        trainer.fit(module, datamodule=arithmetic())
+
+
+def test_a_penalty_that_adapts_begins_where_the_checkpoint_had_none(fit, tiny_model, tmp_path):
+    fit(callbacks=[every_step(tmp_path)], limit_train_batches=1)
+    module = grpo(tiny_model, beta=0.1, kl=KLPenalty("k1", in_reward=True, target=0.1))
+    _, history = fit(module, ckpt_path=tmp_path / "step=1.ckpt", max_epochs=2, limit_train_batches=1)
+    assert history.steps[2]["kl"] > 0 and module.kl_coefficient.value > 0
 
 
 def resumable(model):

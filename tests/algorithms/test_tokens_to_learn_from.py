@@ -102,6 +102,19 @@ def test_a_resumed_run_has_the_reference_of_before(model_folder, tmp_path):
     assert_identical(resumed.scorer.reference_state(), whole.scorer.reference_state())
 
 
+def test_a_moved_reference_that_a_resumed_run_leaves_is_told_of(model_folder, tmp_path):
+    run(model_folder, EveryStep(tmp_path), beta=0.1, kl=KLPenalty(sync_steps=2))
+    with pytest.warns(UserWarning, match="the checkpoint's reference had moved, and this run has no sync_steps"):
+        run(model_folder, checkpoint=str(tmp_path / "3.ckpt"), beta=0.1)
+
+
+@pytest.mark.parametrize(("options", "is_told"), [({"dtype": "bfloat16"}, True), ({}, False)])
+def test_moves_that_half_precision_rounds_away_are_told_of(model_folder, options, is_told, recwarn):
+    run(model_folder, beta=0.1, kl=KLPenalty(sync_steps=1, mixup_alpha=0.002), **options)
+    found = [str(each.message) for each in recwarn if "the reference hardly moves" in str(each.message)]
+    assert len(found) == is_told
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -222,6 +222,8 @@ def test_a_resumed_run_tells_that_it_keeps_the_drafters_learning_rate(kept, mode
         MisconfigurationException, match=r"drafter's optimizer .* AdamW, and does not fit this run's SGD"
     ):
         run(kept, model, tmp_path, other, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+    _, _, watch = run(kept, model, tmp_path, other, max_epochs=1)  # of its own: nothing is left of the checkpoint
+    assert watch.versions[0] == 0
 
 
 @pytest.mark.parametrize("kept", ["head"], indirect=True)

@@ -36,6 +36,16 @@ def fail_halfway(folder):
         raise RuntimeError("halfway")
 
 
+def test_what_a_killed_process_has_left_is_no_obstacle(tmp_path, monkeypatch):
+    """Where names cannot be exchanged it leaves the older folder under another name."""
+    monkeypatch.setattr(whole_files, "_exchange", lambda *paths: False)
+    for name in ("x", "x.old", "x.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inside").write_text(name)
+    replace_atomically(tmp_path / "x.partial", tmp_path / "x")
+    assert names(tmp_path) == ["x", "x/inside"] and (tmp_path / "x" / "inside").read_text() == "x.partial"
+
+
 @pytest.mark.parametrize("can_exchange", [True, False])
 @pytest.mark.parametrize("before", ["file", "folder", "link", None])
 @pytest.mark.parametrize("after", ["file", "folder"])

@@ -254,7 +254,7 @@ def rewarding(tokenizer, **needs):
     """A module whose rewards, by name, need an answer or not."""
     model = Model(tokenizer)
     model.rewards = SimpleNamespace(
-        rewards=[SimpleNamespace(name=name, needs_answer=need, required_columns=()) for name, need in needs.items()]
+        rewards=[SimpleNamespace(name=name, needs_answer=need, needed_columns=set) for name, need in needs.items()]
     )
     return model
 

@@ -20,7 +20,15 @@ from rows import PROMPT_INDEX, PROMPTS, RESPONSES, gradients, padded, row_logpro
 from safetensors.torch import load_file
 from tiny_models import SHAPE, save_model
 from training import History, arithmetic, grpo, make_trainer
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen3MoeConfig,
+)
 
 from lit_specrl import PPO
 from lit_specrl.drafting.eagle3 import check_architecture
@@ -163,3 +171,26 @@ def test_a_head_can_be_built_for_the_kinds_that_the_table_names(family):
         return check_architecture(config)
     with pytest.raises(ValueError, match="an EAGLE-3 head can be built for"):
         check_architecture(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OPTConfig(
+            vocab_size=128,
+            hidden_size=64,
+            num_hidden_layers=2,
+            ffn_dim=96,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            word_embed_proj_dim=64,
+            dropout=0.1,
+        ),
+        BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=2, hidden_dropout=0.1),
+    ],
+    ids=["dropout as a function", "no limit of positions"],
+)
+def test_older_families_train(config, tmp_path):
+    module = grpo(save_model(tmp_path / "model", config))
+    make_trainer(default_root_dir=tmp_path, limit_train_batches=1).fit(module, datamodule=arithmetic())
+    assert module.policy_version == 1

@@ -4,6 +4,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rows import gradients, padded
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -234,6 +235,25 @@ def test_a_run_trains_adapters_and_takes_the_bare_model_for_reference(
             assert parameter.count_nonzero() > 0  # zero at the start
         elif ".lora_A." not in name:
             assert torch.equal(parameter, initial[name.replace(".base_layer.", ".")])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lora_alpha": 64}, "lora_alpha=8, and this run has 64"),
+        ({"use_rslora": True}, "use_rslora=False, and this run has True"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern="),
+    ],
+)
+def test_adapters_that_would_act_otherwise_are_refused_on_resume(tiny_model, tmp_path, options, said):
+    """Their shapes are those of the checkpoint."""
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    _, trainer, _ = fit(tiny_model, tmp_path, lora=lora)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    arguments = {"model": tiny_model, "rewards": [lambda completions, **_: [0.0 for _ in completions]]}
+    assert GRPO.load_from_checkpoint(tmp_path / "run.ckpt", lora=lora, **arguments).step == 3
+    with pytest.raises(MisconfigurationException, match=f"adapters were trained with {said}"):
+        GRPO.load_from_checkpoint(tmp_path / "run.ckpt", lora=lora | options, **arguments)
 
 
 # -------------------------------------------------------------------------------------------------------------- engines

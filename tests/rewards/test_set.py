@@ -1,5 +1,6 @@
 import asyncio
 import copy
+import functools
 import inspect
 import math
 
@@ -218,6 +219,39 @@ def test_a_reward_that_names_its_columns_is_given_those_alone():
             return [number * len(text) for number, text in zip(level, completions, strict=True)]
 
     assert RewardSet([LevelReward()])(["q"] * 2, ["t", "uv"], level=[5, 6], answer=["a"] * 2).total == [5.0, 12.0]
+
+
+def test_columns_that_a_call_names_are_needed():
+    def with_lengths(call):
+        @functools.wraps(call)
+        def wrapper(self, prompts, completions, **columns):
+            return call(self, prompts, completions, lengths=[len(text) for text in completions], **columns)
+
+        return wrapper
+
+    class Gold(Reward):
+        def __call__(self, prompts, completions, gold, level=1):
+            return gold
+
+    class Answer(Gold):
+        def __call__(self, prompts, completions, answer):
+            return answer
+
+    class OfArguments(Gold):
+        def __init__(self, column):
+            super().__init__()
+            self.required_columns = (column,)
+
+    class OfProperty(Reward):
+        required_columns = property(lambda self: ("shown",))
+
+        @with_lengths
+        def __call__(self, prompts, completions, lengths, **columns):
+            return [length + number for length, number in zip(lengths, columns["shown"], strict=True)]
+
+    found = [reward.needed_columns() for reward in (Gold(), Answer(), OfArguments("x"), OfProperty())]
+    assert found == [{"gold"}, {"answer"}, {"x", "gold"}, {"shown"}]
+    assert RewardSet([OfProperty()])(["q"], ["ab"], shown=[3]).total == [5.0]
 
 
 def test_a_single_reward_needs_no_list():
