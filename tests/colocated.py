@@ -21,7 +21,7 @@ def build_engine(kind):
     if kind == "transformers":
         return TransformersEngine()
     dtype = "bfloat16" if kind == "bf16" else "float32"
-    return VLLMEngine(dtype=dtype, max_num_seqs=32, cpu_kv_cache_gib=1)
+    return VLLMEngine(dtype=dtype, max_num_seqs=32, cpu_kv_cache_gib=0.25)
 
 
 class Colocated:

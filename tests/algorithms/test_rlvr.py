@@ -115,7 +115,7 @@ def test_run_stopped_in_an_epoch_and_resumed_equals_the_uninterrupted_one(fit, t
 
 def test_resume_with_a_colocated_vllm_is_exact_in_float32(fit, tmp_path):
     def engine():
-        return SpeculativeRollout(VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1))
+        return SpeculativeRollout(VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=0.25))
 
     full, history = fit(callbacks=[engine(), every_step(tmp_path)])
     assert history.steps[4]["sampling/sampling_logp_difference/max"] < 1e-3  # the engine follows every update

@@ -308,10 +308,40 @@ def test_arms_are_the_callback_with_other_arguments_and_each_seed_begins_with_an
     ]
 
 
+def test_arms_of_several_callbacks_change_some_and_leave_out_others(config):
+    block = {"trainer": {"callbacks+": [{"class_path": "SpeculativeRollout"}, {"class_path": "AdaptiveScheduler"}]}}
+    block["trainer"]["callbacks+"][0]["init_args"] = {"drafter": {"class_path": "NGramDrafter"}}
+    Path("block.yaml").write_text(yaml.safe_dump(block))
+    settings = fit_configuration([f"--config={config}", "--config=block.yaml"])
+    names = ["PrefixCache", "SpeculativeRollout", "AdaptiveScheduler"]
+    Path("arms.yaml").write_text(
+        "drafts alone: {PrefixCache: {acceptance: 'off'}}\n"
+        "once, no drafts: {PrefixCache: {max_reuses: 1}, SpeculativeRollout: null, AdaptiveScheduler: null}\n"
+    )
+    drafts, once = further_arms(settings, names, Path("arms.yaml")).values()
+
+    def arguments(arm, name):
+        return [
+            callback["init_args"] for callback in arm["trainer"]["callbacks"] if callback["class_path"].endswith(name)
+        ]
+
+    assert arguments(drafts, "PrefixCache")[0]["acceptance"] == "off"
+    assert arguments(drafts, "SpeculativeRollout") == arguments(settings, "SpeculativeRollout")
+    assert arguments(drafts, "AdaptiveScheduler") == arguments(settings, "AdaptiveScheduler")
+    assert arguments(once, "PrefixCache")[0]["max_reuses"] == 1
+    assert {engine["drafter"] for engine in arguments(once, "SpeculativeRollout")} == {None}
+    assert not arguments(once, "AdaptiveScheduler")
+
+
 @pytest.mark.parametrize(
     ("text", "names", "message"),
     [
-        ("once: {max_reuses: 1}", ["PrefixCache", "RunSummary"], "arguments of one callback, but --without names 2"),
+        (
+            "once: {max_reuses: 1}",
+            ["PrefixCache", "RunSummary"],
+            "once has max_reuses: 1, but must hold arguments of PrefixCache, RunSummary for each arm, by the names",
+        ),
+        ("once: {PrefixCache: 1}", ["PrefixCache", "RunSummary"], "once has PrefixCache: 1, but must hold"),
         ("- max_reuses: 1", ["PrefixCache"], "must hold the arguments of PrefixCache for each arm, by the arm's name"),
         ("with: {max_reuses: 1}", ["PrefixCache"], "with is the name of an arm that is always there"),
         ("once: {max_reuse: 1}", ["PrefixCache"], "max_reuse"),

@@ -46,7 +46,7 @@ def train(model, folder):
     torch.set_num_threads(1)
     adam = partial(torch.optim.AdamW, lr=3e-3)
     learner = DrafterDistillation(optimizer=adam, update_tokens=24, holdout_fraction=0.3)
-    engine = VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128)
+    engine = VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=0.25, max_model_len=128)
     last = folder / "last.ckpt"
     fit(
         grpo(model, optimizer=adam),

@@ -49,7 +49,7 @@ def main(model, folder, where):
     learner = DrafterDistillation(
         max_step_fraction=None, optimizer=partial(torch.optim.AdamW, lr=3e-3), update_tokens=24, holdout_fraction=0.3
     )
-    engine = VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128)
+    engine = VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=0.25, max_model_len=128)
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1)
     checkpoints = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
     module = grpo(model, optimizer=partial(torch.optim.AdamW, lr=3e-3))

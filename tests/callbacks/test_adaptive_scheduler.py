@@ -19,7 +19,7 @@ def test_a_run_in_which_no_draft_paid_is_resumed_and_exported(tiny_model, tmp_pa
     then on."""
     model, randomness = with_many_stops(tiny_model, tmp_path / "model"), random.Random(0)
     texts = ["".join(randomness.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(8)]
-    engine_options = {"dtype": "float32", "max_num_seqs": 16, "cpu_kv_cache_gib": 1, "max_model_len": 128}
+    engine_options = {"dtype": "float32", "max_num_seqs": 16, "cpu_kv_cache_gib": 0.25, "max_model_len": 128}
 
     def go_on(max_epochs, ckpt_path=None):
         scheduler = AdaptiveScheduler()

@@ -37,7 +37,7 @@ class KeptEngine(VLLMEngine):
     """Outlives the runs that use it, for a start takes seconds; its drafter begins as it was."""
 
     def __init__(self, drafter):
-        super().__init__(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128)
+        super().__init__(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=0.25, max_model_len=128)
         self.drafter = drafter
 
     def start(self, *arguments):

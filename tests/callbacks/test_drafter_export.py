@@ -21,7 +21,7 @@ ADAM = partial(torch.optim.AdamW, lr=3e-3)
 
 def trained(model, drafter, folder):
     """Weights of the drafter after a run that has left `last.ckpt`."""
-    engine = VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1)
+    engine = VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=0.25)
     learner = DrafterDistillation(max_step_fraction=None, update_tokens=24, optimizer=ADAM)
     saver = ModelCheckpoint(folder, filename="last", save_top_k=1)
     fit(grpo(model), questions(folder), SpeculativeRollout(engine, drafter), learner, saver, max_epochs=3)
@@ -57,8 +57,8 @@ def test_policy_and_drafter_are_exported_for_transformers_and_vllm(make_llama, t
     llm = build_llm(
         str(policy),
         torch.device("cpu"),
-        1,
         drafter,
+        kv_cache_memory_bytes=2**28,
         load_format="auto",
         dtype="float32",
         max_model_len=64,

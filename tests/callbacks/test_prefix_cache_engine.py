@@ -23,7 +23,7 @@ class KeptEngine(VLLMEngine):
     time."""
 
     def __init__(self):
-        super().__init__(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128)
+        super().__init__(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=0.25, max_model_len=128)
         self.num_rows, self.num_scored = [], []
 
     def start(self, *arguments):
@@ -182,7 +182,7 @@ def test_the_longest_draft_of_the_longest_prompt_can_be_scored(model_folder, tmp
     (folder / "config.json").write_text(json.dumps(config))
 
     data = questions(tmp_path, max_prompt_length=num_tokens)
-    engine = VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1)
+    engine = VLLMEngine(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=0.25)
     module = grpo(str(folder), optimizer=partial(torch.optim.SGD, lr=0.0))
     trace = fit(module, data, PrefixCache(verifier="engine"), SpeculativeRollout(engine), max_epochs=2)
     assert data.num_dropped == {"train": 0}

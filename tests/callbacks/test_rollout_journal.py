@@ -191,7 +191,7 @@ class KeptEngine(VLLMEngine):
 def test_rows_of_vllm_are_taken_and_the_engine_goes_on(model_folder, tmp_path):
     """An exception in the middle of a rollout leaves the journal."""
     data = questions(tmp_path)
-    engine = KeptEngine(dtype="float32", cpu_kv_cache_gib=1, max_num_seqs=4, max_model_len=128)
+    engine = KeptEngine(dtype="float32", cpu_kv_cache_gib=0.25, max_num_seqs=4, max_model_len=128)
 
     def run(journal, folder):
         module = grpo(model_folder, importance_sampling=None)

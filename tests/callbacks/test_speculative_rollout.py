@@ -29,7 +29,7 @@ class KeptEngine(VLLMEngine):
     """Outlives the runs that use it, for a start takes seconds."""
 
     def __init__(self):
-        super().__init__(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128)
+        super().__init__(dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=0.25, max_model_len=128)
 
     def start(self, *arguments):
         if self.llm is None:

@@ -43,7 +43,7 @@ trainer:
   callbacks+:
     - class_path: SpeculativeRollout
       init_args:
-        engine: {class_path: VLLMEngine, init_args: {dtype: float32, max_num_seqs: 8, cpu_kv_cache_gib: 1}}
+        engine: {class_path: VLLMEngine, init_args: {dtype: float32, max_num_seqs: 8, cpu_kv_cache_gib: 0.25}}
         drafter: {class_path: HistoryDrafter, init_args: {num_speculative_tokens: 2}}
     - {class_path: PrefixCache, init_args: {lenience: 1.5, verifier: engine}}
 """
@@ -75,7 +75,8 @@ def test_a_run_goes_on_where_it_was_stopped(fit):
 
 def test_vllm_drafts_verifies_and_takes_turns(fit, tmp_path, capsys):
     """Records of both epochs: every row is said by the policy but for what the template writes between its turns."""
-    run = fit(FAST, "--trainer.max_epochs=2", "--trainer.enable_checkpointing=false")
+    arguments = "--trainer.max_epochs=2", "--trainer.enable_checkpointing=false", "--trainer.precision=32-true"
+    run = fit(FAST, *arguments)
     metrics, tokenizer = run.model.step_metrics, build_tokenizer()
     assert metrics["prefix_cache/saved_tokens"] > 0 and metrics["speculation/length"] > 0
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-4

@@ -68,7 +68,7 @@ class KeptEngine(VLLMEngine):
         self.policy_version = None
 
 
-engine = partial(KeptEngine, dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=1, max_model_len=128)
+engine = partial(KeptEngine, dtype="float32", max_num_seqs=16, cpu_kv_cache_gib=0.25, max_model_len=128)
 OF_TWO_RANKS = {
     "one engine": partial(engine, tensor_parallel_size=2),
     "lora": partial(engine, merge_adapters=False),  # one rank's are merged

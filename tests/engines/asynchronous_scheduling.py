@@ -48,7 +48,7 @@ def rollouts(model, asynchronous):
     from lit_specrl.types import PromptBatch, RolloutRequest, SamplingConfig
 
     policy, restore = Policy.build(model), schedule_asynchronously(asynchronous)
-    engine = VLLMEngine(dtype="float32", max_num_seqs=8, cpu_kv_cache_gib=1)
+    engine = VLLMEngine(dtype="float32", max_num_seqs=8, cpu_kv_cache_gib=0.25)
     prompts = [[3 + (7 * row + place) % 100 for place in range(16)] for row in range(12)]
     batch = PromptBatch([str(row) for row in range(12)], prompts, [""] * 12, [None] * 12, [""] * 12)
     found = []

@@ -34,7 +34,7 @@ def model(make_llama):
 
 @pytest.fixture(scope="module", params=["all tokens", "some tokens", "qwen", "model", "tied model"])
 def colocated(request, model, make_llama, make_qwen, tiny_qwen, tmp_path_factory):
-    engine = VLLMEngine(dtype="float32", max_num_seqs=8, cpu_kv_cache_gib=1)
+    engine = VLLMEngine(dtype="float32", max_num_seqs=8, cpu_kv_cache_gib=0.25)
     if request.param == "qwen":
         model = make_qwen(num_hidden_layers=4)
     if request.param == "tied model":  # of which vLLM keeps a packed copy of the embeddings
@@ -147,7 +147,7 @@ def test_weights_that_are_lost_are_noticed(colocated):
 
 
 def test_drafters_without_weights_refuse_some(model):
-    engine = VLLMEngine(dtype="float32", max_num_seqs=8, cpu_kv_cache_gib=1)
+    engine = VLLMEngine(dtype="float32", max_num_seqs=8, cpu_kv_cache_gib=0.25)
     with pytest.raises(RuntimeError, match="VLLMEngine has no drafter whose weights could be replaced"):
         engine.load_drafter_weights([], 1)
     with pytest.raises(ValueError, match="NGramDrafter has no weights that could learn"):

@@ -34,7 +34,7 @@ def own_drafters(tmp_path, monkeypatch):
 
 def generate(folder, drafter):
     """Greedy responses, and the steps of the engine."""
-    engine = VLLMEngine(dtype="float32", max_num_seqs=8, cpu_kv_cache_gib=1)
+    engine = VLLMEngine(dtype="float32", max_num_seqs=8, cpu_kv_cache_gib=0.25)
     engine.drafter = drafter
     colocated = Colocated(engine, folder)
     colocated.sync()

@@ -28,7 +28,7 @@ def started(monkeypatch):
             monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
             monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
         with pytest.raises(Stopped):
-            startup.build_llm("no model", torch.device(device), cpu_kv_cache_gib=1)
+            startup.build_llm("no model", torch.device(device))
         return seen
 
     monkeypatch.setattr("vllm.LLM", LLM)

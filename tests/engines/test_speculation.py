@@ -76,7 +76,7 @@ def build_drafter(kind, policy_model, make_llama, folder) -> Drafter | None:
 
 def start(kind, policy_model, make_llama, folder):
     waiting = kind == "ngram"  # not all rows fit at once
-    engine = VLLMEngine(dtype="float32", max_num_seqs=100 if waiting else 400, cpu_kv_cache_gib=1)
+    engine = VLLMEngine(dtype="float32", max_num_seqs=100 if waiting else 400, cpu_kv_cache_gib=0.25)
     engine.drafter = build_drafter(kind, policy_model, make_llama, folder)
     colocated = Colocated(engine, policy_model)
     colocated.has_past = kind == "history"  # siblings are read in a first epoch

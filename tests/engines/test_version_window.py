@@ -33,7 +33,7 @@ def test_other_versions_are_refused_with_the_tested_one(install, distribution, v
     install(**{distribution.replace("-", "_"): version})
     message = rf"works with {distribution}==0\.32\.\*, found {version}; install it with `pip install '{distribution}==0\.32\.\*'`"
     with pytest.raises(ImportError, match=message):
-        build_llm("no model", torch.device("cpu"), cpu_kv_cache_gib=1)
+        build_llm("no model", torch.device("cpu"))
 
 
 def test_a_missing_vllm_is_told_with_the_extra_to_install(install):
@@ -42,7 +42,7 @@ def test_a_missing_vllm_is_told_with_the_extra_to_install(install):
     with pytest.raises(
         ImportError, match=r"needs vLLM; install it with `pip install lit_specrl\[vllm\]`.*TransformersEngine"
     ):
-        build_llm("no model", torch.device("cpu"), cpu_kv_cache_gib=1)
+        build_llm("no model", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.7"])

@@ -91,7 +91,7 @@ def test_merged_weights_are_the_policy_under_plain_names(folder, lora):
     plain = merged(policy, folder)
     assert [name for name, _ in policy.named_weights()] == [name for name, _ in plain.named_weights()]
     assert not any(weight.requires_grad for _, weight in policy.named_weights())
-    torch.testing.assert_close(plain(*padded()).logprobs, policy(*padded()).logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(plain(*padded()).logprobs, policy(*padded()).logprobs, rtol=0, atol=3e-5)
     assert (plain(*padded()).logprobs - Policy.build(folder)(*padded()).logprobs).abs().max() > 0.1
     torch.testing.assert_close(policy.state_dict(), before, rtol=0, atol=0)
 
@@ -259,7 +259,7 @@ def test_adapters_that_would_act_otherwise_are_refused_on_resume(tiny_model, tmp
 # -------------------------------------------------------------------------------------------------------------- engines
 
 
-FLOAT32 = partial(VLLMEngine, dtype="float32", cpu_kv_cache_gib=1)
+FLOAT32 = partial(VLLMEngine, dtype="float32", cpu_kv_cache_gib=0.25)
 ENGINES = {"transformers": TransformersEngine, "vllm": FLOAT32, "unmerged": partial(FLOAT32, merge_adapters=False)}
 
 

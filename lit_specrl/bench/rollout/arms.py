@@ -1,4 +1,4 @@
-"""Further arms of a comparison: the callback in question with other arguments, and all arms side by side."""
+"""Further arms of a comparison: the callbacks in question with other arguments, and all arms side by side."""
 
 from __future__ import annotations
 
@@ -11,33 +11,50 @@ import yaml
 from lit_specrl.bench.rollout.intervals import Interval
 from lit_specrl.bench.rollout.paired import COSTS, LAST, MEAN, Comparison
 from lit_specrl.bench.rollout.runs import WITH, WITHOUT
-from lit_specrl.cli.fit_config import Configuration, with_arguments
+from lit_specrl.cli.fit_config import Configuration, with_arguments, without_callbacks
 
 
 def further_arms(configuration: Configuration, names: Sequence[str], file: Path) -> dict[str, Configuration]:
-    """The configuration with other arguments of one callback.
+    """The configuration with other arguments of the callbacks in question.
 
     Args:
         configuration: of the runs with the callbacks.
-        names: of the callbacks in question; just one.
-        file: YAML that holds the callback's arguments for each arm, by the arm's name.
+        names: of the callbacks in question.
+        file: YAML that holds, by the arm's name, the callback's arguments. Where several callbacks are in question it
+            holds the arguments of each that changes, by the callback's name, and `null` for one that the arm leaves
+            out.
 
     Raises:
-        ValueError: more than one callback, or a file without arms.
+        ValueError: a callback that is not in question, or a file without arms.
     """
-    if len(names) != 1:
-        raise ValueError(
-            f"--arms gives arguments of one callback, but --without names {len(names)}: {', '.join(names)}"
-        )
     arms = yaml.safe_load(file.read_text("utf-8"))
     if not isinstance(arms, dict) or not all(isinstance(arguments, dict) for arguments in arms.values()):
-        raise ValueError(
-            f"--arms {file} must hold the arguments of {names[0]} for each arm, by the arm's name, "
-            f'as in "twice: {{max_reuses: 2}}"'
-        )
+        raise ValueError(f"--arms {file} must hold {_wanted(names)}")
     if taken := {WITHOUT, WITH} & set(arms):
         raise ValueError(f"--arms {file}: {taken.pop()} is the name of an arm that is always there; take another one")
-    return {str(arm): with_arguments(configuration, names[0], arguments) for arm, arguments in arms.items()}
+    changes = arms if len(names) > 1 else {arm: {names[0]: arguments} for arm, arguments in arms.items()}
+    return {str(arm): _arm(configuration, names, of_arm, f"--arms {file}: {arm}") for arm, of_arm in changes.items()}
+
+
+def _wanted(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f'the arguments of {names[0]} for each arm, by the arm\'s name, as in "twice: {{max_reuses: 2}}"'
+    return (
+        f"arguments of {', '.join(names)} for each arm, by the names of arm and callback, as in "
+        f'"first alone: {{{names[1]}: null}}"; null leaves a callback out'
+    )
+
+
+def _arm(configuration: Configuration, names: Sequence[str], changes: Mapping[str, Any], label: str) -> Configuration:
+    for name, arguments in changes.items():
+        if name not in names or not (arguments is None or isinstance(arguments, dict)):
+            raise ValueError(f"{label} has {name}: {arguments}, but must hold {_wanted(names)}")
+    left_out = [name for name, arguments in changes.items() if arguments is None]
+    configuration = without_callbacks(configuration, left_out) if left_out else configuration
+    for name, arguments in changes.items():
+        if arguments is not None:
+            configuration = with_arguments(configuration, name, arguments)
+    return configuration
 
 
 def arms_table(comparisons: Mapping[str, Comparison], cost: str, score: float | None) -> list[dict[str, Any]]:

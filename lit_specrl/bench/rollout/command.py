@@ -40,7 +40,7 @@ def rollout(
     on the table of paired differences, whose 95 % intervals are those of Student's t over the seeds. They
     pay if they lose at most --margin of the validation score at equal steps and save cost.
 
-    With --arms the callback in question is also tried with other arguments, against the same runs without it.
+    With --arms the callbacks in question are also tried with other arguments, against the same runs without them.
     The table of arms and `frontier.png` tell for each what it saves and what it costs in learning.
 
     The folder holds each run's configuration, output and `run.json` with the numbers of every step, and
@@ -56,7 +56,7 @@ def rollout(
         output: folder of the results.
         cost: what the verdict charges; decode steps are the tokens of each round's longest continuation.
         margin: validation score that may be lost at equal steps.
-        arms: YAML file with arguments of the callback for each further arm, by its name, as recipes/arms/reuse.yaml
+        arms: YAML file with arguments of the callbacks for each further arm, by its name, as recipes/arms/reuse.yaml
 
     Returns:
         A `RolloutReport`, whose module imports torch.

@@ -96,11 +96,8 @@ class VLLMEngine(RolloutEngine):
                 "gpu_memory_utilization is a fraction of the GPU's memory and must lie in (0, 1], got "
                 f"{gpu_memory_utilization}"
             )
-        if cpu_kv_cache_gib < 1 or cpu_kv_cache_gib != int(cpu_kv_cache_gib):
-            raise ValueError(
-                "cpu_kv_cache_gib must be a whole number of GiB (vLLM takes no other), at least 1, got "
-                f"{cpu_kv_cache_gib}"
-            )
+        if not cpu_kv_cache_gib > 0:
+            raise ValueError(f"cpu_kv_cache_gib must be positive, got {cpu_kv_cache_gib}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if "speculative_config" in (options or {}):
@@ -155,7 +152,11 @@ class VLLMEngine(RolloutEngine):
         if device.type == "cuda":
             return int(self.gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory)
         weights = num_parameters * getattr(torch, self.dtype_on(device)).itemsize // self.tensor_parallel_size
-        return weights + int(self.cpu_kv_cache_gib) * 2**30
+        return weights + self._cpu_kv_cache_bytes
+
+    @property
+    def _cpu_kv_cache_bytes(self) -> int:
+        return int(self.cpu_kv_cache_gib * 2**30)
 
     def start(self, policy: Policy, model: str, max_length: int, stop_token_ids: Collection[int]) -> None:
         self._on_gpu = policy.device.type == "cuda"
@@ -177,7 +178,7 @@ class VLLMEngine(RolloutEngine):
             # no partial prefills: vLLM 0.32 rewinds a row's generator after one, which CPU generators cannot do
             batched_tokens = max(_CPU_BATCHED_TOKENS, options["max_model_len"])
             options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": batched_tokens}
-            options["block_size"] = _CPU_BLOCK_SIZE
+            options |= {"block_size": _CPU_BLOCK_SIZE, "kv_cache_memory_bytes": self._cpu_kv_cache_bytes}
         else:
             self._sleep_level = self._sleep_level_on(policy.device)
             options |= {
@@ -197,7 +198,7 @@ class VLLMEngine(RolloutEngine):
         with torch.autocast(policy.device.type, enabled=False):
             try:
                 more = self._text_only | self.options
-                self.llm = build_llm(model, policy.device, self.cpu_kv_cache_gib, self.drafter, **options | more)
+                self.llm = build_llm(model, policy.device, self.drafter, **options | more)
             except (*STARTUP_ERRORS, torch.OutOfMemoryError) as error:
                 raise RuntimeError(startup_failure(model, error)) from error
             self._speculation = take_over_sampling(self.llm, self.drafter)

@@ -35,15 +35,12 @@ STARTUP_ERRORS = (RuntimeError, ValueError, AssertionError, AttributeError, KeyE
 _KEPT_ENGINES: list[Any] = []  # see `shutdown`
 
 
-def build_llm(
-    model: str, device: torch.device, cpu_kv_cache_gib: float, drafter: Drafter | None = None, **options: Any
-) -> Any:
+def build_llm(model: str, device: torch.device, drafter: Drafter | None = None, **options: Any) -> Any:
     """Construct a `vllm.LLM` in this process, with empty weights.
 
     Args:
         model: hub name or folder, maybe a `ModelName`; only its configuration is read.
         device: where the policy computes.
-        cpu_kv_cache_gib: size of the key-value cache on a machine without GPU, in GiB.
         drafter: proposes tokens; `None` for an engine that cannot speculate.
         options: arguments of `vllm.LLM`, `max_num_seqs` among them.
     """
@@ -52,7 +49,7 @@ def build_llm(
     if drafter is not None:
         # on GPUs the second generation of vLLM's model runner is another code path than the one tested
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(int(cpu_kv_cache_gib))
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would count instead of `kv_cache_memory_bytes`
     from vllm import LLM
     from vllm.config.logging import LoggingConfig
     from vllm.logger import configure_logging_if_needed
