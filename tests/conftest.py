@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from garbage import leave_out_what_is_there, look_at_everything
 from rendezvous import OF_A_LAUNCHED_RANK
 from tiny_models import SHAPE, save_model
 from training import with_many_stops, write_questions
@@ -23,16 +24,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _freed_memory_goes_back():
-    """Training on a CPU makes the process keep what it frees; each worker would hold the peak of all its files.
-
-    What has been imported before is left out of collections, of which vLLM asks for eleven whenever an engine starts
-    and stops: they took longer than all the rest of it. It would have them look at everything again.
-    """
-    look_at_everything, gc.unfreeze = gc.unfreeze, lambda: None
-    gc.freeze()
+    """Training on a CPU makes the process keep what it frees; each worker would hold the peak of all its files."""
+    leave_out_what_is_there()
     yield
-    gc.unfreeze = look_at_everything
-    gc.unfreeze()
+    look_at_everything()
     gc.collect()
     give_back_freed_memory()
 

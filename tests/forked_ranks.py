@@ -6,6 +6,7 @@ import signal
 import time
 import traceback
 
+from garbage import leave_out_what_is_there
 from rendezvous import free_port
 
 
@@ -20,6 +21,7 @@ class Ranks:
     def __init__(self, num_ranks, train):
         self.children, port = [], free_port()
         self.reading, self.writing = os.pipe()
+        leave_out_what_is_there()  # a collection of a rank would copy every page of it
         for rank in range(num_ranks):
             child = os.fork()
             if child == 0:

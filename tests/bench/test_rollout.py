@@ -354,17 +354,26 @@ def test_wrong_arms_are_refused_before_anything_runs(config, no_process, capsys,
     assert message in f"{refused.value} {capsys.readouterr().err}"
 
 
-def test_the_arms_of_the_test_bed_are_understood(monkeypatch):
+@pytest.mark.parametrize(
+    ("file", "recipe", "blocks", "names", "some"),
+    [
+        ("reuse", "toy_sums", ["prefix_cache"], ["PrefixCache"], {"e^0.5", "random", "groups without spread"}),
+        (
+            "reuse_and_drafts",
+            "long_sums",
+            ["prefix_cache", "speculation"],
+            ["PrefixCache", "SpeculativeRollout", "AdaptiveScheduler"],
+            {"drafts alone", "reuse alone"},
+        ),
+    ],
+)
+def test_the_arms_beside_the_recipes_are_understood(monkeypatch, file, recipe, blocks, names, some):
     monkeypatch.chdir(Path(__file__).parents[2])
-    settings = fit_configuration(
-        [
-            "--config=recipes/toy_sums.yaml",
-            "--config=configs/callbacks/prefix_cache.yaml",
-            "--model.init_args.model=toy",
-        ]
-    )
-    arms = further_arms(settings, ["PrefixCache"], Path("recipes/arms/reuse.yaml"))
-    assert {"e^0.5", "random", "groups without spread"} <= set(arms)
+    configs = [f"recipes/{recipe}.yaml", *(f"configs/callbacks/{block}.yaml" for block in blocks)]
+    settings = fit_configuration([*(f"--config={config}" for config in configs), "--model.init_args.model=toy"])
+    arms = further_arms(settings, names, Path(f"recipes/arms/{file}.yaml"))
+    assert some <= set(arms)
+    assert settings not in arms.values()
 
 
 def test_without_speculation_means_the_same_engine_without_a_drafter(config, tmp_path):

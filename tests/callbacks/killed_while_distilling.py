@@ -1,7 +1,8 @@
-"""Train with a drafter that learns, from the newest checkpoint on; kill the own process where it is told to.
+"""Train with a drafter that learns, from the newest checkpoint on, in processes that kill themselves.
 
-Arguments: model, folder, and "train", "publish" or "never": the third drafter's update, or the second publication, of
-this process is never finished.
+A program of its own, for it forks. Arguments: model, and for each process "FOLDER:WHERE". WHERE is "train", "publish"
+or "never": the third drafter's update, or the second publication, of this process is never finished. Prints how each
+has ended.
 """
 
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
+from forked_ranks import Ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import fit, grpo, questions
 from training import weights_of
@@ -69,4 +71,8 @@ def main(model, folder, where):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    statuses = []
+    for folder, _, where in (argument.rpartition(":") for argument in sys.argv[2:]):
+        process = Ranks(1, lambda tell, folder=Path(folder), where=where: main(sys.argv[1], folder, where))
+        statuses += process.end()
+    print(*statuses)

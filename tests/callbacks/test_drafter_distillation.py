@@ -339,12 +339,12 @@ def test_lessons_are_held_out_by_their_tokens():
 def test_a_process_that_is_killed_goes_on_with_a_whole_drafter(model, tmp_path):
     """Within a training of the drafter, and with a part of its weights in the engine."""
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
-    statuses = []
-    for folder, where in ((calm, "never"), (disturbed, "train"), (disturbed, "publish"), (disturbed, "never")):
-        folder.mkdir(exist_ok=True)
-        program = [sys.executable, str(Path(__file__).with_name("killed_while_distilling.py")), model, str(folder)]
-        found = subprocess.run([*program, where], capture_output=True, text=True, check=False)
-        statuses.append(found.returncode)
+    calm.mkdir()
+    disturbed.mkdir()
+    processes = f"{calm}:never", f"{disturbed}:train", f"{disturbed}:publish", f"{disturbed}:never"
+    program = [sys.executable, str(Path(__file__).with_name("killed_while_distilling.py")), model, *processes]
+    found = subprocess.run(program, capture_output=True, text=True, check=False)
+    statuses = [int(line) for line in found.stdout.split()[-4:]]
     assert statuses == [0, -signal.SIGKILL, -signal.SIGKILL, 0], found.stderr[-2000:]
     assert_identical(torch.load(disturbed / "final.pt"), torch.load(calm / "final.pt"))
     assert not list(disturbed.rglob("*.partial"))
