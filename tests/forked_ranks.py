@@ -1,6 +1,7 @@
 """Processes that train together, as torchrun would start them, and that can be killed. For programs of their own, which
 fork."""
 
+import importlib
 import os
 import signal
 import time
@@ -8,6 +9,12 @@ import traceback
 
 from garbage import leave_out_what_is_there
 from rendezvous import free_port
+
+
+def import_vllm():
+    """Once, before the fork, what every rank with an engine would import for itself."""
+    for name in ("vllm.model_executor.models.transformers", "vllm.v1.worker.cpu_worker", "vllm.entrypoints.llm"):
+        importlib.import_module(name)
 
 
 class Ranks:

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from forked_ranks import Ranks
+from forked_ranks import Ranks, import_vllm
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import fit, grpo, questions
 from training import weights_of
@@ -71,6 +71,7 @@ def main(model, folder, where):
 
 
 if __name__ == "__main__":
+    import_vllm()
     statuses = []
     for folder, _, where in (argument.rpartition(":") for argument in sys.argv[2:]):
         process = Ranks(1, lambda tell, folder=Path(folder), where=where: main(sys.argv[1], folder, where))

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from forked_ranks import Ranks
+from forked_ranks import Ranks, import_vllm
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from reuse_runs import fit, grpo, questions
 from training import QUESTIONS
@@ -127,6 +127,8 @@ def main(model, folder, what, how, num_ranks, num_kills, seed):
     def start(folder):
         return Ranks(num_ranks, partial(train, model, data, folder, what, how, num_ranks))
 
+    if RUNS[what][0] is everything:
+        import_vllm()
     shared_memory = left_in_shared_memory()
     ranks = start(calm)
     assert ranks.wait_for_training()

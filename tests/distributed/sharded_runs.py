@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from forked_ranks import Ranks
+from forked_ranks import Ranks, import_vllm
 from killed_while_training import learned
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reuse_runs import GROUP, MAX_LENGTH, fit, grpo, questions, rows_of
@@ -119,6 +119,7 @@ def main(model, folder, data, num_ranks, names, tell):
 if __name__ == "__main__":
     model, folder = sys.argv[1], Path(sys.argv[2])
     data = questions(folder, batch_size=4)
+    import_vllm()
     of_two = [[name for name in RUNS if name not in OF_TWO_RANKS], *([name] for name in OF_TWO_RANKS)]
     for num_ranks, names in [*((2, names) for names in of_two), (1, [name for name in RUNS if name != "dapo"])]:
         assert not any(Ranks(num_ranks, partial(main, model, folder, data, num_ranks, names)).end())
