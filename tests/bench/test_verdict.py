@@ -191,6 +191,12 @@ def test_a_cost_that_no_run_knows_decides_nothing():
     )
 
 
+def test_a_single_seed_has_no_bounds_to_tell(pairs):
+    said = verdict(compare(pairs[:1], None), "PrefixCache", "tokens", 0.01)
+    assert "inf" not in said
+    assert "; 3 seeds are the least that can tell (95 % intervals, 1 seed)" in said
+
+
 def test_seeds_needed_grow_with_the_square_of_the_width():
     assert seeds_needed(Interval(10, 0.0, -0.02, 0.02), 0.01) == 40
     assert seeds_needed(Interval(10, 0.0, -0.001, 0.001), 0.01) == 10

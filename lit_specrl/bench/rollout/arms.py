@@ -80,6 +80,4 @@ def arms_table(comparisons: Mapping[str, Comparison], cost: str, score: float | 
 def _text(interval: Interval | None, unit: str = "") -> str:
     if interval is None:
         return "-"
-    number = "{:.2f}x" if unit else "{:+.3f}"
-    mean, low, high = (number.format(value) for value in (interval.mean, interval.low, interval.high))
-    return f"{mean} ({low} to {high})" if interval.is_bounded else mean
+    return interval.text("{:.2f}x" if unit else "{:+.3f}")

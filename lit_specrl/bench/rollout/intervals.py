@@ -32,6 +32,11 @@ class Interval(NamedTuple):
         """False for a single seed, and where two differ beyond measure."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
+    def text(self, number: str) -> str:
+        """Mean and bounds, where there are any; `number` formats each, as "{:.2f}x" does."""
+        mean, low, high = (number.format(value) for value in (self.mean, self.low, self.high))
+        return f"{mean} ({low} to {high})" if self.is_bounded else mean
+
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % interval of one value for each seed, by Student's t; a single seed bounds nothing.

@@ -29,17 +29,17 @@ def verdict(comparison: Comparison, callbacks: str, cost: str, margin: float) ->
     """
     to_score = comparison.ratios_to_score.get(cost)
     if to_score is not None and not comparison.num_unreached:
-        part = f"{COSTS[cost][0]} to the score, without / with, are {_ratio(to_score)}"
+        part = f"{COSTS[cost][0]} to the score, without / with, are {to_score.text('{:.2f}x')}"
         return _sentence(callbacks, _sign(to_score.low > 1, to_score.high <= 1), part, to_score.num_seeds)
     saved, lost = comparison.ratios.get(cost), comparison.differences.get(MEAN)
     if saved is None:
         return f"{callbacks}: cannot tell yet: the runs do not say what they cost in {COSTS[cost][0]}."
-    part = f"{COSTS[cost][0]}, without / with, are {_ratio(saved)}"
+    part = f"{COSTS[cost][0]}, without / with, are {saved.text('{:.2f}x')}"
     if lost is None:
         pays = _sign(False, saved.high <= 1)
         return _sentence(callbacks, pays, f"{part}, but no validation tells what was learned", saved.num_seeds)
     pays = _sign(lost.low >= -margin and saved.low > 1, lost.high < -margin or saved.high <= 1)
-    part += f"; the score at equal steps changes by {lost.mean:+.3f} ({lost.low:+.3f} to {lost.high:+.3f}), {margin:g} may be lost"
+    part += f"; the score at equal steps changes by {lost.text('{:+.3f}')}, {margin:g} may be lost"
     needed = seeds_needed(lost, margin) if margin else None
     if pays == "cannot tell yet" and lost.num_seeds >= ENOUGH_SEEDS and needed is not None and needed > lost.num_seeds:
         part += f", and about {needed} seeds tell so small a change"
@@ -67,7 +67,3 @@ def _sentence(callbacks: str, pays: str, why: str, num_seeds: int) -> str:
         pays = "cannot tell yet"
         why += f"; {ENOUGH_SEEDS} seeds are the least that can tell"
     return f"{callbacks}: {pays}: {why} (95 % intervals, {num_seeds} seed{'s' * (num_seeds > 1)})."
-
-
-def _ratio(interval: Interval) -> str:
-    return f"{interval.mean:.2f}x ({interval.low:.2f}x to {interval.high:.2f}x)"
