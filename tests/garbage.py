@@ -1,7 +1,7 @@
 """Collections that leave out what has been imported.
 
-vLLM asks for eleven of them whenever an engine starts and stops. Each walks through all that torch, transformers and
-vLLM have imported, which took longer than the rest of the start.
+vLLM asks for several of them whenever an engine starts and stops. Each walks through all that torch, transformers and
+vLLM have imported; together they took longer than the rest of start and stop.
 """
 
 import gc

@@ -304,7 +304,12 @@ CONFIGURATION = {
     "negative cache": (
         FIT,
         engine(cpu_kv_cache_gib=-1),
-        "cpu_kv_cache_gib must be positive, got -1",
+        "must be a positive number of GiB, such as 0.5, got -1",
+    ),
+    "endless cache": (
+        FIT,
+        engine(cpu_kv_cache_gib=float("inf")),
+        "must be a positive number of GiB, such as 0.5, got inf",
     ),
     "twice the GPU": (
         FIT,

@@ -40,9 +40,9 @@ def trainable(policy):
     return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
-def merged(policy, folder):
+def merged(policy, folder, dtype=torch.float32):
     """A plain policy with the named weights of another."""
-    plain = Policy.build(folder)
+    plain = Policy.build(folder).to(dtype)
     parameters = dict(plain.model.named_parameters())
     for name, weight in policy.named_weights():
         parameters[name].data.copy_(weight)
@@ -86,12 +86,12 @@ def test_adapters_of_a_bfloat16_model_are_float32(tiny_model):
 
 @pytest.mark.parametrize("lora", [LORA, PARTIAL], ids=["all", "some"])
 def test_merged_weights_are_the_policy_under_plain_names(folder, lora):
-    policy = trained(folder, lora)
+    policy = trained(folder, lora).double()  # in float32 the two round differently by some 1e-5
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    plain = merged(policy, folder)
+    plain = merged(policy, folder, torch.float64)
     assert [name for name, _ in policy.named_weights()] == [name for name, _ in plain.named_weights()]
     assert not any(weight.requires_grad for _, weight in policy.named_weights())
-    torch.testing.assert_close(plain(*padded()).logprobs, policy(*padded()).logprobs, rtol=0, atol=3e-5)
+    torch.testing.assert_close(plain(*padded()).logprobs, policy(*padded()).logprobs, rtol=0, atol=2e-6)
     assert (plain(*padded()).logprobs - Policy.build(folder)(*padded()).logprobs).abs().max() > 0.1
     torch.testing.assert_close(policy.state_dict(), before, rtol=0, atol=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -96,8 +97,8 @@ class VLLMEngine(RolloutEngine):
                 "gpu_memory_utilization is a fraction of the GPU's memory and must lie in (0, 1], got "
                 f"{gpu_memory_utilization}"
             )
-        if not cpu_kv_cache_gib > 0:
-            raise ValueError(f"cpu_kv_cache_gib must be positive, got {cpu_kv_cache_gib}")
+        if not 0 < cpu_kv_cache_gib < math.inf:
+            raise ValueError(f"cpu_kv_cache_gib must be a positive number of GiB, such as 0.5, got {cpu_kv_cache_gib}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if "speculative_config" in (options or {}):
